@@ -1,0 +1,216 @@
+"""Every error of the framework, grouped by what the caller can do about it.
+
+The docstring of a class is its default message and names the remedy; facts
+about the case are on attributes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import ClassVar
+
+
+class CqrsError(Exception):
+    """An error of cqrs-es; see its class for what to do."""
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or default_message(type(self)))
+
+    @property
+    def message(self) -> str:
+        """What happened and what to do about it, as one sentence."""
+        return str(self)
+
+
+# --- The domain said no: raised by authors, answered to the sender -----------
+
+
+class DomainError(Exception):
+    """A business rule refused the command.
+
+    Subclass it per rule. The docstring's first line is the message and the
+    class name in snake case is the code, unless `code` or a message is given.
+    """
+
+    code: ClassVar[str] = "domain_error"
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "code" not in cls.__dict__:
+            cls.code = snake_case(cls.__name__)
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or default_message(type(self)))
+
+    @property
+    def message(self) -> str:
+        """The reason that the sender of the command is given."""
+        return str(self)
+
+
+# --- Retry: the same call may succeed later ----------------------------------
+
+
+class Unavailable(CqrsError):
+    """A server can't be reached; nothing is lost, try again when it is back."""
+
+
+class StoreUnavailable(Unavailable):
+    """The event store can't be reached; check CQRS_ES_STORE_URL and the server, then try again."""
+
+
+class StoreLocked(StoreUnavailable):
+    """Another process holds the event store's write lock; try again when it has finished."""
+
+
+class BrokerUnavailable(Unavailable):
+    """The broker can't be reached; check CQRS_ES_BROKER_URL and the server, then try again."""
+
+
+class Conflict(CqrsError):
+    """Something was changed by somebody else meanwhile; load it again and decide again."""
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        expected: int | None = None,
+        actual: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.expected = expected
+        self.actual = actual
+
+
+class LeaseLost(CqrsError):
+    """Another process owns the partition now; stop working on it."""
+
+
+class WaitTimeout(CqrsError):
+    """What was waited for did not happen in time; it may still happen, ask again."""
+
+
+# --- Fix the input -----------------------------------------------------------
+
+
+class InvalidMessage(CqrsError):
+    """The message breaks the contract for command messages; correct it and send it again."""
+
+
+class InvalidCommand(CqrsError):
+    """The command's payload does not fit its type; correct the named field."""
+
+
+class NotFound(CqrsError):
+    """There is nothing by that name; check the spelling and the type."""
+
+
+class CommandRejected(CqrsError):
+    """The command was rejected; `code` says by which rule."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class CommandFailed(CqrsError):
+    """The command failed and is among the dead letters; mend the cause, then `dead retry`."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+# --- Fix the configuration ---------------------------------------------------
+
+
+class ConfigurationError(CqrsError):
+    """The settings or the application's definitions do not fit together."""
+
+
+class SettingsError(ConfigurationError):
+    """A setting has a value that can't be used; see `cqrs-es --help` for the settings."""
+
+
+class DefinitionError(ConfigurationError):
+    """A message, aggregate, view or upcaster is declared wrongly."""
+
+
+class StoreNotInitialised(ConfigurationError):
+    """The store has no tables yet; run `cqrs-es init` first."""
+
+
+class SchemaTooNew(ConfigurationError):
+    """The store was migrated by a newer version of cqrs-es; upgrade this program."""
+
+
+class PartitionsMismatch(ConfigurationError):
+    """CQRS_ES_PARTITIONS differs from the store's; P is fixed when a store is created."""
+
+
+# --- The store refuses, and will until somebody mends it ---------------------
+
+
+class StoreError(CqrsError):
+    """The event store refused the operation; see the cause."""
+
+
+class StoreFull(StoreError):
+    """The event store's disk is full; make room, nothing was written."""
+
+
+class StoreReadOnly(StoreError):
+    """The event store can't be written to; check the permissions of its file and folder."""
+
+
+class StoreCorrupt(StoreError):
+    """The event store's file is damaged or is no database; restore it from a backup."""
+
+
+class TooLarge(StoreError):
+    """The result is larger than the store can take; yield fewer or smaller events."""
+
+
+# --- Report a bug, or mend the data ------------------------------------------
+
+
+class UndecodableRow(CqrsError):
+    """A stored row does not fit its type; add an upcaster or mend the row."""
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        type: str | None = None,  # noqa: A002 - the field's own name
+        sequence: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.type = type
+        self.sequence = sequence
+
+
+class UnknownEvent(UndecodableRow):
+    """A stored event has a type or version that this code does not know; deploy newer code."""
+
+
+class BrokenLog(CqrsError):
+    """The log has a hole or ends before a checkpoint: restore it, then `init --new-epoch`."""
+
+
+class HandlerTimeout(CqrsError):
+    """The handler took longer than CQRS_ES_HANDLER_TIMEOUT."""
+
+
+def default_message(cls: type[BaseException]) -> str:
+    """Return the first line of a class's own docstring, or its name in words."""
+    documented = cls.__dict__.get("__doc__")
+    if not documented:
+        return snake_case(cls.__name__).replace("_", " ")
+    return inspect.cleandoc(documented).split("\n", 1)[0]
+
+
+def snake_case(name: str) -> str:
+    """Return `FundsNotAvailable` as `funds_not_available`, `ATMRefused` as `atm_refused`."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
+    return words.lower()

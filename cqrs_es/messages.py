@@ -1,0 +1,244 @@
+"""What travels: commands in, outcomes back, events out; and what handlers are told about them."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar, dataclass_transform, overload
+
+import orjson
+
+from cqrs_es import errors
+from cqrs_es.types import NAME, AggregateKey, JsonObject, Version
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+T = TypeVar("T")
+E_co = TypeVar("E_co", covariant=True)
+NO_METADATA: Mapping[str, str] = MappingProxyType({})
+
+
+# --- Declaring messages ------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MessageSpec:
+    """What `@command` and `@event` note about a class: never its module path."""
+
+    kind: Literal["command", "event"]
+    name: str
+    version: str
+
+
+@overload
+def command(cls: type[T], /) -> type[T]: ...
+@overload
+def command(name: str, /) -> Callable[[type[T]], type[T]]: ...
+@dataclass_transform(frozen_default=True)
+def command(target: type[T] | str, /) -> type[T] | Callable[[type[T]], type[T]]:
+    """Declare a command: a frozen, slotted dataclass whose name on the wire is the class name.
+
+    Use as `@command` or `@command("NameOnTheWire")`. Raise `ValueError` in
+    `__post_init__` to refuse values: the sender gets `invalid_command`.
+    """
+    if isinstance(target, str):
+        return functools.partial(_declare, spec=MessageSpec("command", target, ""))
+    return _declare(target, spec=MessageSpec("command", target.__name__, ""))
+
+
+@overload
+def event(cls: type[T], /) -> type[T]: ...
+@overload
+def event(name: str | None = None, /, *, version: str = "1.0") -> Callable[[type[T]], type[T]]: ...
+@dataclass_transform(frozen_default=True)
+def event(
+    target: type[T] | str | None = None, /, *, version: str = "1.0"
+) -> type[T] | Callable[[type[T]], type[T]]:
+    """Declare an event: a frozen, slotted dataclass with a name and a semantic version.
+
+    Use as `@event` or `@event("NameInTheLog", version="2.0")`. The name and the
+    version are stored with each event, so they outlive the class.
+    """
+    if isinstance(target, type):
+        return _declare(target, spec=MessageSpec("event", target.__name__, version))
+    name = target
+
+    def declare(cls: type[T]) -> type[T]:
+        return _declare(cls, spec=MessageSpec("event", name or cls.__name__, version))
+
+    return declare
+
+
+def _declare(cls: type[T], *, spec: MessageSpec) -> type[T]:
+    if not NAME.fullmatch(spec.name):
+        message = f"{spec.kind} name {spec.name!r} must match {NAME.pattern}"
+        raise errors.DefinitionError(message)
+    if spec.kind == "event":
+        _check_version(cls, spec.version)
+    made = dataclasses.dataclass(frozen=True, slots=True)(cls)
+    made.__message_spec__ = spec  # type: ignore[attr-defined]  # read back by spec_of
+    return made
+
+
+def _check_version(cls: type[object], version: str) -> None:
+    try:
+        Version.parse(version)
+    except ValueError as exc:
+        message = f"event {cls.__name__}: {exc}"
+        raise errors.DefinitionError(message) from exc
+
+
+def spec_of(cls: type[object]) -> MessageSpec:
+    """Return what `@command` or `@event` noted; raise `DefinitionError` for another class."""
+    spec = cls.__dict__.get("__message_spec__")
+    if not isinstance(spec, MessageSpec):
+        message = f"{cls.__qualname__} is no message: decorate it with @command or @event"
+        raise errors.DefinitionError(message)
+    return spec
+
+
+# --- Commands ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CommandMessage:
+    """A command as it came from its sender, its envelope checked, its payload not yet.
+
+    `metadata` includes what the sender gave and nothing else; `body` is the
+    message as received, kept for dead letters.
+    """
+
+    id: str
+    type: str
+    aggregate_type: str
+    aggregate_id: str
+    payload: JsonObject
+    metadata: Mapping[str, str] = NO_METADATA
+    expected_sequence: int | None = None
+    reply_to: str | None = None
+    body: bytes = b""
+
+    @property
+    def key(self) -> AggregateKey:
+        """The aggregate that the command is for."""
+        return AggregateKey(self.aggregate_type, self.aggregate_id)
+
+    def content_hash(self) -> str:
+        """Hash what must not differ between two messages with one id (DESIGN G2)."""
+        content = [
+            self.type,
+            self.aggregate_type,
+            self.aggregate_id,
+            self.payload,
+            self.expected_sequence,
+        ]
+        return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class CommandContext:
+    """What a services factory is told about the command that it makes services for.
+
+    `command_id` is the idempotency key for calls to other systems: a handler
+    may run more than once for one command.
+    """
+
+    command_id: str
+    aggregate_type: str
+    aggregate_id: str
+    metadata: Mapping[str, str] = NO_METADATA
+
+
+# --- Outcomes ----------------------------------------------------------------
+
+
+class Status(enum.StrEnum):
+    """What became of a command."""
+
+    ACCEPTED = "accepted"
+    """Its events, possibly none, are in the log. Final."""
+    REJECTED = "rejected"
+    """A rule said no. Final."""
+    FAILED = "failed"
+    """It could not be decided; a dead letter holds it until somebody retries it."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomeError:
+    """Why a command was not accepted."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomeEvent:
+    """One event that an accepted command gave rise to."""
+
+    type: str
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one command: the one answer that its id will ever get.
+
+    `sequence` is the aggregate's after the command, None when it was not
+    loaded. `partition` and `offset` are those of the command's last event.
+    """
+
+    command_id: str
+    status: Status
+    aggregate_type: str
+    aggregate_id: str
+    sequence: int | None = None
+    partition: int | None = None
+    offset: int | None = None
+    events: tuple[OutcomeEvent, ...] = ()
+    error: OutcomeError | None = None
+    duplicate: bool = False
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the command's events are in the log."""
+        return self.status is Status.ACCEPTED
+
+    def ensure_accepted(self) -> Outcome:
+        """Return the outcome itself; raise `CommandRejected` or `CommandFailed` if it is one."""
+        if self.accepted:
+            return self
+        error = self.error or OutcomeError("unknown", "no reason was recorded")
+        if self.status is Status.REJECTED:
+            raise errors.CommandRejected(error.code, error.message)
+        raise errors.CommandFailed(error.code, error.message)
+
+
+# --- Events ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Envelope(Generic[E_co]):
+    """An event with everything that is known about it.
+
+    `sequence` counts within the aggregate, `offset` within the partition of
+    the log; both start at 1 and have no holes. Events made by a test kit that
+    are not in a log have offset 0.
+    """
+
+    aggregate_type: str
+    aggregate_id: str
+    sequence: int
+    data: E_co
+    event_type: str
+    event_version: str
+    metadata: Mapping[str, str] = field(default_factory=lambda: NO_METADATA)
+    command_id: str | None = None
+    recorded_at: datetime
+    partition: int = 0
+    offset: int = 0

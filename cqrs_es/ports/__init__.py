@@ -1,0 +1,1 @@
+"""Contracts of what the framework needs from outside: store, views, broker, clock."""

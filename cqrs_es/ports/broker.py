@@ -1,0 +1,164 @@
+"""The broker: commands in, replies out, events on a topic.
+
+What every broker promises:
+
+- `send` returns when the broker has accepted the messages durably (as durable
+  as it is configured to be). When it raises, any of them may have landed.
+- A command intake delivers the messages of one partition in the order in which
+  they were sent, first what an earlier consumer left unsettled. What is not
+  settled when the intake is closed, or its process dies, is delivered again,
+  in order, to the next intake.
+- The topic holds each partition's events in offset order, at least once each.
+- `BrokerUnavailable` from any method: the intake or feed it came from is dead;
+  open another.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingCommand:
+    """An encoded command message and the partition it belongs in."""
+
+    partition: int
+    command_id: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A message as an intake got it; `tag` is the broker's own name for it."""
+
+    partition: int
+    body: bytes
+    tag: object
+    redelivered: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingEvent:
+    """An event of the log in its topic form."""
+
+    offset: int
+    aggregate_type: str
+    event_type: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TopicEvent:
+    """An event as a subscriber gets it."""
+
+    partition: int
+    offset: int
+    body: bytes
+
+
+class CommandIntake(ABC):
+    """The consumption of one partition of the command queue, by one process at a time."""
+
+    @abstractmethod
+    async def receive(self, limit: int) -> list[Delivery]:
+        """Wait for messages; return at least one, at most `limit`. Safe to cancel: none is lost."""
+
+    @abstractmethod
+    async def settle(self, deliveries: Sequence[Delivery]) -> None:
+        """Acknowledge: these messages are done with for good."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Stop; what was not settled goes back, in order. Safe to call twice."""
+
+
+class EventFeed(ABC):
+    """A subscriber's own view of the topic."""
+
+    @abstractmethod
+    async def receive(self, limit: int) -> list[TopicEvent]:
+        """Wait for events; return at least one, at most `limit`. Safe to cancel.
+
+        May repeat, and may skip what the topic no longer holds: compare offsets.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Stop; safe to call twice."""
+
+
+class ReplyInbox(ABC):
+    """The replies to one sender."""
+
+    @abstractmethod
+    async def receive(self) -> bytes:
+        """Wait for one outcome, as JSON. Safe to cancel."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Stop; safe to call twice."""
+
+
+class Broker(ABC):
+    """A message broker, opened; made by an adapter from a URL."""
+
+    @property
+    @abstractmethod
+    def durable(self) -> bool:
+        """Whether messages outlive this process."""
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Connect. Raises `BrokerUnavailable` when that can't be done now."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let go of every connection, intake and feed; safe to call twice."""
+
+    @abstractmethod
+    async def declare(self, partitions: int, log_epoch: str) -> None:
+        """Create the topology, idempotently; a new epoch empties the topic."""
+
+    @abstractmethod
+    async def send(self, commands: Sequence[OutgoingCommand]) -> None:
+        """Enqueue commands, in the order given."""
+
+    @abstractmethod
+    async def open_intake(self, partition: int, consumer: str) -> CommandIntake:
+        """Begin to consume a partition of the command queue; the caller holds its lease."""
+
+    @abstractmethod
+    async def publish(
+        self, partition: int, log_epoch: str, events: Sequence[OutgoingEvent]
+    ) -> int:
+        """Publish contiguous events of a partition; return the last offset the topic confirmed.
+
+        It may lie before the first of `events` when the topic has lost its end:
+        go on from there. Raises `LeaseLost` when the topic is of another epoch.
+        """
+
+    @abstractmethod
+    async def topic_end(self, partition: int) -> int | None:
+        """Return the last offset the topic holds, None when the broker can't tell."""
+
+    @abstractmethod
+    async def subscribe(self, after: Mapping[int, int]) -> EventFeed:
+        """Receive the events of these partitions above these offsets, as far as the topic has them."""
+
+    @abstractmethod
+    async def reply(self, reply_to: str, command_id: str, outcome: bytes) -> None:
+        """Send an outcome to a sender; best effort."""
+
+    @abstractmethod
+    async def open_replies(self, reply_to: str) -> ReplyInbox:
+        """Begin to receive the replies sent to `reply_to` from now on."""
+
+    @abstractmethod
+    async def queue_depth(self) -> Mapping[int, int]:
+        """Return about how many commands wait in each partition."""

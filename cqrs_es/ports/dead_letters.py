@@ -1,0 +1,85 @@
+"""Dead letters: messages that could not be decided, kept until an operator deals with them."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetter:
+    """A message that nobody could decide, and why.
+
+    `id` is the command's id where the message has a valid one, else the start
+    of `body_hash`. `body` is cut at the limit for messages; `body_hash`
+    (SHA-256, hex) and `body_length` are of the whole.
+    """
+
+    id: str
+    source: str
+    reason: str
+    body: bytes
+    body_hash: str
+    body_length: int
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    attempts: int = 1
+    first_seen_at: datetime
+    last_seen_at: datetime
+
+    @classmethod
+    def of(  # noqa: PLR0913 - one argument for each thing that is known about a letter
+        cls,
+        body: bytes,
+        *,
+        reason: str,
+        source: str,
+        seen_at: datetime,
+        limit: int,
+        command_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        attempts: int = 1,
+    ) -> DeadLetter:
+        """Make the letter for a message body that was seen just now."""
+        digest = hashlib.sha256(body).hexdigest()
+        return cls(
+            id=command_id or digest[:32],
+            source=source,
+            reason=reason,
+            body=body[:limit],
+            body_hash=digest,
+            body_length=len(body),
+            headers=headers or {},
+            attempts=attempts,
+            first_seen_at=seen_at,
+            last_seen_at=seen_at,
+        )
+
+
+class DeadLetters(ABC):
+    """The dead letters of a store."""
+
+    @abstractmethod
+    async def add(self, letter: DeadLetter) -> None:
+        """Keep a letter durably; where its id is known, add its attempts and update the rest."""
+
+    @abstractmethod
+    async def list(self, *, after: str = "", limit: int = 100) -> list[DeadLetter]:
+        """Return up to `limit` letters with an id above `after`, by id."""
+
+    @abstractmethod
+    async def get(self, letter_id: str) -> DeadLetter | None:
+        """Return one letter, None when there is none by that id."""
+
+    @abstractmethod
+    async def drop(self, letter_id: str) -> bool:
+        """Forget a letter; return whether there was one. A failed outcome stays failed."""
+
+    @abstractmethod
+    async def count(self) -> int:
+        """Return how many letters there are."""

@@ -1,0 +1,198 @@
+"""The event store: the log of events, the outcomes of commands, and snapshots.
+
+The one contract that every store keeps (DESIGN G2–G5):
+
+- `append` is one transaction. It locks the heads of the partitions of every
+  chain it is given, in ascending order, then in later statements checks
+  outcomes, versions and snapshot numbers. Chains that pass are written
+  whole; chains that do not are returned as `Conflicted` and leave no trace.
+- Offsets of a partition are 1, 2, 3 … in commit order. Whoever has read
+  offset n has read everything before it.
+- Everything returned as `Committed` is durable.
+
+Every method may raise `StoreUnavailable` (try again later), `UndecodableRow`,
+or another `StoreError`. After `StoreUnavailable` from `append` the transaction
+may or may not have been committed: look the outcomes up. Cancelling a call
+leaves the store usable; a cancelled `append` may have been committed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+    from datetime import datetime
+
+    from cqrs_es.messages import Outcome
+    from cqrs_es.ports.dead_letters import DeadLetter
+    from cqrs_es.types import AggregateKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredEvent:
+    """One row of the log. `payload` and `metadata` are JSON objects as bytes."""
+
+    key: AggregateKey
+    sequence: int
+    event_type: str
+    event_version: str
+    payload: bytes
+    metadata: bytes
+    partition: int
+    offset: int
+    command_id: str | None
+    recorded_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class NewEvent:
+    """An event that a command gave rise to; the store gives it its sequence and offset."""
+
+    event_type: str
+    event_version: str
+    payload: bytes
+    metadata: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """An aggregate's state after event `last_sequence`; `number` counts its snapshots from 1."""
+
+    key: AggregateKey
+    last_sequence: int
+    number: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """What to read of one aggregate: its events above `after`, and its snapshot if wanted.
+
+    Where a snapshot is wanted and there is one, only events above it are read.
+    """
+
+    key: AggregateKey
+    after: int = 0
+    snapshot: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAggregate:
+    """What a `LoadRequest` found; events in ascending sequence."""
+
+    snapshot: Snapshot | None
+    events: Sequence[StoredEvent]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredOutcome:
+    """The outcome that a command id has, and the hash of the content it was given for."""
+
+    outcome: Outcome
+    content_hash: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecidedCommand:
+    """A command's outcome (its `partition` and `offset` still None) and what goes with it.
+
+    `replaces_failed`: a stored outcome `failed` does not stand in the way and
+    is replaced, and its dead letter deleted. `dead_letter` is stored with a
+    failed outcome. `attempted`: there are recorded attempts to delete.
+    """
+
+    outcome: Outcome
+    content_hash: str
+    events: tuple[NewEvent, ...] = ()
+    dead_letter: DeadLetter | None = None
+    replaces_failed: bool = False
+    attempted: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """Commands for one aggregate, decided one upon the other; committed whole or not at all.
+
+    `base_sequence` is the aggregate's sequence that the first decision was made
+    on, None when the aggregate was not looked at (there is then no version to
+    check and no event to write). `snapshot` replaces number `snapshot.number - 1`.
+    """
+
+    key: AggregateKey
+    partition: int
+    base_sequence: int | None
+    commands: tuple[DecidedCommand, ...]
+    snapshot: Snapshot | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The chain is in the log; its outcomes are complete, in the chain's order."""
+
+    outcomes: tuple[Outcome, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Conflicted:
+    """The chain was not written: decide it again on what the store holds now.
+
+    `actual` is the aggregate's sequence in the store. When it equals the
+    chain's base, an outcome or the snapshot stood in the way.
+    """
+
+    actual: int | None
+
+
+ChainResult: TypeAlias = Committed | Conflicted
+
+
+@dataclass(frozen=True, slots=True)
+class StoreInfo:
+    """What `init` fixed: the number of partitions and the log's epoch, a UUID."""
+
+    partitions: int
+    log_epoch: str
+    schema_version: int
+
+
+class EventStore(ABC):
+    """The log, its outcomes and snapshots; see the module for what is promised."""
+
+    @abstractmethod
+    async def load(self, requests: Sequence[LoadRequest]) -> list[LoadedAggregate]:
+        """Read aggregates, at least one query for all; results in the order of `requests`."""
+
+    @abstractmethod
+    async def append(self, chains: Sequence[Chain], recorded_at: datetime) -> list[ChainResult]:
+        """Write what passes its checks, in one transaction; results in the order of `chains`.
+
+        Events of one partition get their offsets in the order of `chains`. No
+        two chains are for one aggregate. Raises `TooLarge`, having written
+        nothing, when a chain can't fit in a transaction of this store.
+        """
+
+    @abstractmethod
+    async def find_outcomes(self, command_ids: Collection[str]) -> dict[str, StoredOutcome]:
+        """Look up the outcomes of those ids that have one."""
+
+    @abstractmethod
+    async def prune_outcomes(self, before: datetime, limit: int) -> int:
+        """Delete at most `limit` outcomes recorded before a moment, not failed; return how many."""
+
+    @abstractmethod
+    async def record_attempt(self, command_id: str, error: str | None = None) -> int:
+        """Count an attempt at a command durably; return how many there are now."""
+
+    @abstractmethod
+    async def read_log(self, partition: int, after: int, limit: int) -> list[StoredEvent]:
+        """Read up to `limit` events of a partition above offset `after`, ascending.
+
+        Contiguous from `after + 1`, or `BrokenLog`: also when `after` is beyond the head.
+        """
+
+    @abstractmethod
+    async def heads(self) -> Mapping[int, int]:
+        """Return every partition's head: the offset of its last event, 0 when it is empty."""

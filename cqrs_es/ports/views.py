@@ -1,0 +1,149 @@
+"""Views and checkpoints: what projectors write, in one transaction (DESIGN G7).
+
+Names given to these methods are physical: those of one generation of a view,
+`<name>__<n>`, for tables and checkpoint keys alike. `generations` says which
+one is live; readers go through it.
+
+A transaction sees its own writes. Rows that it loads stay locked until it
+ends. Leaving its block without an error commits, durably; any error, also
+cancellation, rolls everything back. `StoreUnavailable` from the commit leaves
+it unknown whether it happened: read the checkpoint to find out.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from cqrs_es.types import AggregateKey
+
+SqlValue: TypeAlias = "None | int | float | str"
+SqlRow: TypeAlias = "tuple[SqlValue, ...]"
+
+
+@dataclass(frozen=True, slots=True)
+class ViewRow:
+    """One row of a view; `version` counts its writes from 1, `payload` is JSON."""
+
+    view_id: str
+    version: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ParkedAggregate:
+    """An aggregate whose events a projector does not apply until it is mended (DESIGN G9)."""
+
+    projector: str
+    key: AggregateKey
+    from_sequence: int
+    partition: int
+    reason: str
+    attempts: int = 1
+
+
+class SqlSession(ABC):
+    """Plain SQL inside a projector's transaction, for projectors with tables of their own."""
+
+    @abstractmethod
+    async def execute(self, sql: str, parameters: Sequence[SqlValue] = ()) -> int:
+        """Run a statement with `?` placeholders; return how many rows it touched."""
+
+    @abstractmethod
+    async def fetch(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
+        """Run a query with `?` placeholders; return its rows."""
+
+
+class ViewTransaction(SqlSession):
+    """One transaction of a projector."""
+
+    @abstractmethod
+    async def checkpoint(self, projector: str, partition: int) -> int:
+        """Lock and return a checkpoint; 0 before the first."""
+
+    @abstractmethod
+    async def advance(self, projector: str, partition: int, expected: int, to: int) -> None:
+        """Move a checkpoint; raise `Conflict` when it is not at `expected`."""
+
+    @abstractmethod
+    async def load(self, table: str, view_ids: Collection[str]) -> dict[str, ViewRow]:
+        """Lock and return the rows there are, locking in ascending id."""
+
+    @abstractmethod
+    async def save(self, table: str, rows: Sequence[ViewRow]) -> None:
+        """Write rows, each over its version minus one; raise `Conflict` where that is not so."""
+
+    @abstractmethod
+    async def delete(self, table: str, view_ids: Collection[str]) -> None:
+        """Delete rows; those that are not there are no error."""
+
+    @abstractmethod
+    async def parked(
+        self, projector: str, keys: Collection[AggregateKey]
+    ) -> dict[AggregateKey, ParkedAggregate]:
+        """Return the markers of those aggregates that are parked."""
+
+    @abstractmethod
+    async def park(self, marker: ParkedAggregate) -> None:
+        """Set or replace an aggregate's marker."""
+
+    @abstractmethod
+    async def unpark(self, projector: str, key: AggregateKey) -> None:
+        """Clear an aggregate's marker."""
+
+
+class ViewStore(ABC):
+    """The views of a store; see the module for what is promised."""
+
+    @abstractmethod
+    def transaction(self) -> AbstractAsyncContextManager[ViewTransaction]:
+        """Open a transaction; it commits when its block ends without an error."""
+
+    @abstractmethod
+    async def create_table(self, table: str, columns: str | None = None) -> None:
+        """Create a table unless it is there: a view's, or one with the given column definitions."""
+
+    @abstractmethod
+    async def drop_table(self, table: str) -> None:
+        """Drop a table if it is there."""
+
+    @abstractmethod
+    async def publish_table(self, name: str, table: str) -> None:
+        """Make `name` show what `table` holds (an SQL view, replaced idempotently)."""
+
+    @abstractmethod
+    async def get(self, table: str, view_id: str) -> ViewRow | None:
+        """Return one row, None when there is none."""
+
+    @abstractmethod
+    async def list(self, table: str, *, after: str = "", limit: int = 100) -> list[ViewRow]:
+        """Return up to `limit` rows with an id above `after`, by id."""
+
+    @abstractmethod
+    async def query(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
+        """Run a query with `?` placeholders outside any transaction."""
+
+    @abstractmethod
+    async def checkpoints(self, projector: str) -> dict[int, int]:
+        """Return a projector's checkpoints by partition; those at 0 may be absent."""
+
+    @abstractmethod
+    async def forget(self, projector: str) -> None:
+        """Delete a projector's checkpoints and parked markers."""
+
+    @abstractmethod
+    async def generations(self) -> Mapping[str, int]:
+        """Return the live generation of each view and projector."""
+
+    @abstractmethod
+    async def set_generation(self, projector: str, live: int) -> None:
+        """Make a generation live; one row, so it happens or does not."""
+
+    @abstractmethod
+    async def list_parked(self, projector: str | None = None) -> list[ParkedAggregate]:
+        """Return the markers there are, of one projector or of all."""

@@ -1,0 +1,118 @@
+"""Small values that everything else is made of: names, ids, versions, partitions."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+import uuid
+import zlib
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TypeAlias
+
+from cqrs_es import errors
+
+Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+JsonObject: TypeAlias = dict[str, Json]
+
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
+VIEW_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")
+METADATA_KEY = re.compile(r"[a-z0-9_-]{1,64}")
+REPLY_TO = re.compile(r"[A-Za-z0-9_-]{1,64}")
+MAX_AGGREGATE_ID_CHARACTERS = 255
+_UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+_VERSION = re.compile(r"([0-9]{1,9})(?:\.([0-9]{1,9})(?:\.([0-9]{1,9})(?:\.[^.].*)?)?)?")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class AggregateKey:
+    """The identity of an aggregate: its type's name and its id, both case-sensitive."""
+
+    type: str
+    id: str
+
+    def partition(self, partitions: int) -> int:
+        """Return the aggregate's partition among `partitions`, as CONTRACT §1 computes it."""
+        return partition_of(self.type, self.id, partitions)
+
+    def __str__(self) -> str:
+        return f"{self.type}/{self.id}"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Version:
+    """A semantic version of an event; compared as three numbers."""
+
+    major: int
+    minor: int = 0
+    patch: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Version:
+        """Read `"2"`, `"2.3"` or `"2.3.4"`; anything after a third dot is ignored.
+
+        Raises `ValueError` for text that is no version.
+        """
+        match = _VERSION.fullmatch(text)
+        if match is None:
+            message = f"{text!r} is no version; write one like '1.0' or '2.3.4'"
+            raise ValueError(message)
+        major, minor, patch = match.groups(default="0")
+        return cls(int(major), int(minor), int(patch))
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}.{self.patch}"
+
+
+def partition_of(aggregate_type: str, aggregate_id: str, partitions: int) -> int:
+    """Return `crc32("<type>/<id>") mod partitions`, CRC-32 as in zlib."""
+    return zlib.crc32(f"{aggregate_type}/{aggregate_id}".encode()) % partitions
+
+
+def utc_now() -> datetime:
+    """Return the present moment, aware, in UTC, to the microsecond."""
+    return datetime.now(UTC)
+
+
+def new_command_id() -> str:
+    """Make a UUID of version 7 (RFC 9562): it begins with the time, so it indexes well."""
+    milliseconds = int(utc_now().timestamp() * 1000)
+    random = int.from_bytes(os.urandom(10), "big")
+    value = (milliseconds & 0xFFFF_FFFF_FFFF) << 80 | random
+    value = value & ~(0xF << 76) | 0x7 << 76
+    value = value & ~(0x3 << 62) | 0x2 << 62
+    return str(uuid.UUID(int=value))
+
+
+def parse_command_id(text: str) -> str:
+    """Return a UUID of any version in lower-case hyphenated form; raise `InvalidMessage`."""
+    if not _UUID.fullmatch(text):
+        message = f"id must be a UUID such as {uuid.UUID(int=0)}, not {shown(text)}"
+        raise errors.InvalidMessage(message)
+    return text.lower()
+
+
+def check_name(text: str, what: str) -> None:
+    """Refuse a service, aggregate type, command or event name that CONTRACT §1 does not allow."""
+    if not NAME.fullmatch(text):
+        message = f"{what} must match {NAME.pattern}, not {shown(text)}"
+        raise errors.InvalidMessage(message)
+
+
+def check_aggregate_id(text: str) -> None:
+    """Refuse an aggregate id that is empty, too long, or has control characters."""
+    if not 1 <= len(text) <= MAX_AGGREGATE_ID_CHARACTERS:
+        message = f"aggregate_id must have 1 to {MAX_AGGREGATE_ID_CHARACTERS} characters"
+        raise errors.InvalidMessage(f"{message}, not {len(text)}")
+    if text.isascii() and text.isprintable():
+        return
+    if any(unicodedata.category(character) in {"Cc", "Cs"} for character in text):
+        message = "aggregate_id must have no control characters and no lone surrogates"
+        raise errors.InvalidMessage(message)
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """Return a value's repr cut to `limit` characters, safe to put in a message or a log."""
+    text = ascii(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
