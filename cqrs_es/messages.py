@@ -242,3 +242,19 @@ class Envelope(Generic[E_co]):
     recorded_at: datetime
     partition: int = 0
     offset: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredEvent:
+    """One row of the log. `payload` and `metadata` are JSON objects as bytes."""
+
+    key: AggregateKey
+    sequence: int
+    event_type: str
+    event_version: str
+    payload: bytes
+    metadata: bytes
+    partition: int
+    offset: int
+    command_id: str | None
+    recorded_at: datetime

@@ -22,6 +22,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from cqrs_es.messages import StoredEvent as StoredEvent  # part of this port's vocabulary
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from datetime import datetime
@@ -29,22 +31,6 @@ if TYPE_CHECKING:
     from cqrs_es.messages import Outcome
     from cqrs_es.ports.dead_letters import DeadLetter
     from cqrs_es.types import AggregateKey
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredEvent:
-    """One row of the log. `payload` and `metadata` are JSON objects as bytes."""
-
-    key: AggregateKey
-    sequence: int
-    event_type: str
-    event_version: str
-    payload: bytes
-    metadata: bytes
-    partition: int
-    offset: int
-    command_id: str | None
-    recorded_at: datetime
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
+
+from cqrs_es.projector import SqlRow as SqlRow  # these three are part of this port's vocabulary
+from cqrs_es.projector import SqlSession as SqlSession
+from cqrs_es.projector import SqlValue as SqlValue
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -22,8 +26,6 @@ if TYPE_CHECKING:
 
     from cqrs_es.types import AggregateKey
 
-SqlValue: TypeAlias = "None | int | float | str"
-SqlRow: TypeAlias = "tuple[SqlValue, ...]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +47,6 @@ class ParkedAggregate:
     partition: int
     reason: str
     attempts: int = 1
-
-
-class SqlSession(ABC):
-    """Plain SQL inside a projector's transaction, for projectors with tables of their own."""
-
-    @abstractmethod
-    async def execute(self, sql: str, parameters: Sequence[SqlValue] = ()) -> int:
-        """Run a statement with `?` placeholders; return how many rows it touched."""
-
-    @abstractmethod
-    async def fetch(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
-        """Run a query with `?` placeholders; return its rows."""
 
 
 class ViewTransaction(SqlSession):

@@ -1,0 +1,72 @@
+"""What authors subclass to build a view with SQL of their own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeAlias, TypeVar
+
+from cqrs_es import errors
+from cqrs_es.types import VIEW_NAME
+
+if TYPE_CHECKING:
+    from cqrs_es.messages import Envelope
+
+E = TypeVar("E")
+SqlValue: TypeAlias = None | int | float | str
+SqlRow: TypeAlias = tuple[SqlValue, ...]
+
+
+class SqlSession(ABC):
+    """Plain SQL inside a projector's transaction."""
+
+    @abstractmethod
+    async def execute(self, sql: str, parameters: Sequence[SqlValue] = ()) -> int:
+        """Run a statement with `?` placeholders; return how many rows it touched."""
+
+    @abstractmethod
+    async def fetch(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
+        """Run a query with `?` placeholders; return its rows."""
+
+
+class Projector(ABC, Generic[E]):
+    """A view kept with SQL of its own, in the transaction that moves its checkpoint.
+
+    `tables` maps each table's name to its column definitions, in SQL that all
+    stores understand; `init` creates them. A rebuild fills tables of the next
+    generation beside the live ones, so write `self.table("name")`, never the
+    name itself. Rows that events of several partitions touch are to be updated
+    in ascending key order: that is what keeps projectors from deadlocking.
+    """
+
+    name: ClassVar[str]
+    tables: ClassVar[Mapping[str, str]] = {}
+
+    def __init_subclass__(cls, *, name: str | None = None) -> None:
+        super().__init_subclass__()
+        if name is not None:
+            cls.name = check_view_name(name)
+
+    def __init__(self, generation: int = 1) -> None:
+        self.generation = generation
+
+    def table(self, name: str) -> str:
+        """Return the physical name of one of the projector's tables."""
+        return physical_name(name, self.generation)
+
+    @abstractmethod
+    async def project(self, events: Sequence[Envelope[E]], sql: SqlSession) -> None:
+        """Write what these events mean; they are of one partition, in the order of the log."""
+
+
+def physical_name(name: str, generation: int) -> str:
+    """Return the name of a table or checkpoint key of one generation of a view."""
+    return f"{name}__{generation}"
+
+
+def check_view_name(name: str) -> str:
+    """Return a view's or table's name; raise `DefinitionError` for one CONTRACT §1 forbids."""
+    if not VIEW_NAME.fullmatch(name) or "__" in name:
+        message = f"view name {name!r} must match {VIEW_NAME.pattern} and have no '__'"
+        raise errors.DefinitionError(message)
+    return name
