@@ -1,0 +1,41 @@
+# Needs Python 3.11 or newer, git and make; everything else is installed into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format clean
+
+help:  ## show what can be made
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(VENV)/.installed  ## run the bank on a fresh SQLite file: commands in, views out
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	CQRS_ES_STORE_URL="sqlite:///$$folder/bank.db" \
+	$(BIN)/cqrs-es run --commands examples/bank.jsonl --until-idle
+
+test: $(VENV)/.installed  ## run every test; those without their server are skipped
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed  ## style, types and layers
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed  ## rewrite the source in the project's style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:  ## remove the virtual environment and every cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist build
+
+# The stamp is younger than pyproject.toml exactly when its dependencies are installed.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.x")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
