@@ -1,0 +1,71 @@
+"""The in-memory store: every promise of the ports, except that nothing outlives the process."""
+
+from __future__ import annotations
+
+import uuid
+
+from cqrs_es import errors
+from cqrs_es.ports.clock import Clock, SystemClock
+from cqrs_es.ports.storage import Storage
+from cqrs_es.ports.store import StoreInfo
+from cqrs_es.stores.memory.dead_letters import MemoryDeadLetters
+from cqrs_es.stores.memory.leases import MemoryLeases
+from cqrs_es.stores.memory.log import MemoryEvents
+from cqrs_es.stores.memory.views import MemoryViews
+
+SCHEMA_VERSION = 1
+RELAY_MARK = "$relay"
+
+
+class MemoryStorage(Storage):
+    """A whole database in this process, for tests and for trying things out.
+
+    Leases expire by `clock`. What is stored lives as long as the object, also
+    when it is closed and opened again.
+    """
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._info: StoreInfo | None = None
+        self.views = MemoryViews()
+        self.leases = MemoryLeases(clock or SystemClock(), self.views)
+        self.dead_letters = MemoryDeadLetters()
+        self._log = MemoryEvents(self.dead_letters)
+        self.events = self._log
+
+    @property
+    def durable(self) -> bool:
+        """Always False."""
+        return False
+
+    async def open(self) -> None:
+        """Do nothing: there is nothing to connect to."""
+
+    async def close(self) -> None:
+        """Do nothing: there is nothing to let go of."""
+
+    async def initialise(self, partitions: int, *, new_epoch: bool = False) -> StoreInfo:
+        """Fix the number of partitions and the log's epoch, idempotently."""
+        if self._info is None:
+            self._info = _new_info(partitions)
+            self._log.create_partitions(partitions)
+        _check(self._info, partitions)
+        if new_epoch:
+            await self.views.forget(RELAY_MARK)
+            self._info = _new_info(partitions)
+        return self._info
+
+    async def info(self) -> StoreInfo:
+        """Read what `initialise` fixed."""
+        if self._info is None:
+            raise errors.StoreNotInitialised
+        return self._info
+
+
+def _new_info(partitions: int) -> StoreInfo:
+    return StoreInfo(partitions, str(uuid.uuid4()), SCHEMA_VERSION)
+
+
+def _check(info: StoreInfo, partitions: int) -> None:
+    if info.partitions != partitions:
+        message = f"the store has {info.partitions} partitions: set CQRS_ES_PARTITIONS to that"
+        raise errors.PartitionsMismatch(message)

@@ -1,0 +1,153 @@
+"""The event store in memory: no call waits for anything, so each is one transaction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cqrs_es import errors
+from cqrs_es.messages import Status
+from cqrs_es.ports.store import (
+    Chain,
+    ChainResult,
+    EventStore,
+    LoadedAggregate,
+    LoadRequest,
+    Snapshot,
+    StoredEvent,
+    StoredOutcome,
+)
+from cqrs_es.stores.append_plan import (
+    AppendPlan,
+    AppendState,
+    command_ids,
+    locked_partitions,
+    plan_append,
+    snapshot_keys,
+    versioned_keys,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+    from datetime import datetime
+
+    from cqrs_es.stores.memory.dead_letters import MemoryDeadLetters
+    from cqrs_es.types import AggregateKey
+
+
+@dataclass(frozen=True, slots=True)
+class _OutcomeRow:
+    stored: StoredOutcome
+    recorded_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempts:
+    count: int
+    last_error: str | None
+
+
+class MemoryEvents(EventStore):
+    """The log, outcomes and snapshots of an in-memory store."""
+
+    def __init__(self, dead_letters: MemoryDeadLetters) -> None:
+        self._dead_letters = dead_letters
+        self._log: list[list[StoredEvent]] = []
+        self._streams: dict[AggregateKey, list[StoredEvent]] = {}
+        self._snapshots: dict[AggregateKey, Snapshot] = {}
+        self._outcomes: dict[str, _OutcomeRow] = {}
+        self._attempts: dict[str, _Attempts] = {}
+
+    def create_partitions(self, partitions: int) -> None:
+        """Make the log's partitions, empty."""
+        self._log = [[] for _ in range(partitions)]
+
+    async def load(self, requests: Sequence[LoadRequest]) -> list[LoadedAggregate]:
+        """Read aggregates, in the order of `requests`."""
+        return [self._load(request) for request in requests]
+
+    def _load(self, request: LoadRequest) -> LoadedAggregate:
+        snapshot = self._snapshots.get(request.key) if request.snapshot else None
+        after = max(request.after, snapshot.last_sequence if snapshot else 0)
+        return LoadedAggregate(snapshot, tuple(self._streams.get(request.key, ())[after:]))
+
+    async def append(self, chains: Sequence[Chain], recorded_at: datetime) -> list[ChainResult]:
+        """Write what passes its checks; results in the order of `chains`."""
+        plan = plan_append(chains, self._state(chains), recorded_at)
+        self._write(plan, recorded_at)
+        return list(plan.results)
+
+    def _state(self, chains: Sequence[Chain]) -> AppendState:
+        ids, snapshots = command_ids(chains), snapshot_keys(chains)
+        return AppendState(
+            heads={p: len(self._partition(p)) for p in locked_partitions(chains)},
+            versions={key: len(self._streams.get(key, ())) for key in versioned_keys(chains)},
+            outcomes={i: self._outcomes[i].stored for i in ids if i in self._outcomes},
+            snapshot_numbers={
+                key: self._snapshots[key].number for key in snapshots if key in self._snapshots
+            },
+        )
+
+    def _write(self, plan: AppendPlan, recorded_at: datetime) -> None:
+        for event in plan.events:
+            self._log[event.partition].append(event)
+            self._streams.setdefault(event.key, []).append(event)
+        for stored in (*plan.inserted_outcomes, *plan.replaced_outcomes):
+            self._outcomes[stored.outcome.command_id] = _OutcomeRow(stored, recorded_at)
+        for snapshot in (*plan.inserted_snapshots, *plan.replaced_snapshots):
+            self._snapshots[snapshot.key] = snapshot
+        for command_id in plan.settled_attempts:
+            self._attempts.pop(command_id, None)
+        for command_id in plan.settled_letters:
+            self._dead_letters.remove(command_id)
+        for letter in plan.dead_letters:
+            self._dead_letters.put(letter)
+
+    def _partition(self, partition: int) -> list[StoredEvent]:
+        if partition not in range(len(self._partitions())):
+            message = f"the store has no partition {partition}; check CQRS_ES_PARTITIONS"
+            raise errors.PartitionsMismatch(message)
+        return self._log[partition]
+
+    def _partitions(self) -> list[list[StoredEvent]]:
+        if not self._log:
+            raise errors.StoreNotInitialised
+        return self._log
+
+    async def find_outcomes(self, command_ids: Collection[str]) -> dict[str, StoredOutcome]:
+        """Look up the outcomes of those ids that have one."""
+        known = self._outcomes
+        return {id_: known[id_].stored for id_ in command_ids if id_ in known}
+
+    async def prune_outcomes(self, before: datetime, limit: int) -> int:
+        """Delete at most `limit` outcomes recorded before a moment, not failed."""
+        old = [
+            command_id
+            for command_id, row in self._outcomes.items()
+            if row.recorded_at < before and row.stored.outcome.status is not Status.FAILED
+        ][:limit]
+        for command_id in old:
+            del self._outcomes[command_id]
+        return len(old)
+
+    async def record_attempt(self, command_id: str, error: str | None = None) -> int:
+        """Count an attempt at a command; return how many there are now."""
+        known = self._attempts.get(command_id)
+        count = known.count + 1 if known else 1
+        self._attempts[command_id] = _Attempts(count, error)
+        return count
+
+    async def read_log(self, partition: int, after: int, limit: int) -> list[StoredEvent]:
+        """Read up to `limit` events of a partition above offset `after`."""
+        events = self._partition(partition)
+        if after > len(events):
+            message = (
+                f"partition {partition} ends at {len(events)}, but {after} had been read:"
+                " restore the store, then `init --new-epoch`"
+            )
+            raise errors.BrokenLog(message)
+        return events[after : after + limit]
+
+    async def heads(self) -> Mapping[int, int]:
+        """Return every partition's head."""
+        return {partition: len(events) for partition, events in enumerate(self._partitions())}
