@@ -119,7 +119,7 @@ class CommandMessage:
     aggregate_type: str
     aggregate_id: str
     payload: JsonObject
-    metadata: Mapping[str, str] = NO_METADATA
+    metadata: Mapping[str, str] = field(default_factory=lambda: NO_METADATA)
     expected_sequence: int | None = None
     reply_to: str | None = None
     body: bytes = b""
@@ -152,7 +152,7 @@ class CommandContext:
     command_id: str
     aggregate_type: str
     aggregate_id: str
-    metadata: Mapping[str, str] = NO_METADATA
+    metadata: Mapping[str, str] = field(default_factory=lambda: NO_METADATA)
 
 
 # --- Outcomes ----------------------------------------------------------------

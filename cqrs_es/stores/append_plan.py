@@ -1,0 +1,240 @@
+"""What an append does, decided from what it read under its locks; no I/O (DESIGN G2 to G5).
+
+Every store runs the same steps: lock the heads of `locked_partitions`, read an
+`AppendState`, call `plan_append`, write the plan. So the rules are written and
+tested once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cqrs_es import errors
+from cqrs_es.messages import Outcome, Status
+from cqrs_es.ports.store import Committed, Conflicted, StoredEvent, StoredOutcome
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from datetime import datetime
+
+    from cqrs_es.ports.dead_letters import DeadLetter
+    from cqrs_es.ports.store import Chain, ChainResult, DecidedCommand, NewEvent, Snapshot
+    from cqrs_es.types import AggregateKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AppendState:
+    """What the transaction read under its locks.
+
+    `heads`: of every locked partition. `versions`: the last sequence of each
+    aggregate that has events. `snapshot_numbers`: of the aggregates in
+    `snapshot_keys` that have one.
+    """
+
+    heads: Mapping[int, int]
+    versions: Mapping[AggregateKey, int]
+    outcomes: Mapping[str, StoredOutcome]
+    snapshot_numbers: Mapping[AggregateKey, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AppendPlan:
+    """What the transaction writes, and what it answers.
+
+    Outcomes are sorted by command id: unsorted inserts deadlock. `new_heads`
+    has only the partitions that grow. `settled_letters` and
+    `settled_attempts` are command ids whose rows are to be deleted, before
+    `dead_letters` are added.
+    """
+
+    results: Sequence[ChainResult]
+    events: Sequence[StoredEvent]
+    new_heads: Mapping[int, int]
+    inserted_outcomes: Sequence[StoredOutcome]
+    replaced_outcomes: Sequence[StoredOutcome]
+    inserted_snapshots: Sequence[Snapshot]
+    replaced_snapshots: Sequence[Snapshot]
+    dead_letters: Sequence[DeadLetter]
+    settled_letters: Sequence[str]
+    settled_attempts: Sequence[str]
+
+    @property
+    def writes(self) -> bool:
+        """Whether there is anything to commit."""
+        return any(isinstance(result, Committed) for result in self.results)
+
+
+def locked_partitions(chains: Sequence[Chain]) -> list[int]:
+    """Return the partitions whose heads an append locks, in the order it locks them."""
+    return sorted({chain.partition for chain in chains})
+
+
+def versioned_keys(chains: Sequence[Chain]) -> list[AggregateKey]:
+    """Return the aggregates whose versions an append has to read."""
+    return [chain.key for chain in chains if chain.base_sequence is not None]
+
+
+def snapshot_keys(chains: Sequence[Chain]) -> list[AggregateKey]:
+    """Return the aggregates whose snapshot numbers an append has to read."""
+    return [chain.key for chain in chains if chain.snapshot is not None]
+
+
+def command_ids(chains: Sequence[Chain]) -> list[str]:
+    """Return the command ids whose outcomes an append has to look up, sorted, each once."""
+    return sorted({c.outcome.command_id for chain in chains for c in chain.commands})
+
+
+def plan_append(chains: Sequence[Chain], state: AppendState, recorded_at: datetime) -> AppendPlan:
+    """Decide which chains conflict, and give the others their sequences and offsets."""
+    draft = _Draft(state, recorded_at, dict(state.heads))
+    results = [draft.settle(chain) for chain in chains]
+    return draft.finish(results)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan in the making: chains that pass are added to it one by one."""
+
+    state: AppendState
+    recorded_at: datetime
+    heads: dict[int, int]
+    taken: set[str] = field(default_factory=set[str])
+    events: list[StoredEvent] = field(default_factory=list[StoredEvent])
+    inserted: list[StoredOutcome] = field(default_factory=list[StoredOutcome])
+    replaced: list[StoredOutcome] = field(default_factory=list[StoredOutcome])
+    snapshots: list[Snapshot] = field(default_factory=list["Snapshot"])
+    dead_letters: list[DeadLetter] = field(default_factory=list["DeadLetter"])
+    settled_letters: list[str] = field(default_factory=list[str])
+    settled_attempts: list[str] = field(default_factory=list[str])
+
+    def settle(self, chain: Chain) -> ChainResult:
+        """Add a chain whole, or answer that it conflicts and add nothing of it."""
+        if self._conflicts(chain):
+            return Conflicted(self._actual(chain))
+        outcomes = self._add_commands(chain)
+        if chain.snapshot is not None:
+            self.snapshots.append(chain.snapshot)
+        return Committed(tuple(outcomes))
+
+    def finish(self, results: list[ChainResult]) -> AppendPlan:
+        """Put what was added in the order in which it is written."""
+        numbers = self.state.snapshot_numbers
+        return AppendPlan(
+            results=results,
+            events=self.events,
+            new_heads={p: h for p, h in self.heads.items() if h != self.state.heads[p]},
+            inserted_outcomes=sorted(self.inserted, key=_command_id),
+            replaced_outcomes=sorted(self.replaced, key=_command_id),
+            inserted_snapshots=[s for s in self.snapshots if s.key not in numbers],
+            replaced_snapshots=[s for s in self.snapshots if s.key in numbers],
+            dead_letters=self.dead_letters,
+            settled_letters=sorted(self.settled_letters),
+            settled_attempts=sorted(self.settled_attempts),
+        )
+
+    # --- Conflicts ---
+
+    def _conflicts(self, chain: Chain) -> bool:
+        return (
+            self._version_differs(chain)
+            or self._snapshot_differs(chain)
+            or self._outcome_exists(chain)
+        )
+
+    def _actual(self, chain: Chain) -> int | None:
+        if chain.base_sequence is None:
+            return None
+        return self.state.versions.get(chain.key, 0)
+
+    def _version_differs(self, chain: Chain) -> bool:
+        return self._actual(chain) != chain.base_sequence
+
+    def _snapshot_differs(self, chain: Chain) -> bool:
+        if chain.snapshot is None:
+            return False
+        return self.state.snapshot_numbers.get(chain.key, 0) != chain.snapshot.number - 1
+
+    def _outcome_exists(self, chain: Chain) -> bool:
+        """Whether a command of the chain has an outcome, here or earlier in this append."""
+        ids = [command.outcome.command_id for command in chain.commands]
+        if len(set(ids)) < len(ids) or not self.taken.isdisjoint(ids):
+            return True
+        return any(self._stands_in_the_way(command) for command in chain.commands)
+
+    def _stands_in_the_way(self, command: DecidedCommand) -> bool:
+        known = self.state.outcomes.get(command.outcome.command_id)
+        if known is None:
+            return False
+        return not (command.replaces_failed and known.outcome.status is Status.FAILED)
+
+    # --- Additions ---
+
+    def _add_commands(self, chain: Chain) -> list[Outcome]:
+        if chain.partition not in self.heads:
+            message = f"the store has no partition {chain.partition}; check CQRS_ES_PARTITIONS"
+            raise errors.PartitionsMismatch(message)
+        outcomes: list[Outcome] = []
+        sequence = chain.base_sequence or 0
+        for command in chain.commands:
+            outcomes.append(self._add_command(chain, command, sequence))
+            sequence += len(command.events)
+        return outcomes
+
+    def _add_command(self, chain: Chain, command: DecidedCommand, sequence: int) -> Outcome:
+        self._add_events(chain, command, sequence)
+        outcome = self._completed(chain, command)
+        self._add_outcome(StoredOutcome(outcome, command.content_hash))
+        self._add_cares(command)
+        return outcome
+
+    def _add_events(self, chain: Chain, command: DecidedCommand, sequence: int) -> None:
+        offset = self.heads[chain.partition]
+        for place, event in enumerate(command.events, start=1):
+            self.events.append(
+                self._stored(chain, command, event, sequence + place, offset + place)
+            )
+        self.heads[chain.partition] = offset + len(command.events)
+
+    def _stored(
+        self, chain: Chain, command: DecidedCommand, event: NewEvent, sequence: int, offset: int
+    ) -> StoredEvent:
+        return StoredEvent(
+            key=chain.key,
+            sequence=sequence,
+            event_type=event.event_type,
+            event_version=event.event_version,
+            payload=event.payload,
+            metadata=event.metadata,
+            partition=chain.partition,
+            offset=offset,
+            command_id=command.outcome.command_id,
+            recorded_at=self.recorded_at,
+        )
+
+    def _completed(self, chain: Chain, command: DecidedCommand) -> Outcome:
+        """Return the outcome with the place of the command's own last event, if it has one."""
+        if not command.events:
+            return command.outcome
+        offset = self.heads[chain.partition]
+        return dataclasses.replace(command.outcome, partition=chain.partition, offset=offset)
+
+    def _add_outcome(self, stored: StoredOutcome) -> None:
+        known = stored.outcome.command_id in self.state.outcomes
+        (self.replaced if known else self.inserted).append(stored)
+        self.taken.add(stored.outcome.command_id)
+
+    def _add_cares(self, command: DecidedCommand) -> None:
+        """Note the dead letter and attempts that come or go with a command's outcome."""
+        command_id = command.outcome.command_id
+        if command.attempted:
+            self.settled_attempts.append(command_id)
+        if command.dead_letter is not None:
+            self.dead_letters.append(command.dead_letter)
+        elif command.replaces_failed:
+            self.settled_letters.append(command_id)
+
+
+def _command_id(stored: StoredOutcome) -> str:
+    return stored.outcome.command_id
