@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cqrs_es.messages import Envelope
 
 E = TypeVar("E")
-SqlValue: TypeAlias = None | int | float | str
+SqlValue: TypeAlias = int | float | str | None
 SqlRow: TypeAlias = tuple[SqlValue, ...]
 
 

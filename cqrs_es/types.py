@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from cqrs_es import errors
 
-Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 JsonObject: TypeAlias = dict[str, Json]
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")

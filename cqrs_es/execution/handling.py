@@ -1,0 +1,77 @@
+"""Running an aggregate's handler, whatever kind of function it is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from cqrs_es import errors
+
+if TYPE_CHECKING:
+    from cqrs_es.registry import AnyAggregate
+
+OnEvent: TypeAlias = Callable[[object], None]
+
+
+async def run_handler(
+    aggregate: AnyAggregate,
+    command: object,
+    services: object,
+    *,
+    on_event: OnEvent,
+    seconds: float | None = None,
+) -> None:
+    """Call `handle` and pass each event to `on_event`, then to `apply`, as soon as it comes.
+
+    A plain function or generator runs to its end without giving way to the
+    event loop. Raises `HandlerTimeout` after `seconds`, and whatever the
+    handler raises.
+    """
+
+    def happen(event: object) -> None:
+        on_event(event)
+        aggregate.apply(event)
+
+    result = aggregate.handle(command, services)
+    if isinstance(result, AsyncIterator) or inspect.isawaitable(result):
+        await _within(seconds, _drive(result, happen))
+    else:
+        _apply_all(result, happen)
+
+
+async def _drive(result: AsyncIterator[Any] | Awaitable[Any], happen: OnEvent) -> None:
+    if isinstance(result, AsyncGenerator):
+        async with contextlib.aclosing(result) as events:
+            async for event in events:
+                happen(event)
+    elif isinstance(result, AsyncIterator):
+        async for event in result:
+            happen(event)
+    else:
+        _apply_all(await result, happen)
+
+
+def _apply_all(result: object, happen: OnEvent) -> None:
+    if result is None:
+        return
+    if not isinstance(result, Iterable) or isinstance(result, str | bytes):
+        message = f"handle must yield events or return a list of them, not {result!r}"
+        raise errors.DefinitionError(message)
+    for event in result:
+        happen(event)
+
+
+async def _within(seconds: float | None, work: Awaitable[None]) -> None:
+    """Await under a deadline; tell our time-out from one that the handler raised itself."""
+    deadline = asyncio.timeout(seconds)
+    try:
+        async with deadline:
+            await work
+    except TimeoutError as exc:
+        if deadline.expired():
+            message = f"the handler took longer than {seconds} s (CQRS_ES_HANDLER_TIMEOUT)"
+            raise errors.HandlerTimeout(message) from exc
+        raise

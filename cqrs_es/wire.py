@@ -1,0 +1,233 @@
+"""Command messages and outcomes as bytes, checked against CONTRACT §1–§3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, cast
+
+import orjson
+
+from cqrs_es import errors
+from cqrs_es.messages import (
+    NO_METADATA,
+    CommandMessage,
+    Outcome,
+    OutcomeError,
+    OutcomeEvent,
+    Status,
+)
+from cqrs_es.types import (
+    METADATA_KEY,
+    REPLY_TO,
+    Json,
+    JsonObject,
+    check_aggregate_id,
+    check_name,
+    parse_command_id,
+    shown,
+)
+
+MAX_MESSAGE_BYTES: Final = 256 * 1024
+MAX_NESTING: Final = 16
+MAX_METADATA_ENTRIES: Final = 32
+MAX_METADATA_BYTES: Final = 8 * 1024
+MAX_SEQUENCE: Final = 2**63 - 1
+
+
+# --- Commands in -------------------------------------------------------------
+
+
+def parse_command(body: bytes, max_bytes: int = MAX_MESSAGE_BYTES) -> CommandMessage:
+    """Read a command message and check its envelope; the payload's fields come later.
+
+    Raises `InvalidMessage` that names the field and the reason.
+    """
+    message = _parse_object(body, max_bytes)
+    name = _text(message, "type")
+    check_name(name, "type")
+    aggregate_type = _text(message, "aggregate_type")
+    check_name(aggregate_type, "aggregate_type")
+    aggregate_id = _text(message, "aggregate_id")
+    check_aggregate_id(aggregate_id)
+    _optional_text(message, "sent_at")
+    return CommandMessage(
+        id=parse_command_id(_text(message, "id")),
+        type=name,
+        aggregate_type=aggregate_type,
+        aggregate_id=aggregate_id,
+        payload=_object(message, "payload"),
+        metadata=check_metadata(message.get("metadata")),
+        expected_sequence=_expected_sequence(message),
+        reply_to=_reply_to(message),
+        body=body,
+    )
+
+
+def command_id_of(body: bytes) -> str | None:
+    """Return the id of a message that may be invalid otherwise; None when it has none."""
+    try:
+        message = orjson.loads(body)
+        return parse_command_id(message["id"])
+    except (ValueError, TypeError, KeyError, errors.InvalidMessage):
+        return None
+
+
+def _parse_object(body: bytes, max_bytes: int) -> JsonObject:
+    if len(body) > max_bytes:
+        message = f"message has {len(body)} bytes, over the limit of {max_bytes}"
+        raise errors.InvalidMessage(message)
+    try:
+        message = orjson.loads(body)
+    except orjson.JSONDecodeError as exc:
+        reason = f"message is not JSON in UTF-8: {exc.msg} at character {exc.pos}"
+        raise errors.InvalidMessage(reason) from exc
+    if not isinstance(message, dict):
+        reason = f"message must be a JSON object, not {shown(message)}"
+        raise errors.InvalidMessage(reason)
+    if nests_deeper_than(message, MAX_NESTING):
+        reason = f"message nests deeper than {MAX_NESTING} levels"
+        raise errors.InvalidMessage(reason)
+    return cast("JsonObject", message)
+
+
+def nests_deeper_than(value: Json, limit: int) -> bool:
+    """Tell whether objects and arrays are nested more than `limit` deep, the outermost counted."""
+    if isinstance(value, dict):
+        return limit == 0 or any(nests_deeper_than(item, limit - 1) for item in value.values())
+    if isinstance(value, list):
+        return limit == 0 or any(nests_deeper_than(item, limit - 1) for item in value)
+    return False
+
+
+def _text(message: JsonObject, field: str) -> str:
+    value = message.get(field)
+    if isinstance(value, str):
+        return value
+    reason = f"{field} must be a string, not {shown(value)}" if field in message else None
+    raise errors.InvalidMessage(reason or f"{field} is missing")
+
+
+def _optional_text(message: JsonObject, field: str) -> str | None:
+    return None if message.get(field) is None else _text(message, field)
+
+
+def _object(message: JsonObject, field: str) -> JsonObject:
+    value = message.get(field)
+    if isinstance(value, dict):
+        return value
+    reason = f"{field} must be an object, not {shown(value)}" if field in message else None
+    raise errors.InvalidMessage(reason or f"{field} is missing")
+
+
+def _expected_sequence(message: JsonObject) -> int | None:
+    value = message.get("expected_sequence")
+    if value is None:
+        return None
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_SEQUENCE:
+        return value
+    reason = f"expected_sequence must be a whole number from 0, not {shown(value)}"
+    raise errors.InvalidMessage(reason)
+
+
+def _reply_to(message: JsonObject) -> str | None:
+    value = _optional_text(message, "reply_to")
+    if value is None or REPLY_TO.fullmatch(value):
+        return value
+    reason = f"reply_to must match {REPLY_TO.pattern}, not {shown(value)}"
+    raise errors.InvalidMessage(reason)
+
+
+def check_metadata(value: Json) -> Mapping[str, str]:
+    """Return metadata that keeps to CONTRACT §1; raise `InvalidMessage`."""
+    if value is None:
+        return NO_METADATA
+    if not isinstance(value, dict):
+        raise errors.InvalidMessage(f"metadata must be an object, not {shown(value)}")
+    if len(value) > MAX_METADATA_ENTRIES:
+        reason = f"metadata has {len(value)} entries, over the limit of {MAX_METADATA_ENTRIES}"
+        raise errors.InvalidMessage(reason)
+    for key, item in value.items():
+        _check_metadata_entry(key, item)
+    size = sum(len(key.encode()) + len(str(item).encode()) for key, item in value.items())
+    if size > MAX_METADATA_BYTES:
+        reason = f"metadata has {size} bytes, over the limit of {MAX_METADATA_BYTES}"
+        raise errors.InvalidMessage(reason)
+    return cast("dict[str, str]", value)
+
+
+def _check_metadata_entry(key: str, item: Json) -> None:
+    if not METADATA_KEY.fullmatch(key):
+        reason = f"metadata key {shown(key)} must match {METADATA_KEY.pattern}"
+        raise errors.InvalidMessage(reason)
+    if not isinstance(item, str):
+        reason = f"metadata.{key} must be a string, not {shown(item)}"
+        raise errors.InvalidMessage(reason)
+
+
+# --- Commands out ------------------------------------------------------------
+
+
+def encode_command(message: CommandMessage, sent_at: str | None = None) -> bytes:
+    """Write a command message as CONTRACT §2 has it, without the fields that are absent."""
+    fields: dict[str, object] = {
+        "id": message.id,
+        "type": message.type,
+        "aggregate_type": message.aggregate_type,
+        "aggregate_id": message.aggregate_id,
+        "payload": message.payload,
+    }
+    optional = {
+        "metadata": dict(message.metadata) or None,
+        "expected_sequence": message.expected_sequence,
+        "reply_to": message.reply_to,
+        "sent_at": sent_at,
+    }
+    fields.update({name: value for name, value in optional.items() if value is not None})
+    return orjson.dumps(fields)
+
+
+# --- Outcomes ----------------------------------------------------------------
+
+
+def outcome_fields(outcome: Outcome) -> dict[str, object]:
+    """Return an outcome as the JSON object of CONTRACT §3."""
+    return {
+        "command_id": outcome.command_id,
+        "status": outcome.status.value,
+        "aggregate_type": outcome.aggregate_type,
+        "aggregate_id": outcome.aggregate_id,
+        "sequence": outcome.sequence,
+        "partition": outcome.partition,
+        "offset": None if outcome.offset is None else str(outcome.offset),
+        "events": [{"type": event.type, "sequence": event.sequence} for event in outcome.events],
+        "error": outcome.error and {"code": outcome.error.code, "message": outcome.error.message},
+        "duplicate": outcome.duplicate,
+    }
+
+
+def encode_outcome(outcome: Outcome) -> bytes:
+    """Write an outcome as CONTRACT §3 has it."""
+    return orjson.dumps(outcome_fields(outcome))
+
+
+def decode_outcome(body: bytes) -> Outcome:
+    """Read what `encode_outcome` wrote; raise `UndecodableRow`."""
+    try:
+        fields = orjson.loads(body)
+        error = fields["error"]
+        offset = fields["offset"]
+        return Outcome(
+            command_id=fields["command_id"],
+            status=Status(fields["status"]),
+            aggregate_type=fields["aggregate_type"],
+            aggregate_id=fields["aggregate_id"],
+            sequence=fields["sequence"],
+            partition=fields["partition"],
+            offset=None if offset is None else int(offset),
+            events=tuple(OutcomeEvent(item["type"], item["sequence"]) for item in fields["events"]),
+            error=error and OutcomeError(error["code"], error["message"]),
+            duplicate=fields["duplicate"],
+        )
+    except (ValueError, KeyError, TypeError) as exc:
+        message = f"this is no outcome: {shown(body)}"
+        raise errors.UndecodableRow(message) from exc
