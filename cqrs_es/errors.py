@@ -198,6 +198,10 @@ class BrokenLog(CqrsError):
     """The log has a hole or ends before a checkpoint: restore it, then `init --new-epoch`."""
 
 
+class TooManyParked(CqrsError):
+    """A view fails on too many aggregates; mend the view, then start its projector again."""
+
+
 class HandlerTimeout(CqrsError):
     """The handler took longer than CQRS_ES_HANDLER_TIMEOUT."""
 

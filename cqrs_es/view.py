@@ -39,6 +39,11 @@ class View(ABC, Generic[E]):
     def update(self, event: Envelope[E]) -> None:
         """Fold an event into the row; called once for each event and row, in order."""
 
+    @property
+    def deleted(self) -> bool:
+        """Whether `update` has asked for the row to be deleted."""
+        return self._deleted
+
     def delete(self) -> None:
         """Delete the row, to be called from `update`; a later event starts it afresh."""
         self._deleted = True

@@ -69,7 +69,7 @@ class DeadLetters(ABC):
         """Keep a letter durably; where its id is known, add its attempts and update the rest."""
 
     @abstractmethod
-    async def list(self, *, after: str = "", limit: int = 100) -> list[DeadLetter]:
+    async def page(self, *, after: str = "", limit: int = 100) -> list[DeadLetter]:
         """Return up to `limit` letters with an id above `after`, by id."""
 
     @abstractmethod

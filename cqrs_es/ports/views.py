@@ -111,7 +111,7 @@ class ViewStore(ABC):
         """Return one row, None when there is none."""
 
     @abstractmethod
-    async def list(self, table: str, *, after: str = "", limit: int = 100) -> list[ViewRow]:
+    async def page(self, table: str, *, after: str = "", limit: int = 100) -> list[ViewRow]:
         """Return up to `limit` rows with an id above `after`, by id."""
 
     @abstractmethod

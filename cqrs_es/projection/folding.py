@@ -1,0 +1,144 @@
+"""What a batch of events does to a view's rows, or to a projector's own tables."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from cqrs_es.ports.views import ViewRow
+from cqrs_es.projector import physical_name
+from cqrs_es.registry import ProjectorDefinition, ViewDefinition
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cqrs_es.messages import Envelope
+    from cqrs_es.ports.views import ViewStore, ViewTransaction
+    from cqrs_es.registry import AnyView, ProjectionDefinition
+
+
+class Folding(ABC):
+    """One generation of a view or projector, seen as something that events are written to."""
+
+    def __init__(self, definition: ProjectionDefinition, generation: int) -> None:
+        self.name = definition.name
+        self.generation = generation
+        self.key = physical_name(definition.name, generation)
+        self.event_classes = definition.event_classes
+
+    @abstractmethod
+    async def create_tables(self, views: ViewStore) -> None:
+        """Create the generation's tables, unless they are there."""
+
+    @abstractmethod
+    async def publish_tables(self, views: ViewStore) -> None:
+        """Make the view's own names show this generation."""
+
+    @abstractmethod
+    async def fold(self, events: Sequence[Envelope[Any]], transaction: ViewTransaction) -> None:
+        """Write what the events mean; raises whatever the author's code raises."""
+
+
+class ViewFolding(Folding):
+    """Folds events into rows of JSON."""
+
+    def __init__(self, definition: ViewDefinition, generation: int) -> None:
+        super().__init__(definition, generation)
+        self._definition = definition
+
+    async def create_tables(self, views: ViewStore) -> None:
+        """Create the table of rows."""
+        await views.create_table(self.key)
+
+    async def publish_tables(self, views: ViewStore) -> None:
+        """Show this generation's rows under the view's name."""
+        await views.publish_table(self.name, self.key)
+
+    async def fold(self, events: Sequence[Envelope[Any]], transaction: ViewTransaction) -> None:
+        """Load every row that the events touch, update them in order, save what changed."""
+        targets = [(event, _view_ids(self._definition.cls, event)) for event in events]
+        wanted = sorted({view_id for _, view_ids in targets for view_id in view_ids})
+        if not wanted:
+            return
+        rows = _Rows(self._definition, await transaction.load(self.key, wanted))
+        for event, view_ids in targets:
+            for view_id in view_ids:
+                rows.update(view_id, event)
+        await rows.write(self.key, transaction)
+
+
+class _Rows:
+    """The rows that a batch touches, as typed views."""
+
+    def __init__(self, definition: ViewDefinition, stored: dict[str, ViewRow]) -> None:
+        self._definition = definition
+        self._stored = stored
+        self._views: dict[str, AnyView | None] = {}
+
+    def update(self, view_id: str, event: Envelope[Any]) -> None:
+        view = self._views.get(view_id)
+        if view is None:
+            view = self._definition.cls() if view_id in self._views else self._read(view_id)
+        view.update(event)
+        self._views[view_id] = None if view.deleted else view
+
+    def _read(self, view_id: str) -> AnyView:
+        row = self._stored.get(view_id)
+        if row is None:
+            return self._definition.cls()
+        view: AnyView = self._definition.state.decode(row.payload)
+        return view
+
+    async def write(self, table: str, transaction: ViewTransaction) -> None:
+        gone = [view_id for view_id, view in self._views.items() if view is None]
+        kept = [
+            ViewRow(view_id, self._version(view_id) + 1, self._definition.state.encode(view))
+            for view_id, view in sorted(self._views.items())
+            if view is not None
+        ]
+        if gone:
+            await transaction.delete(table, gone)
+        if kept:
+            await transaction.save(table, kept)
+
+    def _version(self, view_id: str) -> int:
+        row = self._stored.get(view_id)
+        return 0 if row is None else row.version
+
+
+class SqlFolding(Folding):
+    """Hands events to a projector that writes its own tables."""
+
+    def __init__(self, definition: ProjectorDefinition, generation: int) -> None:
+        super().__init__(definition, generation)
+        self._tables = definition.cls.tables
+        self._projector = definition.cls(generation)
+
+    async def create_tables(self, views: ViewStore) -> None:
+        """Create the projector's tables."""
+        for name, columns in self._tables.items():
+            await views.create_table(physical_name(name, self.generation), columns)
+
+    async def publish_tables(self, views: ViewStore) -> None:
+        """Show this generation's tables under their own names."""
+        for name in self._tables:
+            await views.publish_table(name, physical_name(name, self.generation))
+
+    async def fold(self, events: Sequence[Envelope[Any]], transaction: ViewTransaction) -> None:
+        """Call the projector once with all events."""
+        await self._projector.project(events, transaction)
+
+
+def folding_for(definition: ProjectionDefinition, generation: int) -> Folding:
+    """Make the folding of one generation of a view or projector."""
+    if isinstance(definition, ViewDefinition):
+        return ViewFolding(definition, generation)
+    return SqlFolding(definition, generation)
+
+
+def _view_ids(cls: type[AnyView], event: Envelope[Any]) -> list[str]:
+    """Return the rows an event belongs to, each once."""
+    found = cls.view_id(event)
+    if found is None:
+        return []
+    return [found] if isinstance(found, str) else list(dict.fromkeys(found))

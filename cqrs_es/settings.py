@@ -1,0 +1,181 @@
+"""What an operator sets: environment variables with the prefix `CQRS_ES_`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final, Literal, Self, TypeAlias, get_args
+from urllib.parse import urlsplit, urlunsplit
+
+from cqrs_es import errors
+from cqrs_es.types import NAME
+from cqrs_es.wire import MAX_MESSAGE_BYTES
+
+PREFIX: Final = "CQRS_ES_"
+# Settings of the test suite and of tools, which share the prefix.
+FOREIGN_PREFIXES: Final = ("CQRS_ES_TEST_",)
+DEFAULT_PARTITIONS: Final = 16
+LogFormat: TypeAlias = Literal["auto", "console", "json"]
+LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
+_EMBEDDED_SCHEMES: Final = {"sqlite", "memory"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The framework's settings; times in seconds unless the name says otherwise.
+
+    `partitions` and `service` are None when not set: the store's scheme and the
+    application then decide.
+    """
+
+    app: str | None = None
+    store_url: str | None = None
+    broker_url: str = "memory://"
+    service: str | None = None
+    partitions: int | None = None
+    batch_size: int = 500
+    handler_timeout: float = 30.0
+    lease_seconds: float = 10.0
+    outcome_retention_days: float = 30.0
+    event_retention: int = 1_000_000
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+    max_event_bytes: int = 1024 * 1024
+    shutdown_timeout: float = 30.0
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "auto"
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
+        """Read and check the settings; raise `SettingsError` naming the variable.
+
+        `CQRS_ES_<NAME>_FILE` reads a value from a file. Unknown names with the
+        prefix are refused: a misspelt setting must not do nothing.
+        """
+        given = _given(os.environ if environment is None else environment)
+        known = {field.name for field in fields(cls)}
+        for name in given:
+            if name not in known:
+                variables = ", ".join(PREFIX + other.upper() for other in sorted(known))
+                message = f"{PREFIX}{name.upper()} is no setting; there are {variables}"
+                raise errors.SettingsError(message)
+        return cls(**{name: _parsed(name, text) for name, text in given.items()})
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the store lives inside the process: SQLite or memory."""
+        return urlsplit(self.store_url or "sqlite:").scheme in _EMBEDDED_SCHEMES
+
+    def partitions_or_default(self) -> int:
+        """Return how many partitions `init` gives a new store: 16; SQLite and memory 1."""
+        return self.partitions or (1 if self.embedded else DEFAULT_PARTITIONS)
+
+
+def _given(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings in an environment by field name, files read."""
+    given: dict[str, str] = {}
+    for variable, value in environment.items():
+        if not variable.startswith(PREFIX) or variable.startswith(FOREIGN_PREFIXES):
+            continue
+        name = variable.removeprefix(PREFIX).lower()
+        if name.endswith("_file"):
+            name, text = name.removesuffix("_file"), _read(variable, value)
+        else:
+            text = value
+        if name in given:
+            message = f"{PREFIX}{name.upper()} is set twice, once by a file; unset one"
+            raise errors.SettingsError(message)
+        given[name] = text
+    return given
+
+
+def _read(variable: str, path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        message = f"{variable}: the file {path!r} can't be read: {exc}"
+        raise errors.SettingsError(message) from exc
+
+
+def _parsed(name: str, text: str) -> Any:
+    try:
+        return _PARSERS[name](text)
+    except ValueError as exc:
+        message = f"{PREFIX}{name.upper()}: {exc}"
+        raise errors.SettingsError(message) from exc
+
+
+def _text(text: str) -> str:
+    if not text:
+        message = "must not be empty; unset it for the default"
+        raise ValueError(message)
+    return text
+
+
+def _service(text: str) -> str:
+    if not NAME.fullmatch(text):
+        message = f"must match {NAME.pattern}, not {text!r}"
+        raise ValueError(message)
+    return text
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,18}", text) or not least <= int(text) <= most:
+            message = f"must be a whole number from {least} to {most}, not {text!r}"
+            raise ValueError(message)
+        return int(text)
+
+    return parse
+
+
+def _number(least: float, most: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        valid = re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", text)
+        if not valid or not least <= float(text) <= most:
+            message = f"must be a number from {least:g} to {most:g}, not {text!r}"
+            raise ValueError(message)
+        return float(text)
+
+    return parse
+
+
+def _one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.lower() not in choices:
+            message = f"must be one of {', '.join(choices)}, not {text!r}"
+            raise ValueError(message)
+        return text.lower()
+
+    return parse
+
+
+_PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
+    "app": _text,
+    "store_url": _text,
+    "broker_url": _text,
+    "service": _service,
+    "partitions": _whole(1, 1024),
+    "batch_size": _whole(1, 10_000),
+    "handler_timeout": _number(0.01, 86_400),
+    "lease_seconds": _number(1, 3600),
+    "outcome_retention_days": _number(0.001, 36_500),
+    "event_retention": _whole(1, 10**12),
+    "max_message_bytes": _whole(1024, 64 * 1024 * 1024),
+    "max_event_bytes": _whole(1024, 64 * 1024 * 1024),
+    "shutdown_timeout": _number(0.1, 3600),
+    "log_level": _one_of(get_args(LogLevel)),
+    "log_format": _one_of(get_args(LogFormat)),
+}
+
+
+def masked(url: str) -> str:
+    """Return a URL fit for logs: its password and query replaced by stars."""
+    parts = urlsplit(url)
+    place = parts.netloc
+    if parts.password is not None:
+        user = parts.username or ""
+        place = f"{user}:***@{place.rpartition('@')[2]}"
+    return urlunsplit((parts.scheme, place, parts.path, "***" if parts.query else "", ""))
