@@ -1,0 +1,108 @@
+"""What differs between SQL databases: types, placeholders, locks, upserts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, TypeAlias
+
+from cqrs_es import errors
+
+if TYPE_CHECKING:
+    from cqrs_es.stores.sql.tables import Table
+
+Parameter: TypeAlias = int | float | str | bytes | datetime | None
+
+_IDENTIFIER = re.compile(r"[A-Za-z$][A-Za-z0-9_]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class RowStatement:
+    """A statement that is run for rows; `row` may be repeated between `head` and `tail`."""
+
+    head: str
+    row: str
+    tail: str
+
+    def __str__(self) -> str:
+        return f"{self.head} {self.row}{self.tail}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Dialect:
+    """One database's way of saying what the statements of this package say.
+
+    Statements are written with `?` placeholders; sessions translate them.
+    """
+
+    name: str
+    quote_mark: str = '"'
+    types: Mapping[str, str]
+    table_options: str = ""
+    for_update: str = " FOR UPDATE"
+    blob_placeholder: str = "?"
+    to_blob: Callable[[bytes], Parameter] = bytes
+    to_time: Callable[[datetime], Parameter]
+    row_alias: str = ""
+    on_duplicate: str = " ON CONFLICT ({key}) DO UPDATE SET "
+    incoming: str = "excluded.{column}"
+    outcome_status: str
+    replace_view: Sequence[str] = (
+        "DROP VIEW IF EXISTS {name}",
+        "CREATE VIEW {name} AS SELECT * FROM {table}",
+    )
+    list_columns: str
+    list_indexes: str
+
+    def quoted(self, name: str) -> str:
+        """Return a name as an identifier; raise `ConfigurationError` if it can't be one."""
+        if not _IDENTIFIER.fullmatch(name):
+            message = f"{name!r} can't be the name of a table; use {_IDENTIFIER.pattern}"
+            raise errors.ConfigurationError(message)
+        return f"{self.quote_mark}{name}{self.quote_mark}"
+
+    def insert(self, table: Table) -> RowStatement:
+        """Return the statement that adds rows, in the order of the table's columns."""
+        columns = ", ".join(table.columns)
+        marks = ", ".join(
+            self.blob_placeholder if column in table.blobs else "?" for column in table.columns
+        )
+        head = f"INSERT INTO {self.quoted(table.name)} ({columns}) VALUES"
+        return RowStatement(head, f"({marks})", "")
+
+    def upsert(self, table: Table, changes: Mapping[str, str] | None = None) -> RowStatement:
+        """Return the statement that adds rows or changes those that are there.
+
+        `changes` gives other values than the new row's, where `{column}` of the
+        old row is written `old.column` and of the new one `new.column`.
+        """
+        insert = self.insert(table)
+        update = self.on_duplicate.format(key=", ".join(table.key))
+        assignments = ", ".join(
+            f"{column} = {self._value(table, (changes or {}).get(column, f'new.{column}'))}"
+            for column in table.columns
+            if column not in table.key
+        )
+        return RowStatement(insert.head, insert.row, f"{self.row_alias}{update}{assignments}")
+
+    def _value(self, table: Table, expression: str) -> str:
+        old = re.sub(r"\bold\.(\w+)", rf"{table.name}.\1", expression)
+        return re.sub(r"\bnew\.(\w+)", lambda m: self.incoming.format(column=m[1]), old)
+
+
+def marks(count: int) -> str:
+    """Return the placeholders of a list of `count` values, in parentheses."""
+    return f"({', '.join('?' * count)})"
+
+
+def utc_text(moment: datetime) -> str:
+    """Return a moment as text that sorts by time."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def utc_moment(value: object) -> datetime:
+    """Return a moment that a database gave, as text or as a datetime in UTC; aware."""
+    moment = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

@@ -1,0 +1,250 @@
+"""The event store in SQL: what an append reads under its locks, what it writes, and reading."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Final
+
+from cqrs_es import errors
+from cqrs_es.ports.store import EventStore, LoadedAggregate
+from cqrs_es.stores import append_plan
+from cqrs_es.stores.append_plan import AppendState
+from cqrs_es.stores.sql import dead_letters, outcomes
+from cqrs_es.stores.sql.dialect import marks
+from cqrs_es.stores.sql.rows import event_of, event_row, snapshot_of, snapshot_row
+from cqrs_es.stores.sql.session import chunks
+from cqrs_es.stores.sql.tables import EVENTS, LOG_PARTITIONS, SNAPSHOTS
+from cqrs_es.types import AggregateKey
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from datetime import datetime
+
+    from cqrs_es.messages import StoredEvent
+    from cqrs_es.ports.store import Chain, ChainResult, LoadRequest, Snapshot, StoredOutcome
+    from cqrs_es.stores.append_plan import AppendPlan
+    from cqrs_es.stores.sql.session import Database, Row, Session
+
+_HEADS: Final = "SELECT log_partition, head FROM log_partitions"
+_VERSIONS: Final = """
+    SELECT aggregate_id, MAX(sequence) FROM events
+    WHERE aggregate_type = ? AND aggregate_id IN {ids} GROUP BY aggregate_id"""
+_SNAPSHOT_NUMBERS: Final = """
+    SELECT aggregate_id, current_snapshot FROM snapshots
+    WHERE aggregate_type = ? AND aggregate_id IN {ids}"""
+_SNAPSHOTS: Final = f"{SNAPSHOTS.select} WHERE aggregate_type = ? AND aggregate_id IN {{ids}}"
+_STREAM: Final = "(aggregate_type = ? AND aggregate_id = ? AND sequence > ?)"
+_STREAMS: Final = (
+    f"{EVENTS.select} WHERE {{streams}} ORDER BY aggregate_type, aggregate_id, sequence"
+)
+_LOG: Final = (
+    f"{EVENTS.select} WHERE log_partition = ? AND log_offset > ? ORDER BY log_offset LIMIT ?"
+)
+STREAMS_PER_QUERY: Final = 100
+"""Each is a range of the primary key, and SQLite limits an expression's depth to 1,000."""
+
+
+class SqlEvents(EventStore):
+    """The log, outcomes and snapshots in an SQL database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def load(self, requests: Sequence[LoadRequest]) -> list[LoadedAggregate]:
+        """Read aggregates, in the order of `requests`."""
+        async with self._database.reading() as session:
+            snapshots = await _snapshots(session, [r.key for r in requests if r.snapshot])
+            after = {request.key: _start(request, snapshots) for request in requests}
+            streams = await _streams(session, after)
+        return [
+            LoadedAggregate(snapshots.get(r.key) if r.snapshot else None, streams[r.key])
+            for r in requests
+        ]
+
+    async def append(self, chains: Sequence[Chain], recorded_at: datetime) -> list[ChainResult]:
+        """Write what passes its checks, in one transaction; results in the order of `chains`."""
+        if not chains:
+            return []
+
+        async def work(session: Session) -> list[ChainResult]:
+            state = await _lock_and_read(session, chains)
+            plan = append_plan.plan_append(chains, state, recorded_at)
+            await _write(session, plan, recorded_at)
+            return list(plan.results)
+
+        return await self._database.run(work)
+
+    async def find_outcomes(self, command_ids: Collection[str]) -> dict[str, StoredOutcome]:
+        """Look up the outcomes of those ids that have one."""
+        async with self._database.reading() as session:
+            return await outcomes.find(session, list(command_ids))
+
+    async def prune_outcomes(self, before: datetime, limit: int) -> int:
+        """Delete at most `limit` outcomes recorded before a moment, not failed."""
+        return await self._database.run(lambda session: outcomes.prune(session, before, limit))
+
+    async def record_attempt(self, command_id: str, error: str | None = None) -> int:
+        """Count an attempt at a command durably; return how many there are now."""
+        return await self._database.run(
+            lambda session: outcomes.count_attempt(session, command_id, error)
+        )
+
+    async def read_log(self, partition: int, after: int, limit: int) -> list[StoredEvent]:
+        """Read up to `limit` events of a partition above offset `after`, or `BrokenLog`."""
+        async with self._database.reading() as session:
+            rows = await session.fetch(_LOG, (partition, after, limit))
+            if not rows and await _head(session, partition) != after:
+                # Events may have been committed between the two statements.
+                rows = await session.fetch(_LOG, (partition, after, limit))
+                _check_not_empty(rows, partition, after)
+        events = [event_of(row) for row in rows]
+        _check_contiguous(events, partition, after)
+        return events
+
+    async def heads(self) -> Mapping[int, int]:
+        """Return every partition's head."""
+        async with self._database.reading() as session:
+            rows = await session.fetch(f"{_HEADS} ORDER BY log_partition")
+        if not rows:
+            raise errors.StoreNotInitialised
+        return dict(rows)
+
+
+# --- Appending ---------------------------------------------------------------
+
+
+async def _lock_and_read(session: Session, chains: Sequence[Chain]) -> AppendState:
+    """Lock the heads, then in later statements read what the plan depends on.
+
+    In one statement, or under REPEATABLE READ, the versions could be older than
+    the lock.
+    """
+    heads = await _lock_heads(session, append_plan.locked_partitions(chains))
+    return AppendState(
+        heads=heads,
+        outcomes=await outcomes.find(session, append_plan.command_ids(chains)),
+        versions=await _numbers(session, _VERSIONS, append_plan.versioned_keys(chains)),
+        snapshot_numbers=await _numbers(
+            session, _SNAPSHOT_NUMBERS, append_plan.snapshot_keys(chains)
+        ),
+    )
+
+
+async def _lock_heads(session: Session, partitions: Sequence[int]) -> dict[int, int]:
+    """Lock in ascending order, so that no two appends wait for each other."""
+    where = f"WHERE log_partition IN {marks(len(partitions))} ORDER BY log_partition"
+    return dict(await session.fetch(f"{_HEADS} {where}", partitions, lock=True))
+
+
+async def _numbers(
+    session: Session, sql: str, keys: Iterable[AggregateKey]
+) -> dict[AggregateKey, int]:
+    """Run a query for (aggregate id, number), type by type.
+
+    `(type, id) IN (…)` would scan whole streams on MySQL: 105 ms for 500
+    aggregates instead of 6.
+    """
+    found: dict[AggregateKey, int] = {}
+    for aggregate_type, some in _by_type(keys):
+        rows = await session.fetch(sql.format(ids=marks(len(some))), (aggregate_type, *some))
+        found.update({AggregateKey(aggregate_type, id_): number for id_, number in rows})
+    return found
+
+
+async def _write(session: Session, plan: AppendPlan, recorded_at: datetime) -> None:
+    await _write_events(session, plan)
+    await _write_snapshots(session, plan)
+    await outcomes.insert(session, plan.inserted_outcomes, recorded_at)
+    await outcomes.replace(session, plan.replaced_outcomes, recorded_at)
+    await outcomes.forget_attempts(session, plan.settled_attempts)
+    await dead_letters.delete(session, plan.settled_letters)
+    await dead_letters.add(session, plan.dead_letters)
+
+
+async def _write_events(session: Session, plan: AppendPlan) -> None:
+    dialect = session.dialect
+    rows = [event_row(event, dialect) for event in plan.events]
+    await session.write(dialect.insert(EVENTS), rows)
+    heads = sorted(plan.new_heads.items())
+    await session.write(dialect.upsert(LOG_PARTITIONS), heads)
+
+
+async def _write_snapshots(session: Session, plan: AppendPlan) -> None:
+    dialect = session.dialect
+    inserted = [snapshot_row(snapshot) for snapshot in plan.inserted_snapshots]
+    await session.write(dialect.insert(SNAPSHOTS), inserted)
+    replaced = [snapshot_row(snapshot) for snapshot in plan.replaced_snapshots]
+    await session.write(dialect.upsert(SNAPSHOTS), replaced)
+
+
+# --- Loading -----------------------------------------------------------------
+
+
+async def _snapshots(
+    session: Session, keys: Iterable[AggregateKey]
+) -> dict[AggregateKey, Snapshot]:
+    found: dict[AggregateKey, Snapshot] = {}
+    for aggregate_type, some in _by_type(keys):
+        sql = _SNAPSHOTS.format(ids=marks(len(some)))
+        for row in await session.fetch(sql, (aggregate_type, *some)):
+            snapshot = snapshot_of(row)
+            found[snapshot.key] = snapshot
+    return found
+
+
+def _start(request: LoadRequest, snapshots: Mapping[AggregateKey, Snapshot]) -> int:
+    """Return the sequence above which an aggregate's events are wanted."""
+    snapshot = snapshots.get(request.key) if request.snapshot else None
+    return max(request.after, snapshot.last_sequence if snapshot else 0)
+
+
+async def _streams(
+    session: Session, after: Mapping[AggregateKey, int]
+) -> dict[AggregateKey, list[StoredEvent]]:
+    streams: dict[AggregateKey, list[StoredEvent]] = {key: [] for key in after}
+    for some in chunks(list(after.items()), STREAMS_PER_QUERY):
+        sql = _STREAMS.format(streams=" OR ".join([_STREAM] * len(some)))
+        wanted = [value for key, start in some for value in (key.type, key.id, start)]
+        for row in await session.fetch(sql, wanted):
+            event = event_of(row)
+            streams[event.key].append(event)
+    return streams
+
+
+def _by_type(keys: Iterable[AggregateKey]) -> list[tuple[str, Sequence[str]]]:
+    """Group ids by aggregate type, each group small enough for one statement."""
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for key in keys:
+        groups[key.type].append(key.id)
+    return [(type_, some) for type_, ids in groups.items() for some in chunks(ids)]
+
+
+# --- Reading the log ---------------------------------------------------------
+
+
+async def _head(session: Session, partition: int) -> int:
+    rows: list[Row] = await session.fetch(f"{_HEADS} WHERE log_partition = ?", (partition,))
+    if not rows:
+        message = f"the store has no partition {partition}; check CQRS_ES_PARTITIONS"
+        raise errors.PartitionsMismatch(message)
+    return int(rows[0][1])
+
+
+def _check_not_empty(rows: Sequence[Row], partition: int, after: int) -> None:
+    if not rows:
+        message = (
+            f"partition {partition} has no event above {after}, yet its head is elsewhere:"
+            " restore the store, then `init --new-epoch`"
+        )
+        raise errors.BrokenLog(message)
+
+
+def _check_contiguous(events: Sequence[StoredEvent], partition: int, after: int) -> None:
+    if events and events[-1].offset != after + len(events):
+        present = {event.offset for event in events}
+        missing = next(n for n in range(after + 1, events[-1].offset) if n not in present)
+        message = (
+            f"partition {partition} has no event {missing}:"
+            " restore the store, then `init --new-epoch`"
+        )
+        raise errors.BrokenLog(message)

@@ -1,0 +1,172 @@
+"""Members and leases in SQL; time is what `Session.now` says, the same for everybody."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from cqrs_es import errors
+from cqrs_es.ports.leases import Lease, Leases, Member
+from cqrs_es.stores.sql import checkpoints
+from cqrs_es.stores.sql.dialect import marks, utc_moment
+from cqrs_es.stores.sql.tables import LEASES, MEMBERS
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from cqrs_es.stores.sql.dialect import Parameter
+    from cqrs_es.stores.sql.session import Database, Row, Session
+
+_DELETE_MEMBER: Final = "DELETE FROM members WHERE role = ? AND owner = ?"
+_DELETE_EXPIRED: Final = "DELETE FROM members WHERE role = ? AND expires_at < ?"
+_OWNER: Final = "SELECT owner, epoch FROM leases WHERE role = ? AND log_partition = ?"
+_RELEASE: Final = "UPDATE leases SET owner = NULL WHERE role = ? AND owner = ?"
+_MEMBER_KEPT: Final = timedelta(hours=1)
+"""How long an expired member's row stays, for whoever looks into what happened."""
+
+
+class SqlLeases(Leases):
+    """The members and leases of an SQL database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def announce(self, role: str, owner: str, *, fit: bool, seconds: float) -> None:
+        """Be a member of a role for so many seconds from now."""
+
+        async def work(session: Session) -> None:
+            now, to_time = await session.now(), session.dialect.to_time
+            await session.execute(_DELETE_EXPIRED, (role, to_time(now - _MEMBER_KEPT)))
+            row = (role, owner, int(fit), to_time(now + timedelta(seconds=seconds)))
+            await session.write(session.dialect.upsert(MEMBERS), [row])
+
+        await self._database.run(work)
+
+    async def leave(self, role: str, owner: str) -> None:
+        """Stop being a member and release every lease held in the role."""
+
+        async def work(session: Session) -> None:
+            await session.execute(_DELETE_MEMBER, (role, owner))
+            await session.execute(_RELEASE, (role, owner))
+
+        await self._database.run(work)
+
+    async def members(self, role: str | None = None) -> list[Member]:
+        """Return the members that have not expired, by role and owner."""
+        return [
+            Member(of, owner, bool(fit), utc_moment(expires_at))
+            for of, owner, fit, expires_at in await self._live(MEMBERS.select, "owner", role)
+        ]
+
+    async def acquire(
+        self, role: str, owner: str, partitions: Collection[int], seconds: float
+    ) -> list[Lease]:
+        """Take those partitions that nobody else holds; return them."""
+
+        async def work(session: Session) -> list[Lease]:
+            now = await session.now()
+            claims = await _lock(session, role, partitions)
+            free = [p for p in sorted(partitions) if _is_free(claims.get(p), owner, now)]
+            leases = [_taken(claims.get(p), role, p, owner) for p in free]
+            await _insert(session, [x for x in leases if x.partition not in claims], now, seconds)
+            await _update(session, [x for x in leases if x.partition in claims], now, seconds)
+            return leases
+
+        return await self._database.run(work)
+
+    async def renew(
+        self, role: str, owner: str, partitions: Collection[int], seconds: float
+    ) -> list[Lease]:
+        """Extend leases; return those still held. One that expired but has no new owner counts."""
+
+        async def work(session: Session) -> list[Lease]:
+            claims = await _lock(session, role, partitions)
+            kept = [
+                Lease(role, partition, owner, claim.epoch)
+                for partition, claim in claims.items()
+                if claim.owner == owner
+            ]
+            await _update(session, kept, await session.now(), seconds)
+            return kept
+
+        return await self._database.run(work)
+
+    async def release(self, role: str, owner: str, partitions: Collection[int]) -> None:
+        """Give leases up, keeping their epochs; those not held are no error."""
+        if not partitions:
+            return
+        sql = f"{_RELEASE} AND log_partition IN {marks(len(partitions))}"
+        await self._database.run(lambda session: session.execute(sql, (role, owner, *partitions)))
+
+    async def held(self, role: str | None = None) -> list[Lease]:
+        """Return the leases that have not expired, by role and partition."""
+        return [
+            Lease(of, partition, owner, epoch)
+            for of, partition, owner, epoch, _ in await self._live(
+                LEASES.select, "log_partition", role
+            )
+            if owner is not None
+        ]
+
+    async def advance_mark(self, lease: Lease, mark: str, expected: int, to: int) -> None:
+        """Move a checkpoint that belongs to a role, fenced by the lease's owner and epoch."""
+
+        async def work(session: Session) -> None:
+            rows = await session.fetch(_OWNER, (lease.role, lease.partition), lock=True)
+            if [tuple(row) for row in rows] != [(lease.owner, lease.epoch)]:
+                raise errors.LeaseLost
+            await checkpoints.advance(session, mark, lease.partition, expected, to)
+
+        await self._database.run(work)
+
+    async def _live(self, select: str, then_by: str, role: str | None) -> list[Row]:
+        """Read the rows that have not expired, of one role or of all."""
+        async with self._database.reading() as session:
+            now = session.dialect.to_time(await session.now())
+            order = f"ORDER BY role, {then_by}"
+            if role is None:
+                return await session.fetch(f"{select} WHERE expires_at > ? {order}", (now,))
+            sql = f"{select} WHERE expires_at > ? AND role = ? {order}"
+            return await session.fetch(sql, (now, role))
+
+
+class _Claim(NamedTuple):
+    owner: str | None
+    epoch: int
+    expires_at: datetime
+
+
+async def _lock(session: Session, role: str, partitions: Collection[int]) -> dict[int, _Claim]:
+    """Lock the rows there are, ascending; one inserted meanwhile is a duplicate key later."""
+    if not partitions:
+        return {}
+    where = f"WHERE role = ? AND log_partition IN {marks(len(partitions))} ORDER BY log_partition"
+    parameters: list[Parameter] = [role, *sorted(partitions)]
+    rows = await session.fetch(f"{LEASES.select} {where}", parameters, lock=True)
+    return {
+        partition: _Claim(owner, epoch, utc_moment(expires_at))
+        for _, partition, owner, epoch, expires_at in rows
+    }
+
+
+def _is_free(claim: _Claim | None, owner: str, now: datetime) -> bool:
+    return claim is None or claim.owner in {None, owner} or claim.expires_at <= now
+
+
+def _taken(claim: _Claim | None, role: str, partition: int, owner: str) -> Lease:
+    """Return the lease with its epoch: the old one only where the owner stays the same."""
+    if claim is None:
+        return Lease(role, partition, owner, 1)
+    return Lease(role, partition, owner, claim.epoch + (claim.owner != owner))
+
+
+async def _insert(session: Session, leases: Sequence[Lease], now: datetime, seconds: float) -> None:
+    expires_at = session.dialect.to_time(now + timedelta(seconds=seconds))
+    rows = [(x.role, x.partition, x.owner, x.epoch, expires_at) for x in leases]
+    await session.write(session.dialect.insert(LEASES), rows)
+
+
+async def _update(session: Session, leases: Sequence[Lease], now: datetime, seconds: float) -> None:
+    expires_at = session.dialect.to_time(now + timedelta(seconds=seconds))
+    rows = [(x.role, x.partition, x.owner, x.epoch, expires_at) for x in leases]
+    await session.write(session.dialect.upsert(LEASES), rows)

@@ -1,0 +1,240 @@
+"""The schema, as numbered migrations of idempotent steps; old code survives each of them.
+
+Steps are idempotent because MySQL commits at every DDL statement: a migration
+that was interrupted is simply run again. For the same reason a database that
+the Rust crates made is adopted by the first migration.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from cqrs_es import errors
+from cqrs_es.stores.sql.tables import STORE_INFO
+
+if TYPE_CHECKING:
+    from cqrs_es.stores.sql.session import Session
+
+VIEW_COLUMNS: Final = """
+    view_id {id} NOT NULL,
+    version {integer} NOT NULL,
+    payload {json} NOT NULL,
+    PRIMARY KEY (view_id)"""
+
+
+class Step(ABC):
+    """One change of the schema that may have been made already."""
+
+    @abstractmethod
+    async def apply(self, session: Session) -> None:
+        """Make the change unless it is made."""
+
+
+@dataclass(frozen=True, slots=True)
+class CreateTable(Step):
+    """Create a table; `definition` names types by their keys in `Dialect.types`."""
+
+    name: str
+    definition: str
+
+    async def apply(self, session: Session) -> None:
+        """Create the table unless it is there."""
+        dialect = session.dialect
+        columns = self.definition.format_map(dialect.types)
+        await session.execute(
+            f"CREATE TABLE IF NOT EXISTS {dialect.quoted(self.name)} ({columns})"
+            f"{dialect.table_options}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AddColumn(Step):
+    """Add a column that may be NULL."""
+
+    table: str
+    name: str
+    type: str
+
+    async def apply(self, session: Session) -> None:
+        """Add the column unless it is there."""
+        dialect = session.dialect
+        if (self.name,) in await session.fetch(dialect.list_columns, (self.table,)):
+            return
+        await session.execute(
+            f"ALTER TABLE {self.table} ADD COLUMN {self.name} {dialect.types[self.type]}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AddIndex(Step):
+    """Add an index."""
+
+    table: str
+    name: str
+    columns: str
+    unique: bool = False
+
+    async def apply(self, session: Session) -> None:
+        """Add the index unless it is there."""
+        if (self.name,) in await session.fetch(session.dialect.list_indexes, (self.table,)):
+            return
+        kind = "UNIQUE INDEX" if self.unique else "INDEX"
+        await session.execute(f"CREATE {kind} {self.name} ON {self.table} ({self.columns})")
+
+
+MIGRATIONS: Final[tuple[tuple[Step, ...], ...]] = (
+    (
+        CreateTable(
+            "events",
+            """
+            aggregate_type {name} NOT NULL,
+            aggregate_id {id} NOT NULL,
+            sequence {integer} NOT NULL,
+            event_type {name} NOT NULL,
+            event_version {name} NOT NULL,
+            payload {json} NOT NULL,
+            metadata {json} NOT NULL,
+            log_partition {integer},
+            log_offset {integer},
+            command_id {name},
+            recorded_at {time},
+            PRIMARY KEY (aggregate_type, aggregate_id, sequence)""",
+        ),
+        AddColumn("events", "log_partition", "integer"),
+        AddColumn("events", "log_offset", "integer"),
+        AddColumn("events", "command_id", "name"),
+        AddColumn("events", "recorded_at", "time"),
+        AddIndex("events", "events_log", "log_partition, log_offset", unique=True),
+        CreateTable(
+            "snapshots",
+            """
+            aggregate_type {name} NOT NULL,
+            aggregate_id {id} NOT NULL,
+            last_sequence {integer} NOT NULL,
+            current_snapshot {integer} NOT NULL,
+            payload {json} NOT NULL,
+            PRIMARY KEY (aggregate_type, aggregate_id)""",
+        ),
+        CreateTable(
+            "log_partitions",
+            """
+            log_partition {integer} NOT NULL,
+            head {integer} NOT NULL,
+            PRIMARY KEY (log_partition)""",
+        ),
+        CreateTable("store_info", "name {name} NOT NULL, value {id} NOT NULL, PRIMARY KEY (name)"),
+        CreateTable(
+            "command_outcomes",
+            """
+            command_id {name} NOT NULL,
+            request_hash {name} NOT NULL,
+            outcome {json} NOT NULL,
+            recorded_at {time} NOT NULL,
+            PRIMARY KEY (command_id)""",
+        ),
+        AddIndex("command_outcomes", "command_outcomes_recorded_at", "recorded_at"),
+        CreateTable(
+            "command_attempts",
+            """
+            command_id {name} NOT NULL,
+            attempts {integer} NOT NULL,
+            last_error {text},
+            PRIMARY KEY (command_id)""",
+        ),
+        CreateTable(
+            "checkpoints",
+            """
+            projector {name} NOT NULL,
+            log_partition {integer} NOT NULL,
+            log_offset {integer} NOT NULL,
+            PRIMARY KEY (projector, log_partition)""",
+        ),
+        CreateTable(
+            "members",
+            """
+            role {name} NOT NULL,
+            owner {id} NOT NULL,
+            fit {integer} NOT NULL,
+            expires_at {time} NOT NULL,
+            PRIMARY KEY (role, owner)""",
+        ),
+        CreateTable(
+            "leases",
+            """
+            role {name} NOT NULL,
+            log_partition {integer} NOT NULL,
+            owner {id},
+            epoch {integer} NOT NULL,
+            expires_at {time} NOT NULL,
+            PRIMARY KEY (role, log_partition)""",
+        ),
+        CreateTable(
+            "dead_letters",
+            """
+            id {name} NOT NULL,
+            source {id} NOT NULL,
+            reason {text} NOT NULL,
+            body {blob} NOT NULL,
+            body_hash {name} NOT NULL,
+            body_length {integer} NOT NULL,
+            headers {json} NOT NULL,
+            attempts {integer} NOT NULL,
+            first_seen_at {time} NOT NULL,
+            last_seen_at {time} NOT NULL,
+            PRIMARY KEY (id)""",
+        ),
+        CreateTable(
+            "generations",
+            "projector {name} NOT NULL, live {integer} NOT NULL, PRIMARY KEY (projector)",
+        ),
+        CreateTable(
+            "parked",
+            """
+            projector {name} NOT NULL,
+            aggregate_type {name} NOT NULL,
+            aggregate_id {id} NOT NULL,
+            from_sequence {integer} NOT NULL,
+            log_partition {integer} NOT NULL,
+            reason {text} NOT NULL,
+            attempts {integer} NOT NULL,
+            PRIMARY KEY (projector, aggregate_type, aggregate_id)""",
+        ),
+    ),
+)
+SCHEMA_VERSION: Final = len(MIGRATIONS)
+
+
+async def migrate(session: Session) -> None:
+    """Bring the schema up to date; raise `SchemaTooNew` where it is ahead of this code."""
+    done = await schema_version(session)
+    check_schema(done)
+    for version, steps in enumerate(MIGRATIONS[done:], start=done + 1):
+        for step in steps:
+            await step.apply(session)
+        await _note_version(session, version)
+
+
+async def schema_version(session: Session) -> int:
+    """Return the number of the last migration that was made; 0 before the first."""
+    try:
+        rows = await session.fetch("SELECT value FROM store_info WHERE name = 'schema_version'")
+    except errors.StoreNotInitialised:
+        return 0
+    return int(rows[0][0]) if rows else 0
+
+
+def check_schema(version: int) -> None:
+    """Raise `SchemaTooNew` for a schema that this code does not know."""
+    if version > SCHEMA_VERSION:
+        message = (
+            f"the store has schema {version}, this program knows {SCHEMA_VERSION}:"
+            " upgrade this program"
+        )
+        raise errors.SchemaTooNew(message)
+
+
+async def _note_version(session: Session, version: int) -> None:
+    upsert = session.dialect.upsert(STORE_INFO)
+    await session.write(upsert, [("schema_version", str(version))])

@@ -1,0 +1,113 @@
+"""What a database driver gives to the store: sessions, transactions, and errors of ours."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+
+from cqrs_es import errors
+
+if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+    from datetime import datetime
+
+    from cqrs_es.stores.sql.dialect import Dialect, Parameter, RowStatement
+
+T = TypeVar("T")
+Row: TypeAlias = tuple[Any, ...]
+
+MAX_TRIES: Final = 8
+PAUSE_SECONDS: Final = 0.01
+CHUNK: Final = 500
+"""How many ids or rows go into one statement: enough to amortise it, far from any limit."""
+
+
+class RolledBack(errors.StoreUnavailable):
+    """The database rolled the transaction back (a deadlock, a lock's timeout); try it again."""
+
+
+class DuplicateKey(errors.StoreError):
+    """A row with that key is there already; the statement had no effect."""
+
+
+class Session(ABC):
+    """A connection while somebody has it to itself."""
+
+    @property
+    @abstractmethod
+    def dialect(self) -> Dialect:
+        """What the database on the other end speaks."""
+
+    @abstractmethod
+    async def fetch(
+        self, sql: str, parameters: Sequence[Parameter] = (), *, lock: bool = False
+    ) -> list[Row]:
+        """Run a query with `?` placeholders; `lock` keeps its rows from being changed."""
+
+    @abstractmethod
+    async def execute(self, sql: str, parameters: Sequence[Parameter] = ()) -> int:
+        """Run a statement with `?` placeholders; return how many rows it matched."""
+
+    @abstractmethod
+    async def write(self, statement: RowStatement, rows: Sequence[Sequence[Parameter]]) -> None:
+        """Run a statement for each of many rows, in order, in as few round trips as possible."""
+
+    @abstractmethod
+    async def now(self) -> datetime:
+        """Return the time by which leases expire, the same for all users of the database."""
+
+
+class Database(ABC):
+    """A database that can be connected to.
+
+    Everything raises errors of `cqrs_es.errors`, `RolledBack` or `DuplicateKey`.
+    """
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Connect, to know that it can be done."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let go of every connection; safe to call twice."""
+
+    @abstractmethod
+    def reading(self) -> AbstractAsyncContextManager[Session]:
+        """Lend a session outside any transaction: each statement sees what is committed."""
+
+    @abstractmethod
+    def transaction(self) -> AbstractAsyncContextManager[Session]:
+        """Lend a session in a transaction, READ COMMITTED or stricter; commit at the end."""
+
+    @abstractmethod
+    def migration(self) -> AbstractAsyncContextManager[Session]:
+        """Lend a session for DDL, to one process at a time."""
+
+    async def run(self, work: Callable[[Session], Awaitable[T]]) -> T:
+        """Do work in a transaction, again where it was certainly rolled back, a few times.
+
+        A duplicate key means that somebody else inserted the row since it was
+        looked for: the next try finds it.
+        """
+        for tries in range(1, MAX_TRIES):
+            try:
+                return await self._once(work)
+            except (RolledBack, DuplicateKey):
+                await asyncio.sleep(PAUSE_SECONDS * tries * random.random())  # noqa: S311 - jitter
+        try:
+            return await self._once(work)
+        except DuplicateKey as exc:
+            message = f"somebody else wrote the same row {MAX_TRIES} times; try again"
+            raise errors.StoreUnavailable(message) from exc
+
+    async def _once(self, work: Callable[[Session], Awaitable[T]]) -> T:
+        async with self.transaction() as session:
+            return await work(session)
+
+
+def chunks(items: Sequence[T], size: int = CHUNK) -> list[Sequence[T]]:
+    """Cut a sequence into pieces of at most `size`."""
+    return [items[start : start + size] for start in range(0, len(items), size)]

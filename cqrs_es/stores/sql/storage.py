@@ -1,0 +1,107 @@
+"""An SQL database as a whole."""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Final
+
+from cqrs_es import errors
+from cqrs_es.ports.storage import Storage
+from cqrs_es.ports.store import StoreInfo
+from cqrs_es.stores.sql import checkpoints
+from cqrs_es.stores.sql.dead_letters import SqlDeadLetters
+from cqrs_es.stores.sql.events import SqlEvents
+from cqrs_es.stores.sql.leases import SqlLeases
+from cqrs_es.stores.sql.migrations import SCHEMA_VERSION, check_schema, migrate
+from cqrs_es.stores.sql.tables import LOG_PARTITIONS, STORE_INFO
+from cqrs_es.stores.sql.views import SqlViews
+
+if TYPE_CHECKING:
+    from cqrs_es.stores.sql.session import Database, Session
+
+RELAY_MARK: Final = "$relay"
+_INFO: Final = "SELECT name, value FROM store_info"
+
+
+class SqlStorage(Storage):
+    """The framework's tables and the views in one SQL database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.events = SqlEvents(database)
+        self.views = SqlViews(database)
+        self.leases = SqlLeases(database)
+        self.dead_letters = SqlDeadLetters(database)
+
+    @property
+    def durable(self) -> bool:
+        """Always True."""
+        return True
+
+    async def open(self) -> None:
+        """Connect. Raises `StoreUnavailable` when that can't be done now."""
+        await self._database.open()
+
+    async def close(self) -> None:
+        """Let go of every connection; safe to call twice."""
+        await self._database.close()
+
+    async def initialise(self, partitions: int, *, new_epoch: bool = False) -> StoreInfo:
+        """Create or migrate the tables and fix what never changes, idempotently."""
+        async with self._database.migration() as session:
+            await migrate(session)
+
+        async def work(session: Session) -> StoreInfo:
+            await _fix_once(session, partitions)
+            if new_epoch:
+                await _renew_epoch(session)
+            return await _read_info(session)
+
+        return await self._database.run(work)
+
+    async def info(self) -> StoreInfo:
+        """Read what `initialise` fixed; raise `StoreNotInitialised`, `SchemaTooNew`."""
+        async with self._database.reading() as session:
+            info = await _read_info(session)
+        check_schema(info.schema_version)
+        if info.schema_version < SCHEMA_VERSION:
+            message = "the store's schema is older than this program: run `cqrs-es init`"
+            raise errors.StoreNotInitialised(message)
+        return info
+
+
+async def _fix_once(session: Session, partitions: int) -> None:
+    """Fix P and the log's epoch unless they are; raise `PartitionsMismatch` for another P."""
+    known: dict[str, str] = dict(await session.fetch(_INFO))
+    if "partitions" in known:
+        return _check_partitions(int(known["partitions"]), partitions)
+    insert = session.dialect.insert
+    info = [("partitions", str(partitions)), ("logepoch", str(uuid.uuid4()))]
+    await session.write(insert(STORE_INFO), info)
+    await session.write(insert(LOG_PARTITIONS), [(number, 0) for number in range(partitions)])
+    return None
+
+
+def _check_partitions(stored: int, asked: int) -> None:
+    if stored != asked:
+        message = f"the store has {stored} partitions, not {asked}: set CQRS_ES_PARTITIONS to that"
+        raise errors.PartitionsMismatch(message)
+
+
+async def _renew_epoch(session: Session) -> None:
+    """Begin a new epoch of the log, in which nothing has been published yet."""
+    epoch = ("logepoch", str(uuid.uuid4()))
+    await session.write(session.dialect.upsert(STORE_INFO), [epoch])
+    await checkpoints.forget(session, RELAY_MARK)
+
+
+async def _read_info(session: Session) -> StoreInfo:
+    found: dict[str, str] = dict(await session.fetch(_INFO))
+    try:
+        return StoreInfo(
+            partitions=int(found["partitions"]),
+            log_epoch=found["logepoch"],
+            schema_version=int(found["schema_version"]),
+        )
+    except KeyError as exc:
+        raise errors.StoreNotInitialised from exc

@@ -1,0 +1,203 @@
+"""Views in SQL: rows and checkpoints in one transaction."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final
+
+from cqrs_es import errors
+from cqrs_es.ports.views import ViewStore, ViewTransaction
+from cqrs_es.stores.sql import checkpoints
+from cqrs_es.stores.sql.dialect import marks
+from cqrs_es.stores.sql.migrations import VIEW_COLUMNS, CreateTable
+from cqrs_es.stores.sql.rows import marker_of, marker_row, view_row_of
+from cqrs_es.stores.sql.session import DuplicateKey, chunks
+from cqrs_es.stores.sql.tables import GENERATIONS, PARKED, view_table
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+
+    from cqrs_es.ports.views import ParkedAggregate, SqlRow, SqlValue, ViewRow
+    from cqrs_es.stores.sql.session import Database, Row, Session
+    from cqrs_es.types import AggregateKey
+
+_GENERATIONS: Final = "SELECT projector, live FROM generations"
+_MARKERS: Final = f"{PARKED.select} WHERE projector = ? AND aggregate_id IN {{ids}}"
+_UNPARK: Final = (
+    "DELETE FROM parked WHERE projector = ? AND aggregate_type = ? AND aggregate_id = ?"
+)
+_FORGET_MARKERS: Final = "DELETE FROM parked WHERE projector = ?"
+_IN_ORDER: Final = "ORDER BY projector, aggregate_type, aggregate_id"
+
+
+class SqlViews(ViewStore):
+    """The views of an SQL database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncGenerator[ViewTransaction]:
+        """Open a transaction; it commits when its block ends without an error."""
+        async with self._database.transaction() as session:
+            yield _SqlTransaction(session)
+
+    async def create_table(self, table: str, columns: str | None = None) -> None:
+        """Create a table unless it is there: a view's, or one with the given columns."""
+        async with self._database.migration() as session:
+            await CreateTable(table, columns or VIEW_COLUMNS).apply(session)
+
+    async def drop_table(self, table: str) -> None:
+        """Drop a table if it is there."""
+        async with self._database.migration() as session:
+            await session.execute(f"DROP TABLE IF EXISTS {session.dialect.quoted(table)}")
+
+    async def publish_table(self, name: str, table: str) -> None:
+        """Make `name` an SQL view that shows `table`."""
+        async with self._database.migration() as session:
+            quoted = session.dialect.quoted
+            for statement in session.dialect.replace_view:
+                await session.execute(statement.format(name=quoted(name), table=quoted(table)))
+
+    async def get(self, table: str, view_id: str) -> ViewRow | None:
+        """Return one row, None when there is none."""
+        async with self._database.reading() as session:
+            rows = await session.fetch(f"{_select(session, table)} WHERE view_id = ?", (view_id,))
+        return view_row_of(rows[0]) if rows else None
+
+    async def page(
+        self, table: str, *, after: str = "", limit: int = 100
+    ) -> list[ViewRow]:
+        """Return up to `limit` rows with an id above `after`, by id."""
+        async with self._database.reading() as session:
+            sql = f"{_select(session, table)} WHERE view_id > ? ORDER BY view_id LIMIT ?"
+            rows = await session.fetch(sql, (after, limit))
+        return [view_row_of(row) for row in rows]
+
+    async def query(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
+        """Run a query with `?` placeholders outside any transaction."""
+        async with self._database.reading() as session:
+            return await session.fetch(sql, parameters)
+
+    async def checkpoints(self, projector: str) -> dict[int, int]:
+        """Return a projector's checkpoints by partition."""
+        async with self._database.reading() as session:
+            return await checkpoints.all_of(session, projector)
+
+    async def forget(self, projector: str) -> None:
+        """Delete a projector's checkpoints and parked markers."""
+
+        async def work(session: Session) -> None:
+            await checkpoints.forget(session, projector)
+            await session.execute(_FORGET_MARKERS, (projector,))
+
+        await self._database.run(work)
+
+    async def generations(self) -> Mapping[str, int]:
+        """Return the live generation of each view and projector."""
+        async with self._database.reading() as session:
+            return dict(await session.fetch(_GENERATIONS))
+
+    async def set_generation(self, projector: str, live: int) -> None:
+        """Make a generation live; one row, so it happens or does not."""
+        await self._database.run(
+            lambda session: session.write(session.dialect.upsert(GENERATIONS), [(projector, live)])
+        )
+
+    async def list_parked(self, projector: str | None = None) -> list[ParkedAggregate]:
+        """Return the markers there are, of one projector or of all."""
+        where, parameters = ("", ()) if projector is None else ("WHERE projector = ?", (projector,))
+        async with self._database.reading() as session:
+            rows = await session.fetch(f"{PARKED.select} {where} {_IN_ORDER}", parameters)
+        return [marker_of(row) for row in rows]
+
+
+class _SqlTransaction(ViewTransaction):
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    async def execute(self, sql: str, parameters: Sequence[SqlValue] = ()) -> int:
+        return await self._session.execute(sql, parameters)
+
+    async def fetch(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
+        return await self._session.fetch(sql, parameters)
+
+    async def checkpoint(self, projector: str, partition: int) -> int:
+        return await checkpoints.lock(self._session, projector, partition)
+
+    async def advance(self, projector: str, partition: int, expected: int, to: int) -> None:
+        await checkpoints.advance(self._session, projector, partition, expected, to)
+
+    async def load(self, table: str, view_ids: Collection[str]) -> dict[str, ViewRow]:
+        select = _select(self._session, table)
+        found = [view_row_of(row) for row in await self._lock(select, view_ids)]
+        return {row.view_id: row for row in found}
+
+    async def save(self, table: str, rows: Sequence[ViewRow]) -> None:
+        versions = await self._versions(table, rows)
+        for row in rows:
+            _check_version(table, row, versions.get(row.view_id, 0))
+        await self._insert(table, [row for row in rows if row.view_id not in versions])
+        await self._replace(table, [row for row in rows if row.view_id in versions])
+
+    async def delete(self, table: str, view_ids: Collection[str]) -> None:
+        name = self._session.dialect.quoted(table)
+        for ids in chunks(sorted(view_ids)):
+            sql = f"DELETE FROM {name} WHERE view_id IN {marks(len(ids))}"  # noqa: S608 - quoted
+            await self._session.execute(sql, ids)
+
+    async def parked(
+        self, projector: str, keys: Collection[AggregateKey]
+    ) -> dict[AggregateKey, ParkedAggregate]:
+        found: dict[AggregateKey, ParkedAggregate] = {}
+        for ids in chunks(sorted({key.id for key in keys})):
+            sql = _MARKERS.format(ids=marks(len(ids)))
+            markers = [marker_of(row) for row in await self._session.fetch(sql, (projector, *ids))]
+            found.update({marker.key: marker for marker in markers})
+        wanted = frozenset(keys)
+        return {key: marker for key, marker in found.items() if key in wanted}
+
+    async def park(self, marker: ParkedAggregate) -> None:
+        await self._session.write(self._session.dialect.upsert(PARKED), [marker_row(marker)])
+
+    async def unpark(self, projector: str, key: AggregateKey) -> None:
+        await self._session.execute(_UNPARK, (projector, key.type, key.id))
+
+    async def _versions(self, table: str, rows: Sequence[ViewRow]) -> dict[str, int]:
+        name = self._session.dialect.quoted(table)
+        select = f"SELECT view_id, version FROM {name}"  # noqa: S608 - quoted
+        return dict(await self._lock(select, {row.view_id for row in rows}))
+
+    async def _lock(self, select: str, view_ids: Collection[str]) -> list[Row]:
+        """Lock rows in ascending id, so that no two projectors wait for each other."""
+        found: list[Row] = []
+        for ids in chunks(sorted(view_ids)):
+            sql = f"{select} WHERE view_id IN {marks(len(ids))} ORDER BY view_id"
+            found += await self._session.fetch(sql, ids, lock=True)
+        return found
+
+    async def _insert(self, table: str, rows: Sequence[ViewRow]) -> None:
+        statement = self._session.dialect.insert(view_table(table))
+        try:
+            await self._session.write(statement, _written(rows))
+        except DuplicateKey as exc:
+            message = f"somebody else added a row to {table}: load again"
+            raise errors.Conflict(message) from exc
+
+    async def _replace(self, table: str, rows: Sequence[ViewRow]) -> None:
+        statement = self._session.dialect.upsert(view_table(table))
+        await self._session.write(statement, _written(rows))
+
+
+def _select(session: Session, table: str) -> str:
+    return f"SELECT view_id, version, payload FROM {session.dialect.quoted(table)}"  # noqa: S608
+
+
+def _written(rows: Sequence[ViewRow]) -> list[tuple[str, int, str]]:
+    return sorted((row.view_id, row.version, row.payload.decode()) for row in rows)
+
+
+def _check_version(table: str, row: ViewRow, actual: int) -> None:
+    if actual != row.version - 1:
+        message = f"row {row.view_id!r} of {table} is at version {actual}: load it again"
+        raise errors.Conflict(message, expected=row.version - 1, actual=actual)
