@@ -1,0 +1,71 @@
+"""The stores that tests run on: by URL, each empty for each test."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+import pymysql
+import pytest
+
+from tests.servers import start_mariadb
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+STORES = ("memory", "sqlite", "mysql")
+
+
+@pytest.fixture(scope="session")
+def mysql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Name a MySQL or MariaDB server by its URL, without a database."""
+    given = os.environ.get("CQRS_ES_TEST_MYSQL_URL")
+    if given:
+        yield given
+        return
+    server = start_mariadb(tmp_path_factory.mktemp("mariadb"))
+    yield f"mysql://root@127.0.0.1:{server.port}/"
+    server.stop()
+
+
+@pytest.fixture
+def mysql_url(mysql_server: str) -> Iterator[str]:
+    """Make an empty database and name it by its URL; it is dropped after the test.
+
+    Its default character set is the one of a bare MariaDB, which can't hold
+    most ids: tables have to name theirs.
+    """
+    name = f"cqrs_es_test_{uuid.uuid4().hex}"
+    _run_on(mysql_server, f"CREATE DATABASE {name} CHARACTER SET latin1")
+    yield urlunsplit(urlsplit(mysql_server)._replace(path=f"/{name}"))
+    _run_on(mysql_server, f"DROP DATABASE {name}")
+
+
+def _run_on(server_url: str, statement: str) -> None:
+    url = urlsplit(server_url)
+    connection = pymysql.connect(
+        host=url.hostname,
+        port=url.port or 3306,
+        user=unquote(url.username or "root"),
+        password=unquote(url.password or ""),
+    )
+    with connection, connection.cursor() as cursor:
+        cursor.execute(statement)
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """Name a database file that is not there yet."""
+    return f"sqlite:///{tmp_path / 'store.db'}"
+
+
+@pytest.fixture(params=STORES)
+def store_url(request: pytest.FixtureRequest) -> str:
+    """Name an empty store; a test that asks for it runs on every store."""
+    if request.param == "memory":
+        return "memory://"
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url

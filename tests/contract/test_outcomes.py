@@ -1,0 +1,127 @@
+"""What looking outcomes up, pruning them and counting attempts promises."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from cqrs_es.messages import Status
+from cqrs_es.ports.store import StoredOutcome
+from cqrs_es.types import new_command_id
+from tests.contract.building import (
+    NOW,
+    accepted,
+    account,
+    account_in,
+    chain,
+    commit,
+    events,
+    failed,
+    refused,
+)
+
+if TYPE_CHECKING:
+    from cqrs_es.ports.storage import Storage
+    from cqrs_es.ports.store import DecidedCommand
+
+KEY = account("ACCT-001")
+LATER = NOW + timedelta(days=30)
+
+
+async def test_outcomes_come_back_as_they_were(storage: Storage) -> None:
+    """An outcome is found by its id, with all its fields and the hash of its command."""
+    command = accepted(KEY, 0, events(2))
+    rejected = refused(KEY, 2)
+    outcomes = await commit(storage, chain(KEY, 0, command, rejected))
+    ids = [command.outcome.command_id, rejected.outcome.command_id]
+    found = await storage.events.find_outcomes([*ids, new_command_id()])
+    assert found == {
+        id_: StoredOutcome(outcome, "c0ffee") for id_, outcome in zip(ids, outcomes, strict=True)
+    }
+
+
+async def test_looking_for_no_outcome(storage: Storage) -> None:
+    """No ids, or unknown ones, find nothing."""
+    assert await storage.events.find_outcomes([]) == {}
+    assert await storage.events.find_outcomes([new_command_id()]) == {}
+
+
+async def test_looking_for_many_outcomes(storage: Storage) -> None:
+    """Hundreds of outcomes are written and found in one call each."""
+    commands = [accepted(KEY, None) for _ in range(600)]
+    await commit(storage, chain(KEY, None, *commands))
+    ids = {command.outcome.command_id for command in commands}
+    assert (await storage.events.find_outcomes(ids)).keys() == ids
+
+
+# --- Pruning -----------------------------------------------------------------
+
+
+async def _record(storage: Storage, days_ago: int, *commands: DecidedCommand) -> list[str]:
+    moment = LATER - timedelta(days=days_ago)
+    await storage.events.append([chain(KEY, None, *commands)], moment)
+    return [command.outcome.command_id for command in commands]
+
+
+async def test_pruning_takes_the_old_ones_only(storage: Storage) -> None:
+    """Outcomes recorded before the moment are deleted, those recorded at it or later stay."""
+    old = await _record(storage, 31, accepted(KEY, None), refused(KEY, None))
+    kept = await _record(storage, 30, accepted(KEY, None))
+    kept += await _record(storage, 1, refused(KEY, None))
+    assert await storage.events.prune_outcomes(LATER - timedelta(days=30), 100) == 2
+    assert (await storage.events.find_outcomes([*old, *kept])).keys() == set(kept)
+    assert await storage.events.prune_outcomes(LATER - timedelta(days=30), 100) == 0
+
+
+async def test_pruning_is_limited(storage: Storage) -> None:
+    """No more are deleted at a time than asked for, until all old ones are gone."""
+    await _record(storage, 40, *(accepted(KEY, None) for _ in range(25)))
+    pruned = [await storage.events.prune_outcomes(LATER, 10) for _ in range(4)]
+    assert pruned == [10, 10, 5, 0]
+
+
+async def test_pruning_never_deletes_failed(storage: Storage) -> None:
+    """A failed outcome stays however old it is, and does not use the limit up."""
+    [lost] = await _record(storage, 99, failed(KEY, command_id=new_command_id()))
+    await _record(storage, 50, *(accepted(KEY, None) for _ in range(3)))
+    assert await storage.events.prune_outcomes(LATER, 2) == 2
+    assert await storage.events.prune_outcomes(LATER, 2) == 1
+    assert await storage.events.prune_outcomes(LATER, 2) == 0
+    found = await storage.events.find_outcomes([lost])
+    assert found[lost].outcome.status is Status.FAILED
+
+
+async def test_pruning_spares_a_retried_outcome(storage: Storage) -> None:
+    """An outcome that replaced a failed one is as old as the replacement."""
+    command_id = new_command_id()
+    await _record(storage, 40, failed(KEY, command_id=command_id))
+    await _record(storage, 5, accepted(KEY, None, command_id=command_id, replaces_failed=True))
+    assert await storage.events.prune_outcomes(LATER - timedelta(days=30), 10) == 0
+
+
+# --- Attempts ----------------------------------------------------------------
+
+
+async def test_g9_attempts_are_counted(storage: Storage) -> None:
+    """Attempts at a command are counted from 1, each command's apart."""
+    first, second = new_command_id(), new_command_id()
+    assert await storage.events.record_attempt(first) == 1
+    assert await storage.events.record_attempt(first, "it crashed: “é” 💸 " * 500) == 2
+    assert await storage.events.record_attempt(second, None) == 1
+    assert await storage.events.record_attempt(first) == 3
+
+
+async def test_g9_concurrent_attempts(storage: Storage) -> None:
+    """No attempt is lost when several are recorded at once."""
+    command_id = new_command_id()
+    counts = await asyncio.gather(*(storage.events.record_attempt(command_id) for _ in range(10)))
+    assert sorted(counts) == list(range(1, 11))
+
+
+async def test_g9_attempts_are_no_outcome(storage: Storage) -> None:
+    """A command that was only attempted has no outcome and may commit."""
+    command = accepted(account_in(0), 0, events(1), attempted=True)
+    await storage.events.record_attempt(command.outcome.command_id)
+    assert await storage.events.find_outcomes([command.outcome.command_id]) == {}
+    await commit(storage, chain(account_in(0), 0, command))

@@ -1,0 +1,421 @@
+"""What a projector's transaction promises: all or nothing, locks, compare-and-set (G7)."""
+# ruff: noqa: PT012, S608 - blocks that fail are the subject; the tables are constants
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import orjson
+import pytest
+
+from cqrs_es import errors
+from cqrs_es.ports.views import ParkedAggregate, ViewRow
+from tests.contract.building import account
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from cqrs_es.ports.storage import Storage
+    from cqrs_es.ports.views import ViewTransaction
+    from tests.contract.conftest import Database
+
+TABLE = "ledger__1"
+OWN_TABLE = "totals__1"
+PROJECTOR = "ledger__1"
+MARKER = ParkedAggregate(PROJECTOR, account(), 3, 1, "it did not fit")
+
+
+class RuleBrokenError(Exception):
+    """Something that goes wrong in a projector."""
+
+
+@pytest.fixture
+async def storage(storage: Storage) -> Storage:
+    """Prepare a view's table and a table of a projector's own."""
+    await storage.views.create_table(TABLE)
+    columns = "name VARCHAR(40) PRIMARY KEY, total BIGINT NOT NULL"
+    await storage.views.create_table(OWN_TABLE, columns)
+    return storage
+
+
+def row(view_id: str, version: int = 1, **content: object) -> ViewRow:
+    return ViewRow(view_id, version, orjson.dumps(content))
+
+
+async def save(storage: Storage, *rows: ViewRow) -> None:
+    async with storage.views.transaction() as transaction:
+        await transaction.save(TABLE, rows)
+
+
+async def write_everything(transaction: ViewTransaction) -> None:
+    """Write once in every way that there is, over what `save_something` left."""
+    await transaction.advance(PROJECTOR, 0, 5, 9)
+    await transaction.advance(PROJECTOR, 1, 0, 9)
+    await transaction.save(TABLE, [row("kept", 2, changed=True), row("new")])
+    await transaction.delete(TABLE, ["doomed"])
+    await transaction.park(MARKER)
+    await transaction.execute(f"INSERT INTO {OWN_TABLE} VALUES (?, ?)", ("new", 1))
+
+
+async def save_something(storage: Storage) -> None:
+    async with storage.views.transaction() as transaction:
+        await transaction.advance(PROJECTOR, 0, 0, 5)
+        await transaction.save(TABLE, [row("kept"), row("doomed")])
+
+
+async def assert_untouched(storage: Storage) -> None:
+    """Check that nothing is there but what `save_something` left."""
+    assert await storage.views.checkpoints(PROJECTOR) == {0: 5}
+    found = await storage.views.page(TABLE)
+    assert [(r.view_id, r.version) for r in found] == [("doomed", 1), ("kept", 1)]
+    assert await storage.views.list_parked() == []
+    assert await storage.views.query(f"SELECT name FROM {OWN_TABLE}") == []
+
+
+# --- All or nothing ----------------------------------------------------------
+
+
+async def test_g7_block_that_ends_commits(storage: Storage) -> None:
+    """Everything that a transaction wrote is there when its block has ended."""
+    await save_something(storage)
+    async with storage.views.transaction() as transaction:
+        await write_everything(transaction)
+    assert await storage.views.checkpoints(PROJECTOR) == {0: 9, 1: 9}
+    found = await storage.views.page(TABLE)
+    assert [(r.view_id, r.version) for r in found] == [("kept", 2), ("new", 1)]
+    assert await storage.views.list_parked() == [MARKER]
+    totals = await storage.views.query(f"SELECT name, total FROM {OWN_TABLE}")
+    assert [tuple(total) for total in totals] == [("new", 1)]
+
+
+async def test_g7_error_rolls_back(storage: Storage) -> None:
+    """An error in the block leaves it as it is, and of what was written no trace."""
+    await save_something(storage)
+    with pytest.raises(RuleBrokenError):
+        async with storage.views.transaction() as transaction:
+            await write_everything(transaction)
+            raise RuleBrokenError
+    await assert_untouched(storage)
+    await save(storage, row("kept", 2))
+
+
+async def test_g7_cancellation_rolls_back(storage: Storage) -> None:
+    """A cancelled block leaves no trace, and the store can be used on."""
+    await save_something(storage)
+    written = asyncio.Event()
+
+    async def project() -> None:
+        async with storage.views.transaction() as transaction:
+            await write_everything(transaction)
+            written.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(project())
+    await written.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await assert_untouched(storage)
+    await save(storage, row("kept", 2))
+
+
+async def test_g7_cancellation_at_any_instant(storage: Storage) -> None:
+    """Wherever a transaction is cancelled, it has happened whole or not at all."""
+
+    async def project(nth: int) -> None:
+        async with storage.views.transaction() as transaction:
+            await transaction.advance(PROJECTOR, nth, 0, 1)
+            await transaction.save(TABLE, [row(f"{nth:03}")])
+            await transaction.execute(
+                f"INSERT INTO {OWN_TABLE} VALUES (?, ?)",
+                (f"{nth:03}", nth),
+            )
+
+    for nth in range(30):
+        task = asyncio.create_task(project(nth))
+        for _ in range(nth * nth):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task})
+        assert task.cancelled() or task.exception() is None
+    advanced = sorted(await storage.views.checkpoints(PROJECTOR))
+    assert [int(r.view_id) for r in await storage.views.page(TABLE)] == advanced
+    numbers = await storage.views.query(f"SELECT total FROM {OWN_TABLE} ORDER BY name")
+    assert [number for (number,) in numbers] == advanced
+
+
+async def test_g7_conflict_rolls_everything_back(storage: Storage) -> None:
+    """A conflict at the end undoes what the transaction wrote before it."""
+    await save_something(storage)
+    with pytest.raises(errors.Conflict):
+        async with storage.views.transaction() as transaction:
+            await write_everything(transaction)
+            await transaction.advance(PROJECTOR, 2, 1, 2)
+    await assert_untouched(storage)
+
+
+async def test_g7_others_never_see_what_is_rolled_back(
+    database: Database, storage: Storage
+) -> None:
+    """A reader outside a transaction sees committed rows only, whether or not it waits for them."""
+    await save_something(storage)
+    other = await database.open()
+    readers: list[asyncio.Task[ViewRow | None]] = []
+    with pytest.raises(RuleBrokenError):
+        async with storage.views.transaction() as transaction:
+            await write_everything(transaction)
+            readers += [
+                asyncio.create_task(views.get(TABLE, "new"))
+                for views in (storage.views, other.views)
+            ]
+            await asyncio.wait(readers, timeout=0.1)
+            raise RuleBrokenError
+    assert await asyncio.gather(*readers) == [None, None]
+
+
+# --- Its own writes ----------------------------------------------------------
+
+
+async def test_transaction_sees_its_own_writes(storage: Storage) -> None:
+    """Inside the block every kind of read shows what the block has written."""
+    await save_something(storage)
+    async with storage.views.transaction() as transaction:
+        await write_everything(transaction)
+        assert await transaction.checkpoint(PROJECTOR, 0) == 9
+        assert await transaction.checkpoint(PROJECTOR, 1) == 9
+        rows = await transaction.load(TABLE, ["kept", "doomed", "new"])
+        assert {r.view_id: r.version for r in rows.values()} == {"kept": 2, "new": 1}
+        assert await transaction.parked(PROJECTOR, [account()]) == {account(): MARKER}
+        found = await transaction.fetch(f"SELECT total FROM {OWN_TABLE}")
+        assert [tuple(total) for total in found] == [(1,)]
+
+
+async def test_load_finds_the_rows_there_are(storage: Storage) -> None:
+    """Loading returns the rows that exist, by id."""
+    await save(storage, *(row(f"{n}", n=n) for n in range(300)))
+    async with storage.views.transaction() as transaction:
+        found = await transaction.load(TABLE, [f"{n}" for n in range(299, 310)] + ["0"])
+        assert await transaction.load(TABLE, []) == {}
+        await transaction.save(TABLE, [])
+    assert found.keys() == {"0", "299"}
+    assert orjson.loads(found["299"].payload) == {"n": 299}
+
+
+async def test_rows_loaded_by_awkward_case(storage: Storage) -> None:
+    """Loading one id does not load its neighbours by case, accent or trailing space."""
+    await save(storage, *(row(view_id) for view_id in ("a", "A", "á", "a ")))
+    async with storage.views.transaction() as transaction:
+        assert list(await transaction.load(TABLE, ["A"])) == ["A"]
+        await transaction.delete(TABLE, ["a"])
+    assert [r.view_id for r in await storage.views.page(TABLE)] == ["A", "a ", "á"]
+
+
+# --- Compare-and-set ---------------------------------------------------------
+
+
+async def test_g7_checkpoint_moves_from_where_it_is(storage: Storage) -> None:
+    """A checkpoint is 0 at first and moves only from where it is expected."""
+    async with storage.views.transaction() as transaction:
+        assert await transaction.checkpoint(PROJECTOR, 1) == 0
+        await transaction.advance(PROJECTOR, 1, 0, 5)
+    for expected in (0, 4, 6):
+        with pytest.raises(errors.Conflict):
+            async with storage.views.transaction() as transaction:
+                await transaction.advance(PROJECTOR, 1, expected, 7)
+    assert await storage.views.checkpoints(PROJECTOR) == {1: 5}
+    async with storage.views.transaction() as transaction:
+        await transaction.advance(PROJECTOR, 1, 5, 7)
+        await transaction.advance(PROJECTOR, 1, 7, 8)
+    assert await storage.views.checkpoints(PROJECTOR) == {1: 8}
+
+
+async def test_g7_first_advance_expects_zero(storage: Storage) -> None:
+    """A checkpoint that is not there is at 0 and nowhere else."""
+    with pytest.raises(errors.Conflict):
+        async with storage.views.transaction() as transaction:
+            await transaction.advance(PROJECTOR, 1, 3, 5)
+    assert set((await storage.views.checkpoints(PROJECTOR)).values()) <= {0}
+
+
+@pytest.mark.parametrize("stale", [row("1", 1), row("1", 2), row("1", 4), row("none", 2)])
+async def test_a25_stale_row_conflicts(storage: Storage, stale: ViewRow) -> None:
+    """A row is written over its version minus one only; otherwise it is left as it was."""
+    await save(storage, row("1", n=1))
+    await save(storage, row("1", 2, n=2))
+    with pytest.raises(errors.Conflict):
+        await save(storage, row("fresh"), stale)
+    [stored] = await storage.views.page(TABLE)
+    assert (stored.view_id, stored.version) == ("1", 2)
+    assert orjson.loads(stored.payload) == {"n": 2}
+
+
+async def test_many_rows_in_one_save(storage: Storage) -> None:
+    """Hundreds of rows, new ones and others, are saved at once, or none when one is stale."""
+    await save(storage, *(row(f"{n:03}") for n in range(0, 600, 2)))
+    mixed = [row(f"{n:03}", 1 if n % 2 else 2) for n in range(600)]
+    with pytest.raises(errors.Conflict):
+        await save(storage, *mixed, row("000", 9))
+    await save(storage, *mixed)
+    found = await storage.views.page(TABLE, limit=1000)
+    assert [(r.view_id, r.version) for r in found] == [(r.view_id, r.version) for r in mixed]
+
+
+async def test_deleted_row_begins_anew(storage: Storage) -> None:
+    """A row deleted is gone, also for the same transaction, and begins at version 1 again."""
+    await save(storage, row("1"))
+    async with storage.views.transaction() as transaction:
+        await transaction.delete(TABLE, ["1", "never there"])
+        await transaction.delete(TABLE, [])
+        assert await transaction.load(TABLE, ["1"]) == {}
+        await transaction.save(TABLE, [row("1", again=True)])
+    stored = await storage.views.get(TABLE, "1")
+    assert stored is not None
+    assert stored.version == 1
+
+
+# --- Locks -------------------------------------------------------------------
+
+
+async def retrying(work: Callable[[int], Awaitable[None]], nth: int) -> None:
+    """Do a transaction again as long as it conflicts, as a projector does."""
+    while True:
+        try:
+            return await work(nth)
+        except errors.Conflict:
+            continue
+
+
+async def test_g7_loaded_rows_are_locked(database: Database, storage: Storage) -> None:
+    """No update is lost and nothing deadlocks when transactions load the same rows in any order."""
+    names = [f"{n}" for n in range(5)]
+    await save(storage, *(row(name, total=0) for name in names))
+    storages = [storage, await database.open()]
+
+    async def add_one(nth: int) -> None:
+        ids = names if nth % 2 else names[::-1]
+        async with storages[nth % 2].views.transaction() as transaction:
+            rows = await transaction.load(TABLE, ids)
+            await asyncio.sleep(0)
+            await transaction.save(TABLE, [added(r) for r in rows.values()])
+
+    def added(r: ViewRow) -> ViewRow:
+        return row(r.view_id, r.version + 1, total=orjson.loads(r.payload)["total"] + 1)
+
+    async with asyncio.TaskGroup() as group:
+        for nth in range(20):
+            group.create_task(add_one(nth))
+    found = await storage.views.page(TABLE)
+    assert [orjson.loads(r.payload) for r in found] == [{"total": 20}] * 5
+
+
+async def test_g7_checkpoint_is_locked(database: Database, storage: Storage) -> None:
+    """Who has read a checkpoint has it to itself until its transaction ends."""
+    storages = [storage, await database.open()]
+    async with storage.views.transaction() as transaction:
+        await transaction.advance(PROJECTOR, 1, 0, 1)
+
+    async def step(nth: int) -> None:
+        async with storages[nth % 2].views.transaction() as transaction:
+            at = await transaction.checkpoint(PROJECTOR, 1)
+            await asyncio.sleep(0)
+            await transaction.advance(PROJECTOR, 1, at, at + 1)
+
+    async with asyncio.TaskGroup() as group:
+        for nth in range(20):
+            group.create_task(step(nth))
+    assert await storage.views.checkpoints(PROJECTOR) == {1: 21}
+
+
+async def test_g7_racing_for_the_first_checkpoint(database: Database, storage: Storage) -> None:
+    """Where there is no checkpoint yet, racing transactions conflict rather than both count."""
+    storages = [storage, await database.open()]
+
+    async def step(nth: int) -> None:
+        async with storages[nth % 2].views.transaction() as transaction:
+            at = await transaction.checkpoint(PROJECTOR, 1)
+            await asyncio.sleep(0)
+            await transaction.advance(PROJECTOR, 1, at, at + 1)
+
+    async with asyncio.TaskGroup() as group:
+        for nth in range(6):
+            group.create_task(retrying(step, nth))
+    assert await storage.views.checkpoints(PROJECTOR) == {1: 6}
+
+
+async def test_g7_racing_for_a_new_row(database: Database, storage: Storage) -> None:
+    """Of transactions that create the same row one wins; the others conflict and see it."""
+    storages = [storage, await database.open()]
+
+    async def add_one(nth: int) -> None:
+        async with storages[nth % 2].views.transaction() as transaction:
+            rows = await transaction.load(TABLE, ["1"])
+            await asyncio.sleep(0)
+            version = rows["1"].version if rows else 0
+            await transaction.save(TABLE, [row("1", version + 1)])
+
+    async with asyncio.TaskGroup() as group:
+        for nth in range(6):
+            group.create_task(retrying(add_one, nth))
+    stored = await storage.views.get(TABLE, "1")
+    assert stored is not None
+    assert stored.version == 6
+
+
+# --- Markers -----------------------------------------------------------------
+
+
+async def test_g9_parking_and_unparking(storage: Storage) -> None:
+    """A marker is found by its projector and aggregate, replaced, and cleared."""
+    other = account("other")
+    again = ParkedAggregate(PROJECTOR, account(), 3, 1, "still not", attempts=2)
+    async with storage.views.transaction() as transaction:
+        assert await transaction.parked(PROJECTOR, [account()]) == {}
+        await transaction.park(MARKER)
+        await transaction.park(again)
+        await transaction.park(ParkedAggregate(PROJECTOR, other, 1, 2, "nor this"))
+    async with storage.views.transaction() as transaction:
+        assert await transaction.parked(PROJECTOR, [account(), account("x")]) == {account(): again}
+        assert await transaction.parked("totals__1", [account()]) == {}
+        assert await transaction.parked(PROJECTOR, []) == {}
+        await transaction.unpark(PROJECTOR, account())
+        await transaction.unpark(PROJECTOR, account("x"))
+    assert [parked.key for parked in await storage.views.list_parked()] == [other]
+
+
+# --- SQL of one's own --------------------------------------------------------
+
+
+async def test_own_sql_counts_the_rows_it_touched(storage: Storage) -> None:
+    """Statements say how many rows they touched; queries return rows."""
+    async with storage.views.transaction() as sql:
+        insert = f"INSERT INTO {OWN_TABLE} VALUES (?, ?)"
+        for name in ("a", "b", "100%", "?"):
+            assert await sql.execute(insert, (name, 2**40)) == 1
+        update = f"UPDATE {OWN_TABLE} SET total = total + ? WHERE name IN (?, ?, ?)"
+        assert await sql.execute(update, (1, "a", "b", "none")) == 2
+        assert await sql.execute(update, (1, "x", "y", "z")) == 0
+        found = await sql.fetch(
+            f"SELECT name, total FROM {OWN_TABLE} WHERE name = ?",
+            ("a",),
+        )
+        assert [tuple(each) for each in found] == [("a", 2**40 + 1)]
+        assert await sql.execute(f"DELETE FROM {OWN_TABLE}") == 4
+
+
+async def test_own_sql_that_is_wrong_rolls_back(storage: Storage) -> None:
+    """A statement that the store refuses is a store's error and ends the transaction."""
+    await save_something(storage)
+    with pytest.raises(errors.StoreError):
+        async with storage.views.transaction() as transaction:
+            await write_everything(transaction)
+            await transaction.execute("UPDATE nowhere SET nothing = ?", (1,))
+    await assert_untouched(storage)
+
+
+async def test_own_table_is_made_once(storage: Storage) -> None:
+    """Creating a table with columns again leaves its rows."""
+    async with storage.views.transaction() as transaction:
+        await transaction.execute(f"INSERT INTO {OWN_TABLE} VALUES (?, ?)", ("a", 1))
+    await storage.views.create_table(OWN_TABLE, "name VARCHAR(40) PRIMARY KEY, total BIGINT")
+    assert len(await storage.views.query(f"SELECT name FROM {OWN_TABLE}")) == 1

@@ -1,0 +1,217 @@
+"""What reading and arranging views promises: rows, pages, generations, published tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import orjson
+import pytest
+
+from cqrs_es import errors
+from cqrs_es.ports.views import ParkedAggregate, ViewRow
+from tests.contract.building import AWKWARD_IDS, account
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from cqrs_es.ports.storage import Storage
+    from cqrs_es.types import AggregateKey
+
+TABLE = "ledger__1"
+
+
+@pytest.fixture
+async def storage(storage: Storage) -> Storage:
+    """Prepare a view's table."""
+    await storage.views.create_table(TABLE)
+    return storage
+
+
+def row(view_id: str, version: int = 1, **content: object) -> ViewRow:
+    return ViewRow(view_id, version, orjson.dumps(content))
+
+
+async def save(storage: Storage, rows: Iterable[ViewRow], table: str = TABLE) -> None:
+    async with storage.views.transaction() as transaction:
+        await transaction.save(table, list(rows))
+
+
+async def test_a25_view_row(storage: Storage) -> None:
+    """A row is missing, then written, then replaced; each table has rows of its own."""
+    assert await storage.views.get(TABLE, "1") is None
+    await storage.views.create_table("other__1")
+    await save(storage, [row("1", balance="1.00")])
+    await save(storage, [row("1", 2, balance="2.00")])
+    stored = await storage.views.get(TABLE, "1")
+    assert stored is not None
+    assert (stored.view_id, stored.version) == ("1", 2)
+    assert orjson.loads(stored.payload) == {"balance": "2.00"}
+    assert await storage.views.get("other__1", "1") is None
+
+
+async def test_b13_view_ids_compare_by_bytes(storage: Storage) -> None:
+    """View ids that differ in case, accents, spaces or normal form are different rows."""
+    await save(storage, [row(view_id, id=view_id) for view_id in AWKWARD_IDS])
+    for view_id in AWKWARD_IDS:
+        stored = await storage.views.get(TABLE, view_id)
+        assert stored is not None
+        assert (stored.view_id, orjson.loads(stored.payload)) == (view_id, {"id": view_id})
+
+
+async def test_rows_are_listed_in_pages(storage: Storage) -> None:
+    """Rows are listed in the order of their ids' bytes, a page at a time, each once."""
+    await save(storage, [row(view_id) for view_id in AWKWARD_IDS])
+    seen: list[str] = []
+    while page := await storage.views.page(TABLE, after=seen[-1] if seen else "", limit=7):
+        assert len(page) <= 7
+        seen.extend(found.view_id for found in page)
+    assert seen == sorted(AWKWARD_IDS, key=str.encode)
+
+
+async def test_big_row(storage: Storage) -> None:
+    """A row of a megabyte comes back as it was."""
+    text = "💸'\"\\%s?" * 90_000
+    await save(storage, [row("big", text=text)])
+    stored = await storage.views.get(TABLE, "big")
+    assert stored is not None
+    assert orjson.loads(stored.payload) == {"text": text}
+
+
+# --- Tables ------------------------------------------------------------------
+
+
+async def test_creating_a_table_twice(storage: Storage) -> None:
+    """A table that is there is left as it is."""
+    await save(storage, [row("1")])
+    await storage.views.create_table(TABLE)
+    assert await storage.views.get(TABLE, "1") is not None
+
+
+async def test_dropping_a_table_twice(storage: Storage) -> None:
+    """A table that is not there is no error to drop; created again it is empty."""
+    await save(storage, [row("1")])
+    await storage.views.drop_table(TABLE)
+    await storage.views.drop_table(TABLE)
+    await storage.views.create_table(TABLE)
+    assert await storage.views.page(TABLE) == []
+
+
+async def test_table_with_a_reserved_name(storage: Storage) -> None:
+    """A view may be called like a word of SQL."""
+    for name in ("order", "select__1", "Group"):
+        await storage.views.create_table(name)
+        await save(storage, [row("1")], name)
+        assert await storage.views.get(name, "1") is not None
+
+
+async def test_published_table_is_read_by_name(storage: Storage) -> None:
+    """The published name shows the table's rows as they are now."""
+    await save(storage, [row("1")])
+    await storage.views.publish_table("ledger", TABLE)
+    await save(storage, [row("2")])
+    ids = await storage.views.query("SELECT view_id FROM ledger ORDER BY view_id")
+    assert [tuple(found) for found in ids] == [("1",), ("2",)]
+
+
+async def test_publishing_is_idempotent_and_switches(storage: Storage) -> None:
+    """Publishing again changes nothing; publishing another table shows that one."""
+    await storage.views.create_table("ledger__2")
+    await save(storage, [row("old")])
+    await save(storage, [row("new")], "ledger__2")
+    for table, shown in ((TABLE, "old"), (TABLE, "old"), ("ledger__2", "new")):
+        await storage.views.publish_table("ledger", table)
+        ids = await storage.views.query("SELECT view_id FROM ledger")
+        assert [tuple(found) for found in ids] == [(shown,)]
+
+
+async def test_old_generation_is_dropped_after_the_switch(storage: Storage) -> None:
+    """Once another table is published the old one can go."""
+    await storage.views.create_table("ledger__2")
+    await save(storage, [row("new")], "ledger__2")
+    await storage.views.publish_table("ledger", TABLE)
+    await storage.views.publish_table("ledger", "ledger__2")
+    await storage.views.drop_table(TABLE)
+    assert len(await storage.views.query("SELECT view_id FROM ledger")) == 1
+
+
+# --- Queries -----------------------------------------------------------------
+
+
+async def test_query_with_parameters(storage: Storage) -> None:
+    """Parameters stand where the `?` are, and keep their type and every character."""
+    for value in (None, 0, -1, 2**62, 0.25, "", "é💸", "?", "%s", "100%", "'", '"', "\\", "a\nb"):
+        [found] = await storage.views.query("SELECT ?", (value,))
+        assert tuple(found) == (value,)
+
+
+async def test_query_with_marks_in_its_text(storage: Storage) -> None:
+    """Percent signs, and question marks in literals, are just text."""
+    await save(storage, [row("a%b"), row("a?b"), row("axb")])
+    found = await storage.views.query(
+        f"SELECT view_id, '100% ?' FROM {TABLE} WHERE view_id LIKE 'a%' AND view_id <> ?"  # noqa: S608 - a constant
+        " ORDER BY view_id",
+        ("axb",),
+    )
+    assert [tuple(each) for each in found] == [("a%b", "100% ?"), ("a?b", "100% ?")]
+
+
+async def test_query_that_is_wrong(storage: Storage) -> None:
+    """A statement that the store refuses is a store's error, and the store stays usable."""
+    with pytest.raises(errors.StoreError):
+        await storage.views.query("SELECT nothing FROM nowhere")
+    assert await storage.views.page(TABLE) == []
+
+
+# --- Generations, checkpoints and markers ------------------------------------
+
+
+async def test_generations(storage: Storage) -> None:
+    """The live generation of a view is set and replaced; each view has its own."""
+    assert await storage.views.generations() == {}
+    await storage.views.set_generation("ledger", 1)
+    await storage.views.set_generation("bank_totals", 4)
+    await storage.views.set_generation("ledger", 2)
+    assert await storage.views.generations() == {"ledger": 2, "bank_totals": 4}
+
+
+async def test_checkpoints(storage: Storage) -> None:
+    """A projector's checkpoints are its own, one per partition."""
+    assert await storage.views.checkpoints("ledger__1") == {}
+    async with storage.views.transaction() as transaction:
+        await transaction.advance("ledger__1", 0, 0, 5)
+        await transaction.advance("ledger__1", 3, 0, 7)
+        await transaction.advance("Ledger__1", 0, 0, 1)
+    assert await storage.views.checkpoints("ledger__1") == {0: 5, 3: 7}
+    assert await storage.views.checkpoints("Ledger__1") == {0: 1}
+
+
+def marker(projector: str, key: AggregateKey, *, attempts: int = 1) -> ParkedAggregate:
+    return ParkedAggregate(projector, key, 3, 1, "it didn't fit: “é” 💸", attempts)
+
+
+async def test_g9_markers_of_parked_aggregates(storage: Storage) -> None:
+    """Markers come back as they were set, of one projector or of all, by projector and key."""
+    markers = [marker("ledger__1", account(id_)) for id_ in sorted(AWKWARD_IDS)]
+    other = marker("totals__1", account("a"))
+    async with storage.views.transaction() as transaction:
+        for each in (other, *markers):
+            await transaction.park(each)
+    assert await storage.views.list_parked("totals__1") == [other]
+    assert await storage.views.list_parked("ledger__1") == markers
+    assert await storage.views.list_parked() == [*markers, other]
+    assert await storage.views.list_parked("none") == []
+
+
+async def test_forgetting_a_projector(storage: Storage) -> None:
+    """Forgetting deletes a projector's checkpoints and markers, and nobody else's."""
+    kept = marker("totals__1", account())
+    async with storage.views.transaction() as transaction:
+        for name in ("ledger__1", "totals__1"):
+            await transaction.advance(name, 0, 0, 5)
+        await transaction.park(marker("ledger__1", account()))
+        await transaction.park(kept)
+    await storage.views.forget("ledger__1")
+    await storage.views.forget("ledger__1")
+    assert await storage.views.checkpoints("ledger__1") == {}
+    assert await storage.views.checkpoints("totals__1") == {0: 5}
+    assert await storage.views.list_parked() == [kept]
