@@ -27,7 +27,7 @@ class MemoryDeadLetters(DeadLetters):
         """Keep a letter; where its id is known, add its attempts and update the rest."""
         self.put(letter)
 
-    async def list(self, *, after: str = "", limit: int = 100) -> list[DeadLetter]:
+    async def page(self, *, after: str = "", limit: int = 100) -> list[DeadLetter]:
         """Return up to `limit` letters with an id above `after`, by id."""
         above = (letter for id_, letter in sorted(self._letters.items()) if id_ > after)
         return list(itertools.islice(above, limit))

@@ -99,7 +99,7 @@ class MemoryViews(ViewStore):
         async with self._alone() as database:
             return database.view_row(table, view_id)
 
-    async def list(self, table: str, *, after: str = "", limit: int = 100) -> list[ViewRow]:
+    async def page(self, table: str, *, after: str = "", limit: int = 100) -> list[ViewRow]:
         """Return up to `limit` rows with an id above `after`, by id."""
         async with self._alone() as database:
             return database.view_rows(table, "view_id > ? ORDER BY view_id LIMIT ?", after, limit)
