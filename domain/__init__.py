@@ -1,0 +1,1 @@
+"""The bank's rules, free of I/O."""

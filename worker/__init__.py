@@ -1,0 +1,1 @@
+"""The bank's write side: the application and the services it calls."""
