@@ -69,7 +69,7 @@ class MemoryEvents(EventStore):
     def _load(self, request: LoadRequest) -> LoadedAggregate:
         snapshot = self._snapshots.get(request.key) if request.snapshot else None
         after = max(request.after, snapshot.last_sequence if snapshot else 0)
-        return LoadedAggregate(snapshot, tuple(self._streams.get(request.key, ())[after:]))
+        return LoadedAggregate(snapshot, self._streams.get(request.key, [])[after:])
 
     async def append(self, chains: Sequence[Chain], recorded_at: datetime) -> list[ChainResult]:
         """Write what passes its checks; results in the order of `chains`."""
