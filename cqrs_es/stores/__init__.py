@@ -44,10 +44,8 @@ def _memory(clock: Clock | None) -> Storage:
 
 
 def _sqlite(url: str, clock: Clock | None) -> Storage:
-    try:
-        from cqrs_es.stores import sqlite  # noqa: PLC0415 - its driver may not be installed
-    except ModuleNotFoundError as exc:
-        raise _driver_missing(exc, "cqrs-es") from exc
+    from cqrs_es.stores import sqlite  # noqa: PLC0415 - loaded when it is used
+
     return sqlite.storage_for(url, clock)
 
 

@@ -38,13 +38,12 @@ class SqlDeadLetters(DeadLetters):
 
     async def page(self, *, after: str = "", limit: int = 100) -> list[DeadLetter]:
         """Return up to `limit` letters with an id above `after`, by id."""
-        async with self._database.reading() as session:
-            return [letter_of(row) for row in await session.fetch(_LIST, (after, limit))]
+        rows = await self._database.read(lambda session: session.fetch(_LIST, (after, limit)))
+        return [letter_of(row) for row in rows]
 
     async def get(self, letter_id: str) -> DeadLetter | None:
         """Return one letter, None when there is none by that id."""
-        async with self._database.reading() as session:
-            rows = await session.fetch(_GET, (letter_id,))
+        rows = await self._database.read(lambda session: session.fetch(_GET, (letter_id,)))
         return letter_of(rows[0]) if rows else None
 
     async def drop(self, letter_id: str) -> bool:
@@ -53,8 +52,7 @@ class SqlDeadLetters(DeadLetters):
 
     async def count(self) -> int:
         """Return how many letters there are."""
-        async with self._database.reading() as session:
-            rows = await session.fetch(_COUNT)
+        rows = await self._database.read(lambda session: session.fetch(_COUNT))
         return int(rows[0][0])
 
 

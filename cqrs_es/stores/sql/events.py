@@ -52,14 +52,7 @@ class SqlEvents(EventStore):
 
     async def load(self, requests: Sequence[LoadRequest]) -> list[LoadedAggregate]:
         """Read aggregates, in the order of `requests`."""
-        async with self._database.reading() as session:
-            snapshots = await _snapshots(session, [r.key for r in requests if r.snapshot])
-            after = {request.key: _start(request, snapshots) for request in requests}
-            streams = await _streams(session, after)
-        return [
-            LoadedAggregate(snapshots.get(r.key) if r.snapshot else None, streams[r.key])
-            for r in requests
-        ]
+        return await self._database.read(lambda session: _load(session, requests))
 
     async def append(self, chains: Sequence[Chain], recorded_at: datetime) -> list[ChainResult]:
         """Write what passes its checks, in one transaction; results in the order of `chains`."""
@@ -76,8 +69,8 @@ class SqlEvents(EventStore):
 
     async def find_outcomes(self, command_ids: Collection[str]) -> dict[str, StoredOutcome]:
         """Look up the outcomes of those ids that have one."""
-        async with self._database.reading() as session:
-            return await outcomes.find(session, list(command_ids))
+        ids = list(command_ids)
+        return await self._database.read(lambda session: outcomes.find(session, ids))
 
     async def prune_outcomes(self, before: datetime, limit: int) -> int:
         """Delete at most `limit` outcomes recorded before a moment, not failed."""
@@ -91,20 +84,14 @@ class SqlEvents(EventStore):
 
     async def read_log(self, partition: int, after: int, limit: int) -> list[StoredEvent]:
         """Read up to `limit` events of a partition above offset `after`, or `BrokenLog`."""
-        async with self._database.reading() as session:
-            rows = await session.fetch(_LOG, (partition, after, limit))
-            if not rows and await _head(session, partition) != after:
-                # Events may have been committed between the two statements.
-                rows = await session.fetch(_LOG, (partition, after, limit))
-                _check_not_empty(rows, partition, after)
-        events = [event_of(row) for row in rows]
-        _check_contiguous(events, partition, after)
-        return events
+        return await self._database.read(
+            lambda session: _read_log(session, partition, after, limit)
+        )
 
     async def heads(self) -> Mapping[int, int]:
         """Return every partition's head."""
-        async with self._database.reading() as session:
-            rows = await session.fetch(f"{_HEADS} ORDER BY log_partition")
+        sql = f"{_HEADS} ORDER BY log_partition"
+        rows = await self._database.read(lambda session: session.fetch(sql))
         if not rows:
             raise errors.StoreNotInitialised
         return dict(rows)
@@ -180,6 +167,16 @@ async def _write_snapshots(session: Session, plan: AppendPlan) -> None:
 # --- Loading -----------------------------------------------------------------
 
 
+async def _load(session: Session, requests: Sequence[LoadRequest]) -> list[LoadedAggregate]:
+    snapshots = await _snapshots(session, [r.key for r in requests if r.snapshot])
+    after = {request.key: _start(request, snapshots) for request in requests}
+    streams = await _streams(session, after)
+    return [
+        LoadedAggregate(snapshots.get(r.key) if r.snapshot else None, streams[r.key])
+        for r in requests
+    ]
+
+
 async def _snapshots(
     session: Session, keys: Iterable[AggregateKey]
 ) -> dict[AggregateKey, Snapshot]:
@@ -220,6 +217,17 @@ def _by_type(keys: Iterable[AggregateKey]) -> list[tuple[str, Sequence[str]]]:
 
 
 # --- Reading the log ---------------------------------------------------------
+
+
+async def _read_log(session: Session, partition: int, after: int, limit: int) -> list[StoredEvent]:
+    rows = await session.fetch(_LOG, (partition, after, limit))
+    if not rows and await _head(session, partition) != after:
+        # Events may have been committed between the two statements.
+        rows = await session.fetch(_LOG, (partition, after, limit))
+        _check_not_empty(rows, partition, after)
+    events = [event_of(row) for row in rows]
+    _check_contiguous(events, partition, after)
+    return events
 
 
 async def _head(session: Session, partition: int) -> int:

@@ -121,13 +121,16 @@ class SqlLeases(Leases):
 
     async def _live(self, select: str, then_by: str, role: str | None) -> list[Row]:
         """Read the rows that have not expired, of one role or of all."""
-        async with self._database.reading() as session:
+
+        async def work(session: Session) -> list[Row]:
             now = session.dialect.to_time(await session.now())
             order = f"ORDER BY role, {then_by}"
             if role is None:
                 return await session.fetch(f"{select} WHERE expires_at > ? {order}", (now,))
             sql = f"{select} WHERE expires_at > ? AND role = ? {order}"
             return await session.fetch(sql, (now, role))
+
+        return await self._database.read(work)
 
 
 class _Claim(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from cqrs_es import errors
@@ -60,6 +60,10 @@ class Session(ABC):
         """Return the time by which leases expire, the same for all users of the database."""
 
 
+Work: TypeAlias = Callable[[Session], Coroutine[Any, Any, T]]
+"""What is done in a session: a function, so that it can be done again or elsewhere."""
+
+
 class Database(ABC):
     """A database that can be connected to.
 
@@ -75,8 +79,11 @@ class Database(ABC):
         """Let go of every connection; safe to call twice."""
 
     @abstractmethod
-    def reading(self) -> AbstractAsyncContextManager[Session]:
-        """Lend a session outside any transaction: each statement sees what is committed."""
+    async def read(self, work: Work[T]) -> T:
+        """Do work outside any transaction: each statement sees what is committed.
+
+        The work awaits nothing but its session; so does that given to `run`.
+        """
 
     @abstractmethod
     def transaction(self) -> AbstractAsyncContextManager[Session]:
@@ -86,7 +93,7 @@ class Database(ABC):
     def migration(self) -> AbstractAsyncContextManager[Session]:
         """Lend a session for DDL, to one process at a time."""
 
-    async def run(self, work: Callable[[Session], Awaitable[T]]) -> T:
+    async def run(self, work: Work[T]) -> T:
         """Do work in a transaction, again where it was certainly rolled back, a few times.
 
         A duplicate key means that somebody else inserted the row since it was
@@ -103,7 +110,7 @@ class Database(ABC):
             message = f"somebody else wrote the same row {MAX_TRIES} times; try again"
             raise errors.StoreUnavailable(message) from exc
 
-    async def _once(self, work: Callable[[Session], Awaitable[T]]) -> T:
+    async def _once(self, work: Work[T]) -> T:
         async with self.transaction() as session:
             return await work(session)
 

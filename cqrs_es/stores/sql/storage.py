@@ -61,8 +61,7 @@ class SqlStorage(Storage):
 
     async def info(self) -> StoreInfo:
         """Read what `initialise` fixed; raise `StoreNotInitialised`, `SchemaTooNew`."""
-        async with self._database.reading() as session:
-            info = await _read_info(session)
+        info = await self._database.read(_read_info)
         check_schema(info.schema_version)
         if info.schema_version < SCHEMA_VERSION:
             message = "the store's schema is older than this program: run `cqrs-es init`"

@@ -61,28 +61,28 @@ class SqlViews(ViewStore):
 
     async def get(self, table: str, view_id: str) -> ViewRow | None:
         """Return one row, None when there is none."""
-        async with self._database.reading() as session:
-            rows = await session.fetch(f"{_select(session, table)} WHERE view_id = ?", (view_id,))
+        rows = await self._database.read(
+            lambda session: session.fetch(
+                f"{_select(session, table)} WHERE view_id = ?", (view_id,)
+            )
+        )
         return view_row_of(rows[0]) if rows else None
 
-    async def page(
-        self, table: str, *, after: str = "", limit: int = 100
-    ) -> list[ViewRow]:
+    async def page(self, table: str, *, after: str = "", limit: int = 100) -> list[ViewRow]:
         """Return up to `limit` rows with an id above `after`, by id."""
-        async with self._database.reading() as session:
-            sql = f"{_select(session, table)} WHERE view_id > ? ORDER BY view_id LIMIT ?"
-            rows = await session.fetch(sql, (after, limit))
+        where = "WHERE view_id > ? ORDER BY view_id LIMIT ?"
+        rows = await self._database.read(
+            lambda session: session.fetch(f"{_select(session, table)} {where}", (after, limit))
+        )
         return [view_row_of(row) for row in rows]
 
     async def query(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
         """Run a query with `?` placeholders outside any transaction."""
-        async with self._database.reading() as session:
-            return await session.fetch(sql, parameters)
+        return await self._database.read(lambda session: session.fetch(sql, parameters))
 
     async def checkpoints(self, projector: str) -> dict[int, int]:
         """Return a projector's checkpoints by partition."""
-        async with self._database.reading() as session:
-            return await checkpoints.all_of(session, projector)
+        return await self._database.read(lambda session: checkpoints.all_of(session, projector))
 
     async def forget(self, projector: str) -> None:
         """Delete a projector's checkpoints and parked markers."""
@@ -95,8 +95,7 @@ class SqlViews(ViewStore):
 
     async def generations(self) -> Mapping[str, int]:
         """Return the live generation of each view and projector."""
-        async with self._database.reading() as session:
-            return dict(await session.fetch(_GENERATIONS))
+        return dict(await self._database.read(lambda session: session.fetch(_GENERATIONS)))
 
     async def set_generation(self, projector: str, live: int) -> None:
         """Make a generation live; one row, so it happens or does not."""
@@ -107,8 +106,8 @@ class SqlViews(ViewStore):
     async def list_parked(self, projector: str | None = None) -> list[ParkedAggregate]:
         """Return the markers there are, of one projector or of all."""
         where, parameters = ("", ()) if projector is None else ("WHERE projector = ?", (projector,))
-        async with self._database.reading() as session:
-            rows = await session.fetch(f"{PARKED.select} {where} {_IN_ORDER}", parameters)
+        sql = f"{PARKED.select} {where} {_IN_ORDER}"
+        rows = await self._database.read(lambda session: session.fetch(sql, parameters))
         return [marker_of(row) for row in rows]
 
 
