@@ -20,7 +20,7 @@ from cqrs_es.ports.broker import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from cqrs_es.ports.broker import OutgoingCommand, OutgoingEvent
+    from cqrs_es.ports.broker import OutgoingCommand, OutgoingEvent, OutgoingReply
 
 _Opened: TypeAlias = "set[_Intake | _Feed | _Inbox]"
 _CLOSED = "this was closed; open another on a broker that is open"
@@ -109,12 +109,12 @@ class MemoryBroker(Broker):
         self._opened.add(feed)
         return feed
 
-    async def reply(self, reply_to: str, command_id: str, outcome: bytes) -> None:
-        """Hand an outcome to the inboxes that are open for it; without one it is dropped."""
-        del command_id
-        for opened in self._opened:
-            if isinstance(opened, _Inbox) and opened.reply_to == reply_to:
-                opened.put(outcome)
+    async def reply(self, replies: Sequence[OutgoingReply]) -> None:
+        """Hand outcomes to the inboxes that are open for them; without one they are dropped."""
+        for reply in replies:
+            for opened in self._opened:
+                if isinstance(opened, _Inbox) and opened.reply_to == reply.reply_to:
+                    opened.put(reply.outcome)
 
     async def open_replies(self, reply_to: str) -> ReplyInbox:
         """Open an inbox; several for one name get every reply each."""

@@ -44,6 +44,15 @@ class Delivery:
 
 
 @dataclass(frozen=True, slots=True)
+class OutgoingReply:
+    """An encoded outcome and the sender it is for."""
+
+    reply_to: str
+    command_id: str
+    outcome: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class OutgoingEvent:
     """An event of the log in its topic form."""
 
@@ -152,8 +161,8 @@ class Broker(ABC):
         """Receive the events of these partitions above these offsets, as far as the topic has them."""
 
     @abstractmethod
-    async def reply(self, reply_to: str, command_id: str, outcome: bytes) -> None:
-        """Send an outcome to a sender; best effort."""
+    async def reply(self, replies: Sequence[OutgoingReply]) -> None:
+        """Send outcomes to their senders; best effort."""
 
     @abstractmethod
     async def open_replies(self, reply_to: str) -> ReplyInbox:

@@ -25,6 +25,11 @@ class Storage(ABC):
     def durable(self) -> bool:
         """Whether what is committed outlives the process."""
 
+    @property
+    @abstractmethod
+    def shared(self) -> bool:
+        """Whether it is a server that `init` prepares for many processes, not an embedded store."""
+
     @abstractmethod
     async def open(self) -> None:
         """Connect. Raises `StoreUnavailable` when that can't be done now."""

@@ -107,7 +107,8 @@ def _typed(options: Mapping[str, str]) -> dict[str, Any]:
 
 def storage_for(url: str, clock: Clock | None = None) -> SqlStorage:
     """Make the storage that a URL names; leases expire by `clock`."""
-    return SqlStorage(SqliteDatabase(SqliteTarget.parse(url), clock or SystemClock()))
+    database = SqliteDatabase(SqliteTarget.parse(url), clock or SystemClock())
+    return SqlStorage(database, shared=False)
 
 
 class SqliteDatabase(Database):

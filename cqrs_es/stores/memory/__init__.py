@@ -37,6 +37,11 @@ class MemoryStorage(Storage):
         """Always False."""
         return False
 
+    @property
+    def shared(self) -> bool:
+        """Always False."""
+        return False
+
     async def open(self) -> None:
         """Do nothing: there is nothing to connect to."""
 

@@ -24,10 +24,11 @@ _INFO: Final = "SELECT name, value FROM store_info"
 
 
 class SqlStorage(Storage):
-    """The framework's tables and the views in one SQL database."""
+    """The framework's tables and the views in one SQL database; `shared` if it is a server."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, shared: bool) -> None:
         self._database = database
+        self._shared = shared
         self.events = SqlEvents(database)
         self.views = SqlViews(database)
         self.leases = SqlLeases(database)
@@ -37,6 +38,11 @@ class SqlStorage(Storage):
     def durable(self) -> bool:
         """Always True."""
         return True
+
+    @property
+    def shared(self) -> bool:
+        """Whether the database is a server."""
+        return self._shared
 
     async def open(self) -> None:
         """Connect. Raises `StoreUnavailable` when that can't be done now."""

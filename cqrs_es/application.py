@@ -1,0 +1,212 @@
+"""An application: a service's aggregates, views and projectors, and how it is opened."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cqrs_es import errors
+from cqrs_es.brokers import broker_for
+from cqrs_es.execution.executor import Executor
+from cqrs_es.execution.policy import ExecutionPolicy
+from cqrs_es.messages import NO_METADATA, CommandMessage, Outcome
+from cqrs_es.opened import OpenApplication
+from cqrs_es.ports.clock import Clock, SystemClock
+from cqrs_es.registry import Registry, define_aggregate, define_projector, define_view
+from cqrs_es.runtime.log_watcher import LogWatcher
+from cqrs_es.runtime.supervisor import Process, new_owner
+from cqrs_es.settings import Settings
+from cqrs_es.stores import storage_for
+from cqrs_es.types import NAME
+
+if TYPE_CHECKING:
+    from cqrs_es.aggregate import Aggregate, SourceOfTruth
+    from cqrs_es.ports.broker import Broker
+    from cqrs_es.ports.storage import Storage
+    from cqrs_es.projector import Projector
+    from cqrs_es.registry import ServicesFactory
+    from cqrs_es.upcasting import Upcaster
+    from cqrs_es.view import View
+
+C = TypeVar("C")
+E = TypeVar("E")
+S = TypeVar("S")
+
+OnHandlerFailure = Callable[[CommandMessage, BaseException], None]
+OnViewFailure = Callable[[Any, Exception], None]
+
+
+class Application:
+    """A service's aggregates, views and projectors, under the service's name."""
+
+    def __init__(self, service: str) -> None:
+        if not NAME.fullmatch(service):
+            message = f"service name {service!r} must match {NAME.pattern}"
+            raise errors.DefinitionError(message)
+        self.service = service
+        self.registry = Registry()
+        self._opened: OpenApplication | None = None
+
+    def aggregate(
+        self,
+        cls: type[Aggregate[C, E, S]],
+        *,
+        services: Callable[..., S] | None = None,
+        source: SourceOfTruth | None = None,
+        upcasters: Iterable[Upcaster] = (),
+        handler_timeout: float | None = None,
+    ) -> None:
+        """Register an aggregate.
+
+        `services` makes what `handle` is given, for each command anew, from a
+        `CommandContext`. `source` is `EventSourced()` unless given. Raises
+        `DefinitionError` for anything that could not be run or stored.
+        """
+        factory: ServicesFactory | None = services
+        definition = define_aggregate(
+            cls,
+            services=factory,
+            source=source,
+            upcasters=upcasters,
+            handler_timeout=handler_timeout,
+        )
+        self.registry.add_aggregate(definition)
+
+    def view(self, cls: type[View[Any]]) -> None:
+        """Register a view whose rows the framework keeps."""
+        self.registry.add_projection(define_view(cls))
+
+    def projector(self, cls: type[Projector[Any]]) -> None:
+        """Register a projector with tables and SQL of its own."""
+        self.registry.add_projection(define_projector(cls))
+
+    # --- Opening -------------------------------------------------------------
+
+    @asynccontextmanager
+    async def open(
+        self,
+        settings: Settings | None = None,
+        *,
+        storage: Storage | None = None,
+        broker: Broker | None = None,
+        clock: Clock | None = None,
+        policy: ExecutionPolicy | None = None,
+        on_handler_failure: OnHandlerFailure | None = None,
+        on_view_failure: OnViewFailure | None = None,
+    ) -> AsyncIterator[OpenApplication]:
+        """Connect to the store and the broker.
+
+        Settings come from the environment unless given; a store or broker that
+        is given stays open afterwards. An embedded store (SQLite, memory) is
+        initialised. Raises `StoreNotInitialised` for a server store without
+        tables, `PartitionsMismatch` where a setting differs from the store.
+        """
+        self.registry.check()
+        settings = settings or Settings.from_environment()
+        clock = clock or SystemClock()
+        service = settings.service or self.service
+        async with AsyncExitStack() as stack:
+            if storage is None:
+                storage = _make_storage(settings, service, clock)
+                stack.push_async_callback(storage.close)
+            if broker is None:
+                broker = _make_broker(settings, service)
+                stack.push_async_callback(broker.close)
+            await storage.open()
+            await broker.open()
+            partitions = await _partitions(storage, settings)
+            watcher = LogWatcher(storage.events)
+            executor = Executor(
+                self.registry,
+                storage.events,
+                partitions=partitions,
+                clock=clock,
+                policy=policy or _policy(settings),
+                on_failure=on_handler_failure,
+                on_commit=watcher.poke,
+            )
+            process = Process(
+                registry=self.registry,
+                settings=settings,
+                service=service,
+                partitions=partitions,
+                storage=storage,
+                broker=broker,
+                clock=clock,
+                executor=executor,
+                watcher=watcher,
+                owner=new_owner(),
+                on_view_failure=on_view_failure,
+            )
+            opened = OpenApplication(process)
+            if not storage.shared:
+                await opened.initialise()
+            await stack.enter_async_context(executor)
+            self._opened, before = opened, self._opened
+            stack.callback(self._restore, before)
+            yield opened
+
+    def _restore(self, before: OpenApplication | None) -> None:
+        self._opened = before
+
+    async def execute(
+        self,
+        cls: type[Aggregate[C, Any, Any]],
+        aggregate_id: str,
+        command: C,
+        *,
+        command_id: str | None = None,
+        metadata: Mapping[str, str] = NO_METADATA,
+        expected_sequence: int | None = None,
+    ) -> Outcome:
+        """Execute a command in this process, where the application is open.
+
+        See `OpenApplication.execute`.
+        """
+        if self._opened is None:
+            message = "the application is not open: async with app.open(): …"
+            raise errors.ConfigurationError(message)
+        return await self._opened.execute(
+            cls,
+            aggregate_id,
+            command,
+            command_id=command_id,
+            metadata=metadata,
+            expected_sequence=expected_sequence,
+        )
+
+
+def _make_storage(settings: Settings, service: str, clock: Clock) -> Storage:
+    url = settings.store_url or f"sqlite:///{service}.db"
+    return storage_for(url, clock=clock, lease_seconds=settings.lease_seconds)
+
+
+def _make_broker(settings: Settings, service: str) -> Broker:
+    return broker_for(
+        settings.broker_url, service=service, event_retention=settings.event_retention
+    )
+
+
+async def _partitions(storage: Storage, settings: Settings) -> int:
+    """Return how many partitions the store has; a setting that differs is an error."""
+    if not storage.shared:
+        return settings.partitions_or_default()
+    info = await storage.info()
+    if settings.partitions not in {None, info.partitions}:
+        message = (
+            f"the store has {info.partitions} partitions, CQRS_ES_PARTITIONS says "
+            f"{settings.partitions}: P is fixed when a store is created, so unset the setting"
+        )
+        raise errors.PartitionsMismatch(message)
+    return info.partitions
+
+
+def _policy(settings: Settings) -> ExecutionPolicy:
+    return ExecutionPolicy(
+        batch_size=settings.batch_size,
+        handler_timeout=settings.handler_timeout,
+        max_event_bytes=settings.max_event_bytes,
+        max_message_bytes=settings.max_message_bytes,
+        patience=10.0 if settings.embedded else None,
+    )

@@ -1,0 +1,228 @@
+"""An application connected to its store and broker: what code in its process can ask of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import orjson
+
+from cqrs_es import errors, wire
+from cqrs_es.codec import to_json
+from cqrs_es.execution.baselines import baseline_from, load_request, mended_baseline
+from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome, spec_of
+from cqrs_es.ports.store import LoadRequest
+from cqrs_es.projection.folding import folding_for
+from cqrs_es.projection.replay import replay, stored_stream
+from cqrs_es.projector import physical_name
+from cqrs_es.registry import ViewDefinition
+from cqrs_es.runtime.supervisor import Process, Supervisor
+from cqrs_es.types import (
+    AggregateKey,
+    check_aggregate_id,
+    new_command_id,
+    parse_command_id,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from cqrs_es.aggregate import Aggregate
+    from cqrs_es.execution.baselines import Baseline
+    from cqrs_es.ports.storage import Storage
+    from cqrs_es.ports.store import StoreInfo
+    from cqrs_es.ports.views import ViewRow
+    from cqrs_es.projection.folding import Folding
+    from cqrs_es.registry import AggregateDefinition, Registry
+    from cqrs_es.view import View
+
+C = TypeVar("C")
+E = TypeVar("E")
+A = TypeVar("A", bound="Aggregate[Any, Any, Any]")
+V = TypeVar("V", bound="View[Any]")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded(Generic[A]):
+    """An aggregate as the store holds it; `snapshot` is its snapshot's number, 0 for none."""
+
+    state: A
+    sequence: int
+    snapshot: int
+
+
+class OpenApplication:
+    """Executes commands, reads events, outcomes and views, and runs roles."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    @property
+    def storage(self) -> Storage:
+        """The store that the application is connected to."""
+        return self._process.storage
+
+    @property
+    def registry(self) -> Registry:
+        """What the application consists of."""
+        return self._process.registry
+
+    @property
+    def process(self) -> Process:
+        """What the roles of this process share."""
+        return self._process
+
+    # --- Initialising --------------------------------------------------------
+
+    async def initialise(self, *, new_epoch: bool = False) -> StoreInfo:
+        """Create or migrate tables, views and the broker's topology; idempotent."""
+        partitions = self._process.partitions
+        info = await self.storage.initialise(partitions, new_epoch=new_epoch)
+        for folding in await self._live_foldings():
+            await folding.create_tables(self.storage.views)
+            await folding.publish_tables(self.storage.views)
+            await self.storage.views.set_generation(folding.name, folding.generation)
+        await self._process.broker.declare(info.partitions, info.log_epoch)
+        return info
+
+    async def _live_foldings(self) -> list[Folding]:
+        generations = await self.storage.views.generations()
+        return [
+            folding_for(definition, generations.get(name, 1))
+            for name, definition in self.registry.projections.items()
+        ]
+
+    # --- Commands ------------------------------------------------------------
+
+    async def execute(
+        self,
+        cls: type[Aggregate[C, Any, Any]],
+        aggregate_id: str,
+        command: C,
+        *,
+        command_id: str | None = None,
+        metadata: Mapping[str, str] = NO_METADATA,
+        expected_sequence: int | None = None,
+    ) -> Outcome:
+        """Execute a command and return its outcome, on the path that messages take.
+
+        With a `command_id` of your own, executing again gives the same outcome,
+        marked `duplicate`. Raises `InvalidMessage` for an id or metadata that
+        no message may have, `StoreUnavailable` when the store stays away.
+        """
+        definition = self.registry.aggregate_of(cls)
+        message = CommandMessage(
+            id=new_command_id() if command_id is None else parse_command_id(command_id),
+            type=spec_of(type(command)).name,
+            aggregate_type=definition.type,
+            aggregate_id=aggregate_id,
+            payload=orjson.loads(to_json(command)),
+            metadata=wire.check_metadata(dict(metadata)),
+            expected_sequence=expected_sequence,
+        )
+        check_aggregate_id(aggregate_id)
+        return await self.submit(message)
+
+    async def submit(self, message: CommandMessage, *, retrying: bool = False) -> Outcome:
+        """Execute a command message; with `retrying`, also one whose outcome is `failed`."""
+        complete = _with_body(message)
+        return await asyncio.shield(self._process.executor.submit(complete, retrying=retrying))
+
+    async def outcome(self, command_id: str) -> Outcome | None:
+        """Look up what became of a command."""
+        known = parse_command_id(command_id)
+        found = await self.storage.events.find_outcomes([known])
+        return found[known].outcome if known in found else None
+
+    async def retry_dead_letter(self, letter_id: str) -> Outcome:
+        """Decide a dead letter's command again; when it is accepted or rejected the letter goes.
+
+        Raises `NotFound` without such a letter, `InvalidMessage` when its body
+        is no valid command message.
+        """
+        letter = await self.storage.dead_letters.get(letter_id)
+        if letter is None:
+            message = f"there is no dead letter {letter_id!r}; see `cqrs-es dead list`"
+            raise errors.NotFound(message)
+        if letter.body_length != len(letter.body):
+            message = f"dead letter {letter_id} was cut at {len(letter.body)} bytes; drop it"
+            raise errors.InvalidMessage(message)
+        command = wire.parse_command(letter.body, self._process.settings.max_message_bytes)
+        outcome = await self.submit(command, retrying=True)
+        if outcome.status != "failed":
+            await self.storage.dead_letters.drop(letter_id)
+        return outcome
+
+    # --- Aggregates and events -----------------------------------------------
+
+    async def load(self, cls: type[A], aggregate_id: str) -> Loaded[A]:
+        """Load an aggregate as a handler would find it; in its first state if it has no events."""
+        definition = self.registry.aggregate_of(cls)
+        baseline = await self._baseline(definition, AggregateKey(definition.type, aggregate_id))
+        state: A = definition.state.decode(baseline.state)
+        return Loaded(state, baseline.sequence, baseline.snapshot)
+
+    async def _baseline(self, definition: AggregateDefinition, key: AggregateKey) -> Baseline:
+        events = self.storage.events
+        (loaded,) = await events.load([load_request(definition, key)])
+        baseline = baseline_from(definition, loaded)
+        if baseline is not None:
+            return baseline
+        assert loaded.snapshot is not None  # noqa: S101 - only a snapshot can be unusable
+        (everything,) = await events.load([LoadRequest(key)])
+        return mended_baseline(definition, loaded.snapshot, everything)
+
+    async def events(
+        self, cls: type[Aggregate[Any, E, Any]], aggregate_id: str
+    ) -> list[Envelope[E]]:
+        """Read an aggregate's events, upcast to what the code knows."""
+        key = AggregateKey(self.registry.aggregate_of(cls).type, aggregate_id)
+        stored = await stored_stream(self.storage.events, key)
+        return [envelope for event in stored for envelope in self.registry.envelopes(event)]
+
+    def replay(self) -> AsyncIterator[Envelope[Any]]:
+        """Read every event in the log, partition by partition; see `projection.replay`."""
+        return replay(self.registry, self.storage.events)
+
+    # --- Views ---------------------------------------------------------------
+
+    async def view(self, cls: type[V], view_id: str) -> V | None:
+        """Read one row of a view, None when there is none."""
+        definition = self._view_definition(cls)
+        row = await self.storage.views.get(await self.table(cls.name), view_id)
+        if row is None:
+            return None
+        view: V = definition.state.decode(row.payload)
+        return view
+
+    async def view_rows(self, name: str, *, after: str = "", limit: int = 100) -> list[ViewRow]:
+        """Read up to `limit` rows of a view with an id above `after`, by id."""
+        return await self.storage.views.page(await self.table(name), after=after, limit=limit)
+
+    async def table(self, name: str) -> str:
+        """Return the name of the table that holds a view's live generation."""
+        generations = await self.storage.views.generations()
+        return physical_name(name, generations.get(name, 1))
+
+    def _view_definition(self, cls: type[View[Any]]) -> ViewDefinition:
+        definition = self.registry.projections.get(cls.name)
+        if not isinstance(definition, ViewDefinition) or definition.cls is not cls:
+            message = f"{cls.__qualname__} is not registered: app.view({cls.__name__})"
+            raise errors.DefinitionError(message)
+        return definition
+
+    # --- Roles ---------------------------------------------------------------
+
+    def supervisor(self, roles: Collection[str] | None = None) -> Supervisor:
+        """Make what runs roles in this process: those named, or all there are."""
+        return Supervisor(self._process, roles)
+
+
+def _with_body(message: CommandMessage) -> CommandMessage:
+    """Give a message that was made in this process the body that a sender would have sent."""
+    if message.body:
+        return message
+    body = wire.encode_command(message)
+    return wire.parse_command(body)

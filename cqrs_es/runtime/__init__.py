@@ -1,0 +1,1 @@
+"""Processes: the loops that move commands and events, and who runs which partition."""

@@ -1,0 +1,247 @@
+"""The command worker: from the queue to the executor, and the answers back (DESIGN §5).
+
+A message is settled only after its outcome is committed, or it is in the
+dead letters. What is in hand when the process dies is delivered again; what
+was committed already is then answered from the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from cqrs_es import errors, wire
+from cqrs_es.execution.outage import Outage
+from cqrs_es.ports.broker import OutgoingReply
+from cqrs_es.ports.dead_letters import DeadLetter
+from cqrs_es.runtime.isolation import Isolation
+from cqrs_es.runtime.waiting import unless
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cqrs_es.execution.executor import Executor
+    from cqrs_es.execution.work import Answer
+    from cqrs_es.messages import CommandMessage, Outcome
+    from cqrs_es.ports.broker import Broker, CommandIntake, Delivery
+    from cqrs_es.ports.clock import Clock
+    from cqrs_es.ports.leases import Lease
+    from cqrs_es.ports.storage import Storage
+
+log = structlog.get_logger("cqrs_es.worker")
+
+# A command that the process died of so often, alone, fails: the batch it first
+# came in is one death more.
+MOST_LONE_ATTEMPTS: Final = 2
+PRUNE_CHUNK: Final = 1000
+PRUNE_EVERY_SECONDS: Final = 60.0
+
+
+class CommandWorker:
+    """Consumes partitions of the command queue into one executor."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        broker: Broker,
+        executor: Executor,
+        clock: Clock,
+        *,
+        max_message_bytes: int,
+        most_in_hand: int,
+        retention_days: float,
+    ) -> None:
+        self.storage = storage
+        self.broker = broker
+        self.executor = executor
+        self.clock = clock
+        self.isolation = Isolation(executor)
+        self.max_message_bytes = max_message_bytes
+        self.most_in_hand = most_in_hand
+        self._retention = timedelta(days=retention_days)
+        self.dead = 0
+
+    async def run_partition(self, lease: Lease, stopping: asyncio.Event) -> None:
+        """Consume a partition until stopped, then settle what is in hand."""
+        intake = await self.broker.open_intake(lease.partition, lease.owner)
+        try:
+            async with asyncio.TaskGroup() as group:
+                consumer = _Consumer(self, intake)
+                settling = group.create_task(consumer.settle_forever())
+                pruning = group.create_task(self._prune_forever(lease.partition))
+                await unless(stopping, consumer.take_forever())
+                await consumer.drain()
+                settling.cancel()
+                pruning.cancel()
+        except* errors.CqrsError as group_of_errors:
+            raise _first(group_of_errors) from None
+        finally:
+            await intake.close()
+
+    async def bury(self, delivery: Delivery, reason: str) -> None:
+        """Put a message that no outcome is possible for among the dead letters."""
+        letter = DeadLetter.of(
+            delivery.body,
+            reason=reason,
+            source="commands",
+            seen_at=self.clock.now(),
+            limit=self.max_message_bytes,
+            command_id=wire.command_id_of(delivery.body),
+            headers=delivery.headers,
+        )
+        outage = Outage(self.clock, None)
+        await outage.wait_out(lambda: self.storage.dead_letters.add(letter))
+        self.dead += 1
+        log.warning("message buried", dead_letter=letter.id, reason=reason)
+
+    async def _prune_forever(self, partition: int) -> None:
+        """Forget old outcomes in small chunks; whoever holds partition 0 does it."""
+        while partition == 0:
+            pruned = await self._try_prune()
+            if pruned < PRUNE_CHUNK:
+                await self.clock.sleep(PRUNE_EVERY_SECONDS)
+
+    async def _try_prune(self) -> int:
+        before = self.clock.now() - self._retention
+        try:
+            return await self.storage.events.prune_outcomes(before, PRUNE_CHUNK)
+        except errors.CqrsError as exc:
+            log.warning("outcomes not pruned", error=exc.message)
+            return 0
+
+
+@dataclass(slots=True, eq=False)
+class _InHand:
+    """A delivery on its way to being settled; `answer` is None for a buried one."""
+
+    delivery: Delivery
+    message: CommandMessage | None = None
+    answer: Answer | None = None
+
+
+class _Consumer:
+    """One partition's deliveries, from the intake to their settlement."""
+
+    def __init__(self, worker: CommandWorker, intake: CommandIntake) -> None:
+        self._worker = worker
+        self._intake = intake
+        self._in_hand = 0
+        self._done: deque[_InHand] = deque()
+        self._something_done = asyncio.Event()
+        self._some_settled = asyncio.Condition()
+
+    # --- Taking --------------------------------------------------------------
+
+    async def take_forever(self) -> None:
+        """Receive and submit, never more than the bound at once."""
+        while True:
+            room = await self._room()
+            for delivery in await self._intake.receive(room):
+                await self._take(delivery)
+
+    async def _room(self) -> int:
+        most = self._worker.most_in_hand
+        async with self._some_settled:
+            await self._some_settled.wait_for(lambda: self._in_hand < most)
+        return most - self._in_hand
+
+    async def _take(self, delivery: Delivery) -> None:
+        try:
+            message = wire.parse_command(delivery.body, self._worker.max_message_bytes)
+        except errors.InvalidMessage as exc:
+            await self._worker.bury(delivery, exc.message)
+            self._in_hand += 1
+            self._note_done(_InHand(delivery))
+            return
+        if delivery.redelivered and not await self._is_answered(message):
+            await self._take_alone(delivery, message)
+            return
+        await self._worker.isolation.wait_open()
+        self._submit(delivery, message)
+
+    async def _is_answered(self, message: CommandMessage) -> bool:
+        outage = Outage(self._worker.clock, None)
+        events = self._worker.storage.events
+        return bool(await outage.wait_out(lambda: events.find_outcomes([message.id])))
+
+    async def _take_alone(self, delivery: Delivery, message: CommandMessage) -> None:
+        """Handle a redelivered command with nothing beside it, its attempt recorded first."""
+        async with self._worker.isolation.alone():
+            outage = Outage(self._worker.clock, None)
+            events = self._worker.storage.events
+            attempts = await outage.wait_out(lambda: events.record_attempt(message.id))
+            log.info("command redelivered", command_id=message.id, attempts=attempts)
+            in_hand = self._submit(delivery, message, attempts=attempts)
+            if in_hand.answer is not None:
+                await asyncio.wait([in_hand.answer])
+
+    def _submit(self, delivery: Delivery, message: CommandMessage, attempts: int = 0) -> _InHand:
+        condemned = None
+        if attempts > MOST_LONE_ATTEMPTS:
+            condemned = f"the process died at {attempts} attempts to handle the command"
+        answer = self._worker.executor.submit(message, attempts=attempts, condemned=condemned)
+        in_hand = _InHand(delivery, message, answer)
+        self._in_hand += 1
+        answer.add_done_callback(lambda _: self._note_done(in_hand))
+        return in_hand
+
+    # --- Settling ------------------------------------------------------------
+
+    def _note_done(self, in_hand: _InHand) -> None:
+        self._done.append(in_hand)
+        self._something_done.set()
+
+    async def settle_forever(self) -> None:
+        """Settle whatever is answered by the time the last settlement is done."""
+        while True:
+            await self._something_done.wait()
+            self._something_done.clear()
+            done = [self._done.popleft() for _ in range(len(self._done))]
+            self._raise_troubles(done)
+            await self._reply([item for item in done if item.message and item.message.reply_to])
+            await self._intake.settle([item.delivery for item in done])
+            async with self._some_settled:
+                self._in_hand -= len(done)
+                self._some_settled.notify_all()
+
+    async def drain(self) -> None:
+        """Wait until everything taken is settled."""
+        async with self._some_settled:
+            await self._some_settled.wait_for(lambda: self._in_hand == 0)
+
+    @staticmethod
+    def _raise_troubles(done: Sequence[_InHand]) -> None:
+        """Give the partition up where a command got no outcome; it stays in the queue."""
+        for item in done:
+            if item.answer is not None and not item.answer.cancelled():
+                item.answer.result()
+
+    async def _reply(self, items: Sequence[_InHand]) -> None:
+        replies = [_reply_for(item.message, item.answer) for item in items]
+        wanted = [reply for reply in replies if reply is not None]
+        if not wanted:
+            return
+        try:
+            await self._worker.broker.reply(wanted)
+        except errors.BrokerUnavailable as exc:
+            log.warning("replies lost", replies=len(wanted), error=exc.message)
+
+
+def _reply_for(message: CommandMessage | None, answer: Answer | None) -> OutgoingReply | None:
+    if message is None or message.reply_to is None or answer is None or answer.cancelled():
+        return None
+    outcome: Outcome = answer.result()
+    return OutgoingReply(message.reply_to, outcome.command_id, wire.encode_outcome(outcome))
+
+
+def _first(group: ExceptionGroup[errors.CqrsError]) -> Exception:
+    """Return the first error within a group, however deeply it is wrapped."""
+    error: Exception = group
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error

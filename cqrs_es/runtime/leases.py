@@ -1,0 +1,250 @@
+"""Keeping a process's fair share of a role's partitions leased, and running them (DESIGN §6)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import structlog
+
+from cqrs_es import errors
+from cqrs_es.execution.policy import backoff
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from cqrs_es.ports.clock import Clock
+    from cqrs_es.ports.leases import Lease, Leases, Member
+
+log = structlog.get_logger("cqrs_es.runtime")
+
+# Rounds within the length of a lease: three may fail before it runs out.
+ROUNDS_PER_LEASE: Final = 4
+# A lease is given up this part of its length after it was last renewed.
+SAFE_PART_OF_LEASE: Final = 0.8
+
+PartitionRunner: TypeAlias = "Callable[[Lease, asyncio.Event], Awaitable[None]]"
+
+
+def fair_share(members: Sequence[Member], owner: str, partitions: int) -> int:
+    """Return how many partitions a member is to hold.
+
+    Ranked by name, the first `partitions mod n` fit members hold one more than
+    the rest. Unfit members hold none while there is a fit one.
+    """
+    fit = sorted(member.owner for member in members if member.fit)
+    ranked = fit or sorted(member.owner for member in members)
+    if owner not in ranked:
+        return 0
+    each, left_over = divmod(partitions, len(ranked))
+    return each + (1 if ranked.index(owner) < left_over else 0)
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    """A partition at work: ask it to stop by the event, or cancel its task."""
+
+    lease: Lease
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+
+
+class LeaseKeeper:
+    """A member of one role: holds its share of the partitions and runs each of them.
+
+    `run_partition(lease, stopping)` works until `stopping` is set, then settles
+    what it has in hand and returns. It is cancelled when the lease is lost.
+    When it raises, it is started again after a wait; `trouble` says why. After
+    `UnknownEvent` the member is unfit until its process is replaced.
+    """
+
+    def __init__(
+        self,
+        leases: Leases,
+        clock: Clock,
+        run_partition: PartitionRunner,
+        *,
+        role: str,
+        owner: str,
+        partitions: int,
+        seconds: float,
+    ) -> None:
+        self._leases = leases
+        self._clock = clock
+        self._run_partition = run_partition
+        self._role = role
+        self._owner = owner
+        self._partitions = partitions
+        self._seconds = seconds
+        self._running: dict[int, _Running] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._troubles: dict[int, str] = {}
+        self._renewed_at = clock.monotonic()
+        self._store_trouble: str | None = None
+        self.unfit: str | None = None
+
+    @property
+    def role(self) -> str:
+        """The role that the member has."""
+        return self._role
+
+    @property
+    def held(self) -> Collection[int]:
+        """The partitions that this process works on."""
+        return self._running.keys()
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the member makes no progress somewhere; None when all is well."""
+        troubles = [self.unfit, self._store_trouble, *self._troubles.values()]
+        return next((reason for reason in troubles if reason), None)
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Take part until `stopping` is set, then hand everything over and leave."""
+        try:
+            while not stopping.is_set():
+                await self._try_round()
+                await self._wait(stopping)
+            await self._stop_all()
+            await self._leave()
+        finally:
+            self._cancel_all()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _wait(self, stopping: asyncio.Event) -> None:
+        pause = asyncio.create_task(self._clock.sleep(self._seconds / ROUNDS_PER_LEASE))
+        stop = asyncio.create_task(stopping.wait())
+        try:
+            await asyncio.wait({pause, stop}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            pause.cancel()
+            stop.cancel()
+
+    # --- A round -------------------------------------------------------------
+
+    async def _try_round(self) -> None:
+        try:
+            await self._round()
+        except errors.CqrsError as exc:
+            self._store_trouble = exc.message
+            log.warning("lease round failed", role=self._role, error=exc.message)
+            if self._clock.monotonic() - self._renewed_at > self._seconds * SAFE_PART_OF_LEASE:
+                self._cancel_all()
+        else:
+            self._store_trouble = None
+
+    async def _round(self) -> None:
+        started = self._clock.monotonic()
+        await self._leases.announce(
+            self._role, self._owner, fit=self.unfit is None, seconds=self._seconds
+        )
+        await self._renew()
+        self._renewed_at = started
+        share = fair_share(await self._leases.members(self._role), self._owner, self._partitions)
+        if len(self._running) > share:
+            self._hand_over(len(self._running) - share)
+        elif len(self._running) < share:
+            await self._take(share - len(self._running))
+
+    async def _renew(self) -> None:
+        if not self._running:
+            return
+        held = await self._leases.renew(self._role, self._owner, list(self._running), self._seconds)
+        kept = {lease.partition: lease.epoch for lease in held}
+        for partition, running in list(self._running.items()):
+            if kept.get(partition) != running.lease.epoch:
+                log.warning("lease lost", role=self._role, partition=partition)
+                self._cancel(running)
+
+    async def _take(self, most: int) -> None:
+        taken = {lease.partition for lease in await self._leases.held(self._role)}
+        free = [number for number in range(self._partitions) if number not in taken]
+        if not free:
+            return
+        leases = await self._leases.acquire(self._role, self._owner, free[:most], self._seconds)
+        for lease in leases:
+            self._start(lease)
+
+    def _hand_over(self, surplus: int) -> None:
+        """Ask for the surplus to stop, the highest numbers first; each is released when done."""
+        for partition in sorted(self._running)[-surplus:]:
+            self._running[partition].stopping.set()
+
+    # --- Partitions at work --------------------------------------------------
+
+    def _start(self, lease: Lease) -> None:
+        running = self._running[lease.partition] = _Running(lease)
+        running.task = asyncio.create_task(self._work(running))
+        self._tasks.add(running.task)
+        running.task.add_done_callback(self._tasks.discard)
+        log.info("partition taken", role=self._role, partition=lease.partition, epoch=lease.epoch)
+
+    async def _work(self, running: _Running) -> None:
+        """Run a partition until it is to stop, then release it."""
+        partition = running.lease.partition
+        attempt = 0
+        while not running.stopping.is_set():
+            try:
+                await self._run_partition(running.lease, running.stopping)
+                self._troubles.pop(partition, None)
+                attempt = 0
+            except errors.LeaseLost:
+                break
+            except Exception as exc:  # noqa: BLE001 - whatever it is, the others go on
+                attempt += 1
+                self._note(partition, exc)
+                await self._clock.sleep(backoff(attempt))
+        await self._release(running)
+
+    def _note(self, partition: int, exc: Exception) -> None:
+        reason = exc.message if isinstance(exc, errors.CqrsError) else repr(exc)
+        self._troubles[partition] = f"{self._role} on partition {partition}: {reason}"
+        if isinstance(exc, errors.UnknownEvent):
+            self.unfit = self._troubles[partition]
+        expected = isinstance(exc, errors.Unavailable | errors.UnknownEvent | errors.Conflict)
+        log.warning(
+            "partition interrupted",
+            role=self._role,
+            partition=partition,
+            error=reason,
+            exc_info=None if expected else exc,
+        )
+
+    async def _release(self, running: _Running) -> None:
+        partition = running.lease.partition
+        try:
+            await self._leases.release(self._role, self._owner, [partition])
+        except errors.CqrsError as exc:
+            log.warning("lease not released", role=self._role, error=exc.message)
+        self._forget(running)
+        log.info("partition released", role=self._role, partition=partition)
+
+    def _forget(self, running: _Running) -> None:
+        partition = running.lease.partition
+        if self._running.get(partition) is running:
+            del self._running[partition]
+            self._troubles.pop(partition, None)
+
+    def _cancel(self, running: _Running) -> None:
+        if running.task is not None:
+            running.task.cancel()
+        self._forget(running)
+
+    def _cancel_all(self) -> None:
+        for running in list(self._running.values()):
+            self._cancel(running)
+
+    async def _stop_all(self) -> None:
+        tasks = [running.task for running in self._running.values() if running.task]
+        for running in self._running.values():
+            running.stopping.set()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def _leave(self) -> None:
+        try:
+            await self._leases.leave(self._role, self._owner)
+        except errors.CqrsError as exc:
+            log.warning("membership not ended", role=self._role, error=exc.message)

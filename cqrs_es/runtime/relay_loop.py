@@ -1,0 +1,90 @@
+"""The relay: publishes the log to the topic, in order, at least once (DESIGN G6).
+
+The events table is the outbox. The mark moves only over what the topic has
+confirmed, fenced by the lease; a crash between the two publishes again, which
+subscribers drop by offset.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from cqrs_es import errors
+from cqrs_es.cloudevents import to_cloudevent
+from cqrs_es.ports.broker import OutgoingEvent
+from cqrs_es.runtime.waiting import unless
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cqrs_es.messages import StoredEvent
+    from cqrs_es.ports.broker import Broker
+    from cqrs_es.ports.leases import Lease
+    from cqrs_es.ports.storage import Storage
+    from cqrs_es.runtime.log_watcher import LogWatcher
+
+log = structlog.get_logger("cqrs_es.relay")
+
+RELAY_MARK: Final = "$relay"
+CHUNK: Final = 500
+
+
+class Relay:
+    """Publishes partitions of one service's log."""
+
+    def __init__(
+        self, storage: Storage, broker: Broker, watcher: LogWatcher, *, service: str
+    ) -> None:
+        self._storage = storage
+        self._broker = broker
+        self._watcher = watcher
+        self._source = f"/{service}"
+
+    async def run_partition(self, lease: Lease, stopping: asyncio.Event) -> None:
+        """Publish a partition until stopped, going on from its mark."""
+        epoch = (await self._storage.info()).log_epoch
+        marks = await self._storage.views.checkpoints(RELAY_MARK)
+        mark = await self._starting_point(lease.partition, marks.get(lease.partition, 0))
+        stored = marks.get(lease.partition, 0)
+        while not stopping.is_set():
+            if await unless(stopping, self._watcher.wait_beyond(lease.partition, mark)) is None:
+                break
+            mark = await self._publish_after(lease.partition, mark, epoch)
+            stored = await self._advance(lease, stored, mark)
+
+    async def _starting_point(self, partition: int, mark: int) -> int:
+        """Return the lesser of our mark and what the topic holds: a flushed one is filled again."""
+        end = await self._broker.topic_end(partition)
+        return mark if end is None else min(mark, end)
+
+    async def _publish_after(self, partition: int, mark: int, epoch: str) -> int:
+        events = await self._storage.events.read_log(partition, mark, CHUNK)
+        if not events:
+            return mark
+        outgoing = self._encode(events, epoch)
+        return await self._broker.publish(partition, epoch, outgoing)
+
+    def _encode(self, events: Sequence[StoredEvent], epoch: str) -> list[OutgoingEvent]:
+        return [
+            OutgoingEvent(
+                event.offset,
+                event.key.type,
+                event.event_type,
+                to_cloudevent(event, self._source, epoch),
+            )
+            for event in events
+        ]
+
+    async def _advance(self, lease: Lease, stored: int, mark: int) -> int:
+        """Store the mark if it moved; it never moves back, since those offsets were confirmed."""
+        if mark <= stored:
+            return stored
+        try:
+            await self._storage.leases.advance_mark(lease, RELAY_MARK, stored, mark)
+        except errors.Conflict:
+            log.warning("relay mark moved by another", partition=lease.partition)
+            raise errors.LeaseLost from None
+        return mark

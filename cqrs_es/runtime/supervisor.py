@@ -1,0 +1,207 @@
+"""A process: the roles it has, started together, stopped cleanly, watched for trouble."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from cqrs_es import errors
+from cqrs_es.projection.folding import folding_for
+from cqrs_es.runtime.command_loop import CommandWorker
+from cqrs_es.runtime.leases import LeaseKeeper
+from cqrs_es.runtime.projection_loop import ProjectorLoop
+from cqrs_es.runtime.relay_loop import RELAY_MARK, Relay
+from cqrs_es.runtime.waiting import cancelled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from cqrs_es.execution.executor import Counts, Executor
+    from cqrs_es.ports.broker import Broker
+    from cqrs_es.ports.clock import Clock
+    from cqrs_es.ports.storage import Storage
+    from cqrs_es.registry import Registry
+    from cqrs_es.runtime.leases import PartitionRunner
+    from cqrs_es.runtime.log_watcher import LogWatcher
+    from cqrs_es.settings import Settings
+
+log = structlog.get_logger("cqrs_es.runtime")
+
+WORKER = "worker"
+RELAY = "relay"
+
+
+def projector_role(name: str) -> str:
+    """Return the role of the projector of a view."""
+    return f"projector:{name}"
+
+
+def new_owner() -> str:
+    """Name this process as a member: host, process id, and something no other process has."""
+    return f"{socket.gethostname()[:80]}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """What the roles of one process share."""
+
+    registry: Registry
+    settings: Settings
+    service: str
+    partitions: int
+    storage: Storage
+    broker: Broker
+    clock: Clock
+    executor: Executor
+    watcher: LogWatcher
+    owner: str
+    on_view_failure: Callable[[Any, Exception], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a process's work has got; offsets are sums over all partitions."""
+
+    counts: Counts
+    dead: int
+    head: int
+    relayed: int
+    projected: Mapping[str, int]
+
+    @property
+    def lag(self) -> int:
+        """How many events the relay or the slowest projector still has before it."""
+        return self.head - min([self.relayed, *self.projected.values()])
+
+
+class Supervisor:
+    """Runs roles of one process, all of the application's unless named, until told to stop."""
+
+    def __init__(self, process: Process, roles: Collection[str] | None = None) -> None:
+        self._process = process
+        self._executor = process.executor
+        self._worker = _make_worker(process)
+        every = known_roles(process.registry)
+        self._roles = every if roles is None else frozenset(roles)
+        _check_roles(self._roles, every)
+        self._keepers: list[LeaseKeeper] = []
+
+    @property
+    def counts(self) -> Counts:
+        """What the command worker has done."""
+        return self._executor.counts
+
+    @property
+    def troubles(self) -> list[str]:
+        """Why the process makes no progress somewhere; empty when all is well."""
+        found = [self._executor.trouble, *(keeper.trouble for keeper in self._keepers)]
+        return [trouble for trouble in found if trouble]
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Run every role until `stopping` is set; then finish what is in hand and leave."""
+        self._keepers = [self._keeper(role, run) for role, run in await self._runners()]
+        watching = asyncio.create_task(self._process.watcher.run())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for keeper in self._keepers:
+                    group.create_task(keeper.run(stopping))
+        finally:
+            await cancelled(watching)
+
+    async def _runners(self) -> list[tuple[str, PartitionRunner]]:
+        """List the roles of this process with what each does to a partition."""
+        process = self._process
+        relay = Relay(process.storage, process.broker, process.watcher, service=process.service)
+        every: list[tuple[str, PartitionRunner]] = [
+            (WORKER, self._worker.run_partition),
+            (RELAY, relay.run_partition),
+        ]
+        every += [(role, loop.run_partition) for role, loop in await self._projectors()]
+        return [(role, run) for role, run in every if role in self._roles]
+
+    async def _projectors(self) -> list[tuple[str, ProjectorLoop]]:
+        process = self._process
+        generations = await process.storage.views.generations()
+        return [
+            (
+                projector_role(name),
+                ProjectorLoop(
+                    process.registry,
+                    process.storage,
+                    process.broker,
+                    folding_for(definition, generations.get(name, 1)),
+                    process.clock,
+                    on_failure=process.on_view_failure,
+                ),
+            )
+            for name, definition in process.registry.projections.items()
+        ]
+
+    def _keeper(self, role: str, run_partition: PartitionRunner) -> LeaseKeeper:
+        process = self._process
+        return LeaseKeeper(
+            process.storage.leases,
+            process.clock,
+            run_partition,
+            role=role,
+            owner=process.owner,
+            partitions=process.partitions,
+            seconds=process.settings.lease_seconds,
+        )
+
+    # --- Progress ------------------------------------------------------------
+
+    async def progress(self) -> Progress:
+        """Read how far every stage has got."""
+        views = self._process.storage.views
+        heads = await self._process.storage.events.heads()
+        generations = await views.generations()
+        projected = {
+            name: sum((await views.checkpoints(f"{name}__{generations.get(name, 1)}")).values())
+            for name in self._process.registry.projections
+        }
+        return Progress(
+            counts=self._executor.counts,
+            dead=self._worker.dead,
+            head=sum(heads.values()),
+            relayed=sum((await views.checkpoints(RELAY_MARK)).values()),
+            projected=projected,
+        )
+
+    async def idle(self) -> bool:
+        """Tell whether every command is handled, and every event published and projected."""
+        if self._executor.in_hand or sum((await self._process.broker.queue_depth()).values()):
+            return False
+        return (await self.progress()).lag == 0
+
+
+def _make_worker(process: Process) -> CommandWorker:
+    return CommandWorker(
+        process.storage,
+        process.broker,
+        process.executor,
+        process.clock,
+        max_message_bytes=process.settings.max_message_bytes,
+        most_in_hand=4 * process.settings.batch_size,
+        retention_days=process.settings.outcome_retention_days,
+    )
+
+
+def known_roles(registry: Registry) -> frozenset[str]:
+    """Return every role that a process of an application can have."""
+    projectors = (projector_role(name) for name in registry.projections)
+    return frozenset({WORKER, RELAY, *projectors})
+
+
+def _check_roles(roles: Collection[str], known: Collection[str]) -> None:
+    for role in roles:
+        if role not in known:
+            message = f"there is no role {role!r}; there are {', '.join(sorted(known))}"
+            raise errors.ConfigurationError(message)
