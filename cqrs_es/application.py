@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -94,7 +94,7 @@ class Application:
         policy: ExecutionPolicy | None = None,
         on_handler_failure: OnHandlerFailure | None = None,
         on_view_failure: OnViewFailure | None = None,
-    ) -> AsyncIterator[OpenApplication]:
+    ) -> AsyncGenerator[OpenApplication]:
         """Connect to the store and the broker.
 
         Settings come from the environment unless given; a store or broker that

@@ -84,10 +84,12 @@ def _parse_object(body: bytes, max_bytes: int) -> JsonObject:
     if not isinstance(message, dict):
         reason = f"message must be a JSON object, not {shown(message)}"
         raise errors.InvalidMessage(reason)
-    if nests_deeper_than(message, MAX_NESTING):
+    parsed = cast("JsonObject", message)
+    may_nest = body.count(b"{") + body.count(b"[") > MAX_NESTING
+    if may_nest and nests_deeper_than(parsed, MAX_NESTING):
         reason = f"message nests deeper than {MAX_NESTING} levels"
         raise errors.InvalidMessage(reason)
-    return cast("JsonObject", message)
+    return parsed
 
 
 def nests_deeper_than(value: Json, limit: int) -> bool:

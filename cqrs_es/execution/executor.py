@@ -21,29 +21,24 @@ from typing import TYPE_CHECKING, Self
 import structlog
 
 from cqrs_es import errors
-from cqrs_es.execution.baselines import (
-    BaselineCache,
-    baseline_from,
-    load_request,
-    mended_baseline,
-)
+from cqrs_es.execution.baselines import BaselineCache
 from cqrs_es.execution.decide import Decider
 from cqrs_es.execution.lanes import Lanes
+from cqrs_es.execution.loading import BaselineLoader
 from cqrs_es.execution.outage import Outage
 from cqrs_es.execution.policy import MAX_APPEND_BYTES, ExecutionPolicy
 from cqrs_es.execution.work import Answer, Job, Work, id_reused
 from cqrs_es.messages import CommandMessage, Outcome, Status
-from cqrs_es.ports.store import Chain, Committed, LoadRequest, Snapshot, StoredOutcome
+from cqrs_es.ports.store import Chain, Committed, Snapshot, StoredOutcome
 from cqrs_es.types import partition_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
     from types import TracebackType
 
-    from cqrs_es.execution.baselines import Baseline
     from cqrs_es.ports.clock import Clock
     from cqrs_es.ports.store import ChainResult, EventStore
-    from cqrs_es.registry import AggregateDefinition, Registry
+    from cqrs_es.registry import Registry
 
 log = structlog.get_logger("cqrs_es.execution")
 
@@ -93,16 +88,18 @@ class Executor:
         self._policy = policy or ExecutionPolicy()
         self._on_commit = on_commit
         self._decider = Decider(self._policy, clock.now, on_failure)
+        self._outage = Outage(clock, self._policy.patience)
         self._lanes = Lanes()
         self._baselines = BaselineCache(self._policy.cached_aggregates)
+        self._loader = BaselineLoader(events, self._baselines, self._outage)
         self._decided: list[Work] = []
+        self._commands_decided = 0
         self._something_decided = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
         self._in_hand: dict[str, Job] = {}
         self._idle = asyncio.Event()
         self._idle.set()
-        self._outage = Outage(clock, self._policy.patience)
         self._tasks: set[asyncio.Task[None]] = set()
         self.counts = Counts()
 
@@ -199,7 +196,7 @@ class Executor:
         works = [work for work in works if work.jobs]
         for work in works:
             work.definition = self._registry.aggregates.get(work.key.type)
-        await self._find_baselines(works)
+        await self._loader.find_baselines(works)
         for work in works:
             self._start(self._decide(work))
 
@@ -221,51 +218,6 @@ class Executor:
         self._answer(job, _known_outcome(job, stored))
         return True
 
-    async def _find_baselines(self, works: Sequence[Work]) -> None:
-        """Give each work that needs one its baseline: from the cache, or loaded."""
-        missing: list[Work] = []
-        for work in works:
-            if work.definition is None or not _needs_state(work, work.definition):
-                continue
-            work.baseline = self._baselines.get(work.key)
-            if work.baseline is None:
-                missing.append(work)
-        if missing:
-            await self._load(missing)
-
-    async def _load(self, works: Sequence[Work]) -> None:
-        """Load aggregates with one query; one that can't be loaded spoils only its own work."""
-        definitions = [_definition(work) for work in works]
-        requests = [load_request(d, w.key) for d, w in zip(definitions, works, strict=True)]
-        try:
-            loaded = await self._outage.wait_out(lambda: self._events.load(requests))
-        except errors.UndecodableRow as exc:
-            await self._load_one_by_one(works, exc)
-            return
-        for work, definition, found in zip(works, definitions, loaded, strict=True):
-            try:
-                work.baseline = baseline_from(definition, found)
-                if work.baseline is None:
-                    work.baseline = await self._replay_all(work, definition, found.snapshot)
-            except Exception as exc:  # noqa: BLE001 - an apply can raise anything
-                work.load_failure = exc
-
-    async def _load_one_by_one(self, works: Sequence[Work], exc: errors.UndecodableRow) -> None:
-        if len(works) == 1:
-            works[0].load_failure = exc
-            return
-        for work in works:
-            await self._load([work])
-
-    async def _replay_all(
-        self, work: Work, definition: AggregateDefinition, bad: Snapshot | None
-    ) -> Baseline:
-        assert bad is not None  # noqa: S101 - only a snapshot can be unusable
-        log.warning("snapshot unusable", aggregate=str(work.key), number=bad.number)
-        requests = [LoadRequest(work.key)]
-        (everything,) = await self._outage.wait_out(lambda: self._events.load(requests))
-        return mended_baseline(definition, bad, everything)
-
     async def _decide(self, work: Work) -> None:
         try:
             if isinstance(work.load_failure, errors.UnknownEvent):
@@ -275,8 +227,9 @@ class Executor:
             self._give_up([work], exc)
             return
         self._decided.append(work)
+        self._commands_decided += len(work.decided)
         self._something_decided.set()
-        if sum(len(other.decided) for other in self._decided) >= self._policy.batch_size:
+        if self._commands_decided >= self._policy.batch_size:
             self._room.clear()
 
     # --- Committing ----------------------------------------------------------
@@ -302,9 +255,11 @@ class Executor:
                 break
             taken += 1
         works, self._decided = self._decided[:taken], self._decided[taken:]
+        self._commands_decided -= sum(len(work.decided) for work in works)
         if not self._decided:
             self._something_decided.clear()
-        self._room.set()
+        if self._commands_decided < self._policy.batch_size:
+            self._room.set()
         return works
 
     async def _commit(self, works: Sequence[Work]) -> None:
@@ -451,17 +406,6 @@ def _known_outcome(job: Job, stored: StoredOutcome) -> Outcome:
     if stored.content_hash != job.content_hash:
         return id_reused(job.message)
     return replace(stored.outcome, duplicate=not job.uncertain)
-
-
-def _needs_state(work: Work, definition: AggregateDefinition) -> bool:
-    return any(
-        job.condemned is None and job.message.type in definition.commands for job in work.jobs
-    )
-
-
-def _definition(work: Work) -> AggregateDefinition:
-    assert work.definition is not None  # noqa: S101 - only works with a definition are loaded
-    return work.definition
 
 
 def _chain(work: Work, partitions: int) -> Chain:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from cqrs_es import errors
 
@@ -43,13 +43,12 @@ async def run_handler(
 
 
 async def _drive(result: AsyncIterator[Any] | Awaitable[Any], happen: OnEvent) -> None:
-    if isinstance(result, AsyncGenerator):
-        async with contextlib.aclosing(result) as events:
-            async for event in events:
+    if isinstance(result, AsyncIterator):
+        async with contextlib.AsyncExitStack() as stack:
+            if isinstance(result, AsyncGenerator):  # end it here, not when it is collected
+                stack.push_async_callback(cast("AsyncGenerator[Any]", result).aclose)
+            async for event in result:
                 happen(event)
-    elif isinstance(result, AsyncIterator):
-        async for event in result:
-            happen(event)
     else:
         _apply_all(await result, happen)
 
@@ -60,7 +59,7 @@ def _apply_all(result: object, happen: OnEvent) -> None:
     if not isinstance(result, Iterable) or isinstance(result, str | bytes):
         message = f"handle must yield events or return a list of them, not {result!r}"
         raise errors.DefinitionError(message)
-    for event in result:
+    for event in cast("Iterable[object]", result):
         happen(event)
 
 
