@@ -56,9 +56,10 @@ class Upcaster:
 
 def upcaster(event_type: str, *, to: str) -> Callable[[Upcast], Upcaster]:
     """Declare a function as the upcaster of an event type to a version."""
+    target = parse_target(to)
 
     def declare(function: Upcast) -> Upcaster:
-        return Upcaster(event_type, parse_target(to), function)
+        return Upcaster(event_type, target, function)
 
     return declare
 

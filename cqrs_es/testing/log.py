@@ -1,0 +1,72 @@
+"""An aggregate's events as a test has them: each as it would be read back from a store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from cqrs_es import errors
+from cqrs_es.messages import spec_of
+from cqrs_es.testing.difference import difference, json_lines
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from cqrs_es.codec import Codec
+    from cqrs_es.registry import AggregateDefinition, AnyAggregate
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """The events of one aggregate; immutable."""
+
+    definition: AggregateDefinition
+    events: tuple[object, ...] = ()
+
+    def emptied(self) -> Log:
+        """Return a log of the same aggregate in which nothing has happened."""
+        return replace(self, events=())
+
+    def extended(self, events: Iterable[object]) -> Log:
+        """Return the log with more events, as they would be read back."""
+        return replace(self, events=self.events + tuple(self.read_back(event) for event in events))
+
+    def since(self, earlier: Log) -> list[object]:
+        """Return the events that an earlier version of the log did not have."""
+        return list(self.events[len(earlier.events) :])
+
+    def read_back(self, event: object) -> Any:
+        """Return an event as it is after being stored and loaded.
+
+        Raises `DefinitionError` for one of another aggregate, `ValueError` or
+        `TypeError` for one that can't be stored or loaded.
+        """
+        known = self.definition.event_classes.get(type(event))
+        if known is None:
+            name = self.definition.cls.__qualname__
+            message = f"a {type(event).__qualname__} is not one of the events of {name}"
+            raise errors.DefinitionError(message)
+        return known.codec.decode(known.codec.encode(event))
+
+    def read_command(self, command: object) -> object:
+        """Return a command as it is after being sent; raise `InvalidCommand`, `DefinitionError`."""
+        codec = self.definition.commands.get(spec_of(type(command)).name)
+        if codec is None or codec.cls is not type(command):
+            name = self.definition.cls.__qualname__
+            message = f"a {type(command).__qualname__} is not one of the commands of {name}"
+            raise errors.DefinitionError(message)
+        return codec.decode(codec.encode(command))
+
+    def fold(self) -> AnyAggregate:
+        """Return the aggregate that the events make, as a handler gets it."""
+        aggregate = self.definition.cls()
+        for event in self.events:
+            aggregate.apply(event)
+        codec: Codec[AnyAggregate] = self.definition.state
+        return codec.decode(codec.encode(aggregate))
+
+    def compare_states(self, expected: AnyAggregate, actual: AnyAggregate, problem: str) -> None:
+        """Raise `AssertionError` unless two states are equal, or would be stored as the same."""
+        ours, theirs = (json_lines(self.definition.state.encode(s)) for s in (expected, actual))
+        if expected != actual and ours != theirs:
+            raise AssertionError(f"{problem}\n{difference(ours, theirs)}")
