@@ -1,0 +1,129 @@
+"""One connection to MySQL or MariaDB: every statement under a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final
+
+from cqrs_es import errors
+from cqrs_es.stores.mysql.dialect import to_format
+from cqrs_es.stores.mysql.failures import left_usable, mapped_errors
+from cqrs_es.stores.sql.dialect import utc_moment
+from cqrs_es.stores.sql.session import Session
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from datetime import datetime
+
+    from cqrs_es.stores.sql.dialect import Dialect, Parameter, RowStatement
+    from cqrs_es.stores.sql.session import Row
+
+STATEMENT_BYTES: Final = 1_000_000
+"""How long a statement for many rows gets; beyond that, longer ones gain nothing."""
+HEADROOM_BYTES: Final = 1_024
+"""What a packet has to hold besides the statement, generously."""
+
+
+class MysqlSession(Session):
+    """A connection while somebody has it to itself.
+
+    `usable` is False from a statement's beginning until the server's answer has
+    been read: after a cancellation or a timeout nobody knows what comes next.
+    """
+
+    def __init__(self, connection: Any, deadline: float) -> None:
+        self.connection = connection
+        self.deadline = deadline
+        self.usable = True
+        self.max_packet = STATEMENT_BYTES
+        self._dialect: Dialect | None = None
+
+    @property
+    def dialect(self) -> Dialect:
+        """The server's, MySQL's or MariaDB's."""
+        if self._dialect is None:
+            raise errors.StoreUnavailable
+        return self._dialect
+
+    def speak(self, dialect: Dialect, max_packet: int) -> None:
+        """Note what was found out about the server."""
+        self._dialect = dialect
+        self.max_packet = max_packet - HEADROOM_BYTES
+
+    async def fetch(
+        self, sql: str, parameters: Sequence[Parameter] = (), *, lock: bool = False
+    ) -> list[Row]:
+        """Run a query, locking its rows until the transaction ends if wanted."""
+        locking = f"{sql} FOR UPDATE" if lock else sql
+        _, rows = await self._run(self._text(locking, parameters))
+        return rows
+
+    async def execute(self, sql: str, parameters: Sequence[Parameter] = ()) -> int:
+        """Run a statement; return how many rows it matched."""
+        count, _ = await self._run(self._text(sql, parameters))
+        return count
+
+    async def write(self, statement: RowStatement, rows: Sequence[Sequence[Parameter]]) -> None:
+        """Run a statement for many rows at a time."""
+        for text in self._multi_row(statement, rows):
+            await self._run(text)
+
+    async def now(self) -> datetime:
+        """Return the server's time."""
+        return utc_moment((await self.fetch("SELECT UTC_TIMESTAMP(6)"))[0][0])
+
+    async def rollback(self) -> None:
+        """Roll back where that can still be said; closing the connection does it too."""
+        if self.usable:
+            await self.execute("ROLLBACK")
+
+    # --- Statements ---
+
+    async def _run(self, text: bytes) -> tuple[int, list[Row]]:
+        self._check_length(text)
+        self.usable = False
+        try:
+            with mapped_errors():
+                async with asyncio.timeout(self.deadline), self.connection.cursor() as cursor:
+                    count = await cursor.execute(text)
+                    rows = await cursor.fetchall()
+        except errors.CqrsError as exc:
+            self.usable = left_usable(exc)
+            raise
+        self.usable = True
+        return count, list(rows)
+
+    def _text(self, sql: str, parameters: Sequence[Parameter]) -> bytes:
+        return (to_format(sql) % self._escaped(parameters)).encode()
+
+    def _escaped(self, parameters: Sequence[Parameter]) -> tuple[str, ...]:
+        escape = self.connection.escape
+        return tuple([escape(value) for value in parameters])
+
+    def _multi_row(
+        self, statement: RowStatement, rows: Sequence[Sequence[Parameter]]
+    ) -> Iterator[bytes]:
+        """Write the rows into as few statements as their bytes allow."""
+        head, row_format, tail = f"{statement.head} ", to_format(statement.row), statement.tail
+        room = min(STATEMENT_BYTES, self.max_packet) - len(head) - len(tail)
+        texts: list[str] = []
+        size = 0
+        for row in rows:
+            text = row_format % self._escaped(row)
+            length = len(text) if text.isascii() else len(text.encode())
+            if texts and size + length > room:
+                yield f"{head}{','.join(texts)}{tail}".encode()
+                texts, size = [], 0
+            texts.append(text)
+            size += length + 1
+        if texts:
+            yield f"{head}{','.join(texts)}{tail}".encode()
+
+    def _check_length(self, text: bytes) -> None:
+        """Refuse what the server would answer by closing the connection."""
+        if len(text) > self.max_packet:
+            message = (
+                f"a statement of {len(text)} bytes is over the server's max_allowed_packet;"
+                " yield fewer or smaller events"
+            )
+            raise errors.TooLarge(message)
