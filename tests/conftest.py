@@ -9,8 +9,9 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 import pymysql
 import pytest
+import redis
 
-from tests.servers import start_mariadb
+from tests.servers import start_mariadb, start_redis
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,3 +70,23 @@ def store_url(request: pytest.FixtureRequest) -> str:
         return "memory://"
     url: str = request.getfixturevalue(f"{request.param}_url")
     return url
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Run a Redis server, or use the given one; yield its URL."""
+    given = os.environ.get("CQRS_ES_TEST_REDIS_URL")
+    if given:
+        yield given
+        return
+    server = start_redis(tmp_path_factory.mktemp("redis"))
+    yield f"redis://127.0.0.1:{server.port}/0"
+    server.stop()
+
+
+@pytest.fixture
+def redis_url(redis_server: str) -> str:
+    """Empty the Redis server; return its URL."""
+    with redis.Redis.from_url(redis_server) as client:  # pyright: ignore[reportUnknownMemberType]
+        client.execute_command("FLUSHALL")  # pyright: ignore[reportUnknownMemberType]
+    return redis_server

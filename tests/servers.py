@@ -122,3 +122,20 @@ def start_mariadb(folder: Path) -> Server:
         "--character-set-server=utf8mb4",
     ]
     return launch(command, port, folder / "mariadbd.log")
+
+
+# --- Redis -------------------------------------------------------------------
+
+
+def start_redis(folder: Path) -> Server:
+    """Start a Redis of our own that keeps nothing on disk."""
+    port = free_port()
+    command = [
+        installed("redis-server"),
+        *("--port", str(port)),
+        *("--bind", "127.0.0.1"),
+        *("--save", ""),
+        *("--appendonly", "no"),
+        *("--dir", str(folder)),
+    ]
+    return launch(command, port, folder / "redis.log")

@@ -76,7 +76,10 @@ class CommandIntake(ABC):
 
     @abstractmethod
     async def receive(self, limit: int) -> list[Delivery]:
-        """Wait for messages; return at least one, at most `limit`. Safe to cancel: none is lost."""
+        """Wait for messages; return at least one, at most `limit`. Safe to cancel: none is lost.
+
+        May raise `LeaseLost` once another intake of the partition was opened.
+        """
 
     @abstractmethod
     async def settle(self, deliveries: Sequence[Delivery]) -> None:
@@ -143,9 +146,7 @@ class Broker(ABC):
         """Begin to consume a partition of the command queue; the caller holds its lease."""
 
     @abstractmethod
-    async def publish(
-        self, partition: int, log_epoch: str, events: Sequence[OutgoingEvent]
-    ) -> int:
+    async def publish(self, partition: int, log_epoch: str, events: Sequence[OutgoingEvent]) -> int:
         """Publish contiguous events of a partition; return the last offset the topic confirmed.
 
         It may lie before the first of `events` when the topic has lost its end:
@@ -158,7 +159,7 @@ class Broker(ABC):
 
     @abstractmethod
     async def subscribe(self, after: Mapping[int, int]) -> EventFeed:
-        """Receive the events of these partitions above these offsets, as far as the topic has them."""
+        """Receive the events of these partitions above these offsets, if the topic has them."""
 
     @abstractmethod
     async def reply(self, replies: Sequence[OutgoingReply]) -> None:

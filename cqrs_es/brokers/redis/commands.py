@@ -1,0 +1,146 @@
+"""Commands on Redis: a stream for each partition, read through the group `workers`.
+
+What is in a stream is not settled yet. One consumer of the group is the
+partition's owner, and all pending entries are its own; the scripts below keep
+it so, so that a process that was taken for dead can neither take entries from
+the new owner nor leave any behind.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from cqrs_es import errors
+from cqrs_es.ports.broker import CommandIntake, Delivery
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cqrs_es.brokers.redis.connection import RedisConnection
+
+# KEYS: the stream. ARGV: the new owner. Returns the last entry that was ever delivered.
+# DELCONSUMER forgets what is pending, so everything is claimed first, in id order.
+_TAKE_OVER = """
+local stream, owner = KEYS[1], ARGV[1]
+redis.pcall('XGROUP', 'CREATE', stream, 'workers', '0', 'MKSTREAM')
+redis.call('XGROUP', 'CREATECONSUMER', stream, 'workers', owner)
+local cursor, last = '0-0', '0-0'
+repeat
+  local claim = redis.call(
+    'XAUTOCLAIM', stream, 'workers', owner, 0, cursor, 'COUNT', 1000, 'JUSTID')
+  cursor = claim[1]
+  last = claim[2][#claim[2]] or last
+until cursor == '0-0'
+for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', stream, 'workers')) do
+  if consumer[2] ~= owner then
+    redis.call('XGROUP', 'DELCONSUMER', stream, 'workers', consumer[2])
+  end
+end
+return last
+"""
+
+# KEYS: the stream. ARGV: the owner, the last entry it was handed, how many it wants.
+# Returns entries, or nil when another has taken over. Pending entries above the last
+# one are those of a read whose answer was lost; they come before new ones.
+_READ = """
+local stream, owner, after, count = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
+local created = redis.pcall('XGROUP', 'CREATECONSUMER', stream, 'workers', owner)
+if type(created) == 'table' then
+  -- There is no group: the server has lost everything, so begin anew.
+  redis.call('XGROUP', 'CREATE', stream, 'workers', '0', 'MKSTREAM')
+  redis.call('XGROUP', 'CREATECONSUMER', stream, 'workers', owner)
+elseif created == 1 then
+  redis.call('XGROUP', 'DELCONSUMER', stream, 'workers', owner)
+  return nil
+end
+for _, from in ipairs({after, '>'}) do
+  local found = redis.call(
+    'XREADGROUP', 'GROUP', 'workers', owner, 'COUNT', count, 'STREAMS', stream, from)
+  if found and #found[1][2] > 0 then
+    return found[1][2]
+  end
+end
+return {}
+"""
+
+
+async def open_intake(
+    connection: RedisConnection, stream: str, partition: int, consumer: str
+) -> RedisIntake:
+    """Become the owner of a partition's stream, and of all that is pending in it."""
+    owner = f"{consumer}-{uuid.uuid4().hex[:8]}"  # a name is used once: it proves ownership
+    last: bytes = await connection.script(_TAKE_OVER)([stream], [owner])
+    return RedisIntake(connection, stream, partition, owner, redelivered_to=_numbers(last.decode()))
+
+
+class RedisIntake(CommandIntake):
+    """The owner's reading of one partition's stream."""
+
+    def __init__(
+        self,
+        connection: RedisConnection,
+        stream: str,
+        partition: int,
+        owner: str,
+        *,
+        redelivered_to: tuple[int, int],
+    ) -> None:
+        self._connection = connection
+        self._stream = stream
+        self._partition = partition
+        self._owner = owner
+        self._redelivered_to = redelivered_to
+        self._after = "0-0"
+        self._closed = False
+        self._read_script = connection.script(_READ)
+
+    async def receive(self, limit: int) -> list[Delivery]:
+        """Wait for commands; raises `LeaseLost` when a later intake has taken over."""
+        while True:
+            deliveries = await self._read(limit)
+            if deliveries:
+                return deliveries
+            await self._wait()
+
+    async def _read(self, limit: int) -> list[Delivery]:
+        if self._closed:
+            message = "the intake was closed; open another"
+            raise errors.BrokerUnavailable(message)
+        entries = await self._read_script([self._stream], [self._owner, self._after, limit])
+        if entries is None:
+            raise errors.LeaseLost
+        return self._hand_out(entries)
+
+    def _hand_out(self, entries: list[Any]) -> list[Delivery]:
+        if entries:
+            self._after = entries[-1][0].decode()
+        # An entry that somebody else deleted while it was pending has no fields.
+        return [self._delivery(tag.decode(), fields) for tag, fields in entries if fields]
+
+    def _delivery(self, tag: str, fields: list[bytes]) -> Delivery:
+        values = dict(zip(fields[::2], fields[1::2], strict=True))
+        redelivered = _numbers(tag) <= self._redelivered_to
+        return Delivery(self._partition, values.get(b"command", b""), tag, redelivered=redelivered)
+
+    async def _wait(self) -> None:
+        """Wait until the stream has grown, or a while: what was lost has no other sign."""
+        await self._connection.read({self._stream: self._after}, 1)
+
+    async def settle(self, deliveries: Sequence[Delivery]) -> None:
+        """Remove commands from the group and the stream at once."""
+        tags = [str(delivery.tag) for delivery in deliveries]
+        if tags:
+            await self._connection.run_together(
+                [("XACK", self._stream, "workers", *tags), ("XDEL", self._stream, *tags)]
+            )
+
+    async def close(self) -> None:
+        """Read no more; what is pending waits in the stream for the next owner."""
+        self._closed = True
+
+
+def _numbers(entry_id: str) -> tuple[int, int]:
+    """Return the two numbers of an entry's id; they order entries."""
+    milliseconds, _, number = entry_id.partition("-")
+    return int(milliseconds), int(number)

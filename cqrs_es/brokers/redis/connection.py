@@ -1,0 +1,186 @@
+"""The way to a Redis server: clients, deadlines, and what their errors mean."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from urllib.parse import urlsplit
+
+from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from cqrs_es import errors
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+
+Argument: TypeAlias = "str | bytes | int"
+Entry: TypeAlias = "tuple[str, dict[bytes, bytes]]"
+P = TypeVar("P", bound=ConnectionPool)
+
+ANSWER_SECONDS = 5.0  # for anything asked; a half-open connection is noticed after this
+BLOCK_MS = 2_000  # what a blocking read asks for; well below ANSWER_SECONDS
+HEALTH_CHECK_SECONDS = 15
+COMMAND_CONNECTIONS = 8  # callers beyond these wait for one
+READ_CONNECTIONS = 4_096  # one for each intake, feed and inbox: as good as no limit
+
+
+class Script(Protocol):
+    """A script on the server."""
+
+    async def __call__(self, keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
+        """Run it; raises `BrokerUnavailable`."""
+
+
+class RedisConnection:
+    """A server, reached by two clients: one for commands, one for reads that block.
+
+    Every method raises `BrokerUnavailable` for every error of Redis.
+    """
+
+    def __init__(self, commands: Redis, reads: Redis, address: str) -> None:
+        # redis-py's types are those of all its clients and protocols at once.
+        self._commands: Any = commands
+        self._reads: Any = reads
+        self._address = address
+        self._closed = False
+
+    @classmethod
+    def to(cls, url: str) -> RedisConnection:
+        """Prepare to connect; raises `SettingsError` for a URL that can't be used."""
+        address = _address(url)
+        try:
+            commands = _pool(
+                BlockingConnectionPool,
+                url,
+                max_connections=COMMAND_CONNECTIONS,
+                timeout=ANSWER_SECONDS,
+            )
+            reads = _pool(ConnectionPool, url, max_connections=READ_CONNECTIONS)
+        except (TypeError, ValueError):
+            raise errors.SettingsError(_BAD_URL) from None  # its text may hold the password
+        return cls(Redis.from_pool(commands), Redis.from_pool(reads), address)
+
+    async def open(self) -> None:
+        """Reach the server."""
+        self._closed = False
+        await self.run("PING")
+
+    async def close(self) -> None:
+        """Drop every connection, also those that are reading."""
+        self._closed = True
+        await self._commands.aclose()
+        await self._reads.aclose()
+
+    async def run(self, *command: Argument) -> Any:
+        """Run one command."""
+        async with self._answering():
+            return await self._commands.execute_command(*command)
+
+    async def run_together(self, commands: Iterable[tuple[Argument, ...]]) -> list[Any]:
+        """Run commands as one transaction."""
+        async with self._answering(), self._commands.pipeline(transaction=True) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            results: list[Any] = await pipeline.execute()
+        return results
+
+    def script(self, lua: str) -> Script:
+        """Prepare a script; the server is sent its text only when it doesn't know it."""
+        call = self._commands.register_script(lua)
+
+        async def run(keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
+            async with self._answering():
+                return await call(keys, arguments)
+
+        return run
+
+    async def read(self, after: Mapping[str, str], count: int) -> list[tuple[str, list[Entry]]]:
+        """Wait a while for entries of streams above these ids; return those there are, or none.
+
+        At most `count` of each stream. Takes nothing, so that a read cut short is harmless.
+        """
+        async with self._answering():
+            found = await self._reads.xread(dict(after), count=count, block=BLOCK_MS)
+        return [
+            (stream.decode(), [(entry_id.decode(), fields) for entry_id, fields in entries])
+            for stream, entries in found or ()
+        ]
+
+    @asynccontextmanager
+    async def _answering(self) -> AsyncGenerator[None]:
+        if self._closed:
+            message = f"the connection to Redis at {self._address} was closed; open it again"
+            raise errors.BrokerUnavailable(message)
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                yield
+        except (RedisError, OSError, TimeoutError) as exc:
+            message = (
+                f"Redis at {self._address} did not do as asked ({type(exc).__name__}: {exc});"
+                " check CQRS_ES_BROKER_URL and the server, then try again"
+            )
+            raise errors.BrokerUnavailable(message) from exc
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The keys of a service on Redis, as CONTRACT §2–§4 lay them down."""
+
+    service: str
+
+    @property
+    def meta(self) -> str:
+        """The hash that holds `partitions` and `logepoch`."""
+        return f"{self.service}:meta"
+
+    def commands(self, partition: int) -> str:
+        """Name the stream of a partition's commands."""
+        return f"{self.service}:commands:{partition}"
+
+    def events(self, partition: int) -> str:
+        """Name the stream of a partition's events."""
+        return f"{self.service}:events:{partition}"
+
+    def replies(self, reply_to: str) -> str:
+        """Name the stream of the replies to one sender."""
+        return f"{self.service}:replies:{reply_to}"
+
+
+# Nothing is retried down here: a retried XADD is a second message, and whoever
+# called knows better what may be repeated. The deadline is ANSWER_SECONDS around the
+# whole call and no socket_timeout: with one, redis-py sends under asyncio.wait_for,
+# which before Python 3.12 can forget that the task was cancelled.
+_OPTIONS = {
+    "protocol": 2,
+    "retry": Retry(NoBackoff(), 0),
+    "socket_timeout": None,
+    "socket_connect_timeout": ANSWER_SECONDS,
+    "socket_keepalive": True,
+    "health_check_interval": HEALTH_CHECK_SECONDS,
+}
+
+_BAD_URL = (
+    "CQRS_ES_BROKER_URL is no usable Redis URL; write redis://user:password@host:6379/0"
+    " (rediss:// for TLS), with special characters of the password percent-encoded"
+)
+
+
+def _pool(kind: type[P], url: str, **limits: float) -> P:
+    pool: P = kind.from_url(url, **_OPTIONS, **limits)  # pyright: ignore[reportUnknownMemberType]
+    pool.connection_class(**pool.connection_kwargs)  # refuses options of the URL it does not know
+    return pool
+
+
+def _address(url: str) -> str:
+    """Return `host:port/db`: what may be shown of a URL."""
+    try:
+        parts = urlsplit(url)
+        port, database = parts.port or 6379, int(parts.path.strip("/") or 0)
+    except ValueError:
+        raise errors.SettingsError(_BAD_URL) from None
+    return f"{parts.hostname or 'localhost'}:{port}/{database}"

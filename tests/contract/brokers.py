@@ -1,0 +1,167 @@
+"""The brokers under test: each a server that any number of processes can connect to."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import fakeredis
+from redis.asyncio import Redis
+
+from cqrs_es.brokers import broker_for
+from cqrs_es.brokers.memory import MemoryBroker
+from cqrs_es.brokers.redis import RedisBroker
+from cqrs_es.brokers.redis.connection import RedisConnection
+from cqrs_es.ports.broker import OutgoingCommand, OutgoingEvent
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Sequence
+
+    import pytest
+
+    from cqrs_es.ports.broker import Broker, CommandIntake, Delivery, EventFeed, TopicEvent
+
+SERVICE = "bank"
+PARTITIONS = 4
+EPOCH = "5f0c0000-0000-4000-8000-000000000001"
+NEW_EPOCH = "5f0c0000-0000-4000-8000-000000000002"
+RETENTION = 100
+
+
+class BrokerServer(ABC):
+    """An empty broker server."""
+
+    def __init__(self) -> None:
+        self._opened = AsyncExitStack()
+
+    @abstractmethod
+    def connection(self) -> Broker:
+        """Make a connection to it, not yet opened."""
+
+    async def open(self) -> Broker:
+        """Connect as one more process would."""
+        broker = self.connection()
+        await broker.open()
+        self._opened.push_async_callback(broker.close)
+        return broker
+
+    async def close(self) -> None:
+        """Close every connection that was opened."""
+        await self._opened.aclose()
+
+
+class MemoryServer(BrokerServer):
+    """The broker within the process: there is only ever one connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._broker = MemoryBroker(event_retention=RETENTION)
+
+    def connection(self) -> Broker:
+        return self._broker
+
+
+class AnyRedisServer(BrokerServer):
+    """A server that speaks Redis; `raw` is a client for looking behind the port."""
+
+    raw: Any
+
+    async def close(self) -> None:
+        await super().close()
+        await self.raw.aclose()
+
+
+class FakeRedisServer(AnyRedisServer):
+    """fakeredis, in this process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._server = fakeredis.FakeServer()
+        self.raw = self._client()
+
+    def _client(self) -> Redis:
+        return fakeredis.FakeAsyncRedis(server=self._server, protocol=2, socket_timeout=None)
+
+    def connection(self) -> Broker:
+        connection = RedisConnection(self._client(), self._client(), "fakeredis")
+        return RedisBroker(connection, service=SERVICE, event_retention=RETENTION)
+
+
+class RealRedisServer(AnyRedisServer):
+    """A Redis server, reached over TCP."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.url = url
+        self.raw = Redis.from_url(url, protocol=2)  # pyright: ignore[reportUnknownMemberType]
+
+    def connection(self) -> Broker:
+        return broker_for(self.url, service=SERVICE, event_retention=RETENTION)
+
+
+@asynccontextmanager
+async def serving(kind: str, request: pytest.FixtureRequest) -> AsyncGenerator[BrokerServer]:
+    """Give a test an empty server, and drop what it opened when it ends."""
+    server = _server(kind, request)
+    try:
+        yield server
+    finally:
+        await server.close()
+
+
+def _server(kind: str, request: pytest.FixtureRequest) -> BrokerServer:
+    match kind:
+        case "memory":
+            return MemoryServer()
+        case "fakeredis":
+            return FakeRedisServer()
+        case _:
+            return RealRedisServer(request.getfixturevalue("redis_url"))
+
+
+# --- Short ways to say what the suite does -----------------------------------
+
+
+def command(body: str, partition: int = 0) -> OutgoingCommand:
+    """Make a command that is known by its body."""
+    return OutgoingCommand(partition, f"id-{body}", body.encode())
+
+
+async def send(broker: Broker, *bodies: str | int, partition: int = 0) -> None:
+    """Send commands known by their bodies."""
+    await broker.send([command(str(body), partition) for body in bodies])
+
+
+def bodies(deliveries: Sequence[Delivery | TopicEvent]) -> list[str]:
+    """Say what was received."""
+    return [delivery.body.decode() for delivery in deliveries]
+
+
+async def take(intake: CommandIntake, count: int) -> list[Delivery]:
+    """Receive so many commands, in as many calls as it takes."""
+    taken: list[Delivery] = []
+    while len(taken) < count:
+        taken += await intake.receive(count - len(taken))
+    return taken
+
+
+def events(first: int, last: int) -> list[OutgoingEvent]:
+    """Make the events with these offsets."""
+    return [
+        OutgoingEvent(offset, "account", "Happened", f"event {offset}".encode())
+        for offset in range(first, last + 1)
+    ]
+
+
+async def follow(feed: EventFeed, count: int, limit: int = 1_000) -> list[TopicEvent]:
+    """Receive so many events, in as many calls as it takes."""
+    followed: list[TopicEvent] = []
+    while len(followed) < count:
+        followed += await feed.receive(min(limit, count - len(followed)))
+    return followed
+
+
+def offsets(followed: Sequence[TopicEvent]) -> list[int]:
+    """Say which events were received."""
+    return [event.offset for event in followed]

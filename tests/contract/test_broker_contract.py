@@ -1,0 +1,489 @@
+"""What every broker promises: the docstrings of `cqrs_es.ports.broker`, each as a test."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cqrs_es import errors
+from cqrs_es.ports.broker import OutgoingCommand, OutgoingReply
+from tests.contract.brokers import (
+    EPOCH,
+    NEW_EPOCH,
+    PARTITIONS,
+    RETENTION,
+    bodies,
+    events,
+    follow,
+    offsets,
+    send,
+    serving,
+    take,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable
+
+    from cqrs_es.ports.broker import Broker, CommandIntake, Delivery
+    from tests.contract.brokers import BrokerServer
+
+
+@pytest.fixture(params=["memory", "fakeredis", "redis"])
+async def server(request: pytest.FixtureRequest) -> AsyncIterator[BrokerServer]:
+    """Run an empty server of each kind."""
+    async with serving(request.param, request) as server:
+        yield server
+
+
+@pytest.fixture
+async def broker(server: BrokerServer) -> Broker:
+    """Connect to the server and declare the topology."""
+    broker = await server.open()
+    await broker.declare(PARTITIONS, EPOCH)
+    return broker
+
+
+# --- Commands ----------------------------------------------------------------
+
+
+async def test_commands_arrive_in_the_order_sent(broker: Broker) -> None:
+    """One partition's commands are delivered in the order in which they were sent."""
+    intake = await broker.open_intake(0, "a")
+    await send(broker, 1, 2, 3)
+    await send(broker, 4)
+    assert bodies(await take(intake, 4)) == ["1", "2", "3", "4"]
+
+
+async def test_receive_returns_at_most_what_was_asked_for(broker: Broker) -> None:
+    """A receive is bounded, and the next goes on where it ended, settled or not."""
+    intake = await broker.open_intake(0, "a")
+    await send(broker, 1, 2, 3, 4, 5)
+    first = await intake.receive(2)
+    await intake.settle(first)
+    assert bodies(first) == ["1", "2"]
+    assert bodies(await intake.receive(2)) == ["3", "4"]
+    assert bodies(await intake.receive(2)) == ["5"]
+
+
+async def test_partitions_are_apart(broker: Broker) -> None:
+    """An intake delivers its own partition only."""
+    await send(broker, "zero", partition=0)
+    await send(broker, "one", partition=1)
+    intake = await broker.open_intake(1, "a")
+    await send(broker, "one again", partition=1)
+    received = await take(intake, 2)
+    assert bodies(received) == ["one", "one again"]
+    assert {delivery.partition for delivery in received} == {1}
+
+
+async def test_bodies_are_any_bytes(broker: Broker) -> None:
+    """A body arrives as it was sent: zero bytes, no text, or large."""
+    intake = await broker.open_intake(0, "a")
+    awkward = [b"\0\xff\r\n$3\r\n", '{"é": "🏦"}'.encode(), b"x" * 300_000]
+    await broker.send([OutgoingCommand(0, "id", body) for body in awkward])
+    assert [delivery.body for delivery in await take(intake, 3)] == awkward
+
+
+async def test_what_is_not_settled_comes_again_in_order(broker: Broker) -> None:
+    """What an intake left goes to the next one first, in order and marked; the rest does not."""
+    await send(broker, 1, 2, 3, 4, 5)
+    first = await broker.open_intake(0, "a")
+    taken = await take(first, 4)
+    await first.settle([taken[1]])
+    await first.close()
+    await send(broker, 6)
+
+    again = await take(await broker.open_intake(0, "b"), 5)
+
+    assert bodies(again) == ["1", "3", "4", "5", "6"]
+    assert [delivery.redelivered for delivery in again] == [True, True, True, False, False]
+
+
+async def test_first_deliveries_are_not_marked(broker: Broker) -> None:
+    """A message that nobody saw before is not marked as redelivered."""
+    await send(broker, 1)
+    intake = await broker.open_intake(0, "a")
+    await send(broker, 2)
+    assert not any(delivery.redelivered for delivery in await take(intake, 2))
+
+
+async def test_redelivery_goes_on_until_it_is_settled(broker: Broker) -> None:
+    """Every next intake gets the message, also of a consumer by the same name."""
+    await send(broker, 1)
+    for _ in range(3):
+        intake = await broker.open_intake(0, "a")
+        received = await intake.receive(10)
+        assert bodies(received) == ["1"]
+        await intake.close()
+    last = await broker.open_intake(0, "a")
+    await last.settle(await last.receive(1))
+    await send(broker, 2)
+    assert bodies(await (await broker.open_intake(0, "a")).receive(10)) == ["2"]
+
+
+async def test_settled_is_for_good(broker: Broker) -> None:
+    """What was settled never comes again; settling nothing, or twice, is no error."""
+    intake = await broker.open_intake(0, "a")
+    await send(broker, 1, 2)
+    received = await take(intake, 2)
+    await intake.settle(received)
+    await intake.settle(received)
+    await intake.settle([])
+    await send(broker, 3)
+    assert bodies(await (await broker.open_intake(0, "b")).receive(10)) == ["3"]
+
+
+async def test_a_dead_consumers_commands_are_taken_over(server: BrokerServer) -> None:
+    """A process that died without closing anything holds nothing back."""
+    sender, dead = await server.open(), await server.open()
+    await send(sender, *range(250))
+    await take(await dead.open_intake(0, "dead"), 249)
+
+    survivor = await (await server.open()).open_intake(0, "survivor")
+
+    assert bodies(await take(survivor, 250)) == [str(number) for number in range(250)]
+
+
+async def test_the_old_owner_of_a_partition_gets_nothing_more(broker: Broker) -> None:
+    """Once a later intake is open, the earlier one is told so, and takes nothing away."""
+    old = await broker.open_intake(0, "old")
+    await send(broker, 1, 2, 3)
+    await old.receive(1)
+    new = await broker.open_intake(0, "new")
+    with pytest.raises(errors.LeaseLost):
+        await old.receive(1)
+    assert bodies(await take(new, 3)) == ["1", "2", "3"]
+
+
+async def test_an_old_owner_that_waits_takes_nothing_from_the_new(broker: Broker) -> None:
+    """A receive that was under way when another took over gets nothing, and ends."""
+    old = await broker.open_intake(0, "old")
+    async with asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(_refused(old))
+        await asyncio.sleep(0)
+        new = await broker.open_intake(0, "new")
+        await send(broker, 1, 2)
+        assert bodies(await take(new, 2)) == ["1", "2"]
+    assert waiting.result() is errors.LeaseLost
+
+
+async def test_an_old_owner_may_settle_what_it_did(broker: Broker) -> None:
+    """What is done with is done with, whoever says so."""
+    old = await broker.open_intake(0, "old")
+    await send(broker, 1, 2)
+    taken = await take(old, 2)
+    await broker.open_intake(0, "new")
+    await old.settle(taken[:1])
+    assert bodies(await (await broker.open_intake(0, "newer")).receive(10)) == ["2"]
+
+
+async def test_a_cancelled_receive_takes_nothing(broker: Broker) -> None:
+    """What comes after a receive was cancelled goes to the next receive."""
+    intake = await broker.open_intake(0, "a")
+    waiting = asyncio.create_task(intake.receive(10))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    assert waiting.cancelled()
+    await send(broker, 1, 2)
+    assert bodies(await take(intake, 2)) == ["1", "2"]
+
+
+async def test_no_command_is_lost_however_receives_are_cut_short(broker: Broker) -> None:
+    """Receives cancelled at random moments under load: everything comes once, in order."""
+    intake = await broker.open_intake(0, "a")
+    count = 1_000
+    chance = random.Random(14)
+    received: list[Delivery] = []
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(_send_slowly(broker, count))
+        while len(received) < count:
+            patience = asyncio.timeout(chance.uniform(0, 0.003))
+            try:
+                async with patience:
+                    received += await intake.receive(7)
+            except TimeoutError:
+                assert patience.expired()
+    assert bodies(received) == [str(number) for number in range(count)]
+
+
+async def test_a_closed_intake_is_dead(broker: Broker) -> None:
+    """Closing twice is fine; receiving from a closed intake is not."""
+    intake = await broker.open_intake(0, "a")
+    await intake.close()
+    await intake.close()
+    with pytest.raises(errors.BrokerUnavailable):
+        await intake.receive(1)
+
+
+async def test_queue_depth_counts_what_is_not_settled(broker: Broker) -> None:
+    """Commands count until they are settled, in every declared partition."""
+    await send(broker, 1, 2, 3)
+    await send(broker, 4, partition=2)
+    intake = await broker.open_intake(0, "a")
+    await intake.settle(await intake.receive(1))
+    await intake.receive(1)
+    assert await broker.queue_depth() == {0: 2, 1: 0, 2: 1, 3: 0}
+
+
+async def test_sending_nothing_is_no_error(broker: Broker) -> None:
+    """An empty batch is sent at once."""
+    await broker.send([])
+    assert sum((await broker.queue_depth()).values()) == 0
+
+
+# --- Topic -------------------------------------------------------------------
+
+
+async def test_events_arrive_in_offset_order(broker: Broker) -> None:
+    """A subscriber gets each partition's events in offset order, with their bodies."""
+    feed = await broker.subscribe({0: 0, 1: 0})
+    assert await broker.publish(0, EPOCH, events(1, 3)) == 3
+    assert await broker.publish(1, EPOCH, events(1, 2)) == 2
+    assert await broker.publish(0, EPOCH, events(4, 4)) == 4
+    followed = await follow(feed, 6)
+    assert offsets([event for event in followed if event.partition == 0]) == [1, 2, 3, 4]
+    assert offsets([event for event in followed if event.partition == 1]) == [1, 2]
+    assert all(event.body == f"event {event.offset}".encode() for event in followed)
+
+
+async def test_a_feed_is_bounded(broker: Broker) -> None:
+    """A receive returns at most what was asked for, of all partitions together."""
+    for partition in range(PARTITIONS):
+        await broker.publish(partition, EPOCH, events(1, 5))
+    feed = await broker.subscribe(dict.fromkeys(range(PARTITIONS), 0))
+    sizes: list[int] = []
+    while sum(sizes) < 5 * PARTITIONS:
+        sizes.append(len(await feed.receive(3)))
+    assert max(sizes) <= 3
+
+
+async def test_a_feed_begins_above_the_given_offset(broker: Broker) -> None:
+    """Only the partitions asked for, only above their offsets."""
+    await broker.publish(0, EPOCH, events(1, 5))
+    await broker.publish(1, EPOCH, events(1, 5))
+    feed = await broker.subscribe({1: 3})
+    assert [(event.partition, event.offset) for event in await follow(feed, 2)] == [(1, 4), (1, 5)]
+
+
+async def test_every_subscriber_gets_everything(broker: Broker) -> None:
+    """Subscribers don't take events from each other."""
+    feeds = [await broker.subscribe({0: 0}) for _ in range(2)]
+    await broker.publish(0, EPOCH, events(1, 3))
+    assert [offsets(await follow(feed, 3)) for feed in feeds] == [[1, 2, 3]] * 2
+
+
+async def test_a_waiting_subscriber_is_woken(broker: Broker) -> None:
+    """A receive that began before the event was published returns it."""
+    feed = await broker.subscribe({0: 0})
+    async with asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(feed.receive(10))
+        await asyncio.sleep(0)
+        await broker.publish(0, EPOCH, events(1, 1))
+    assert offsets(waiting.result()) == [1]
+
+
+async def test_publishing_again_changes_nothing(broker: Broker) -> None:
+    """Events that the topic has are confirmed again, wholly or in part, and stored once."""
+    assert await broker.publish(0, EPOCH, events(1, 4)) == 4
+    assert await broker.publish(0, EPOCH, events(1, 4)) == 4
+    assert await broker.publish(0, EPOCH, events(2, 3)) == 3
+    assert await broker.publish(0, EPOCH, events(3, 6)) == 6
+    feed = await broker.subscribe({0: 0})
+    assert offsets(await follow(feed, 6)) == [1, 2, 3, 4, 5, 6]
+    assert await broker.topic_end(0) == 6
+
+
+async def test_a_gap_is_refused(broker: Broker) -> None:
+    """Events that don't follow on are not stored; the answer says where to go on from."""
+    assert await broker.publish(0, EPOCH, events(3, 5)) == 0
+    await broker.publish(0, EPOCH, events(1, 2))
+    assert await broker.publish(0, EPOCH, events(4, 6)) == 2
+    assert await broker.publish(0, EPOCH, events(3, 6)) == 6
+    feed = await broker.subscribe({0: 0})
+    assert offsets(await follow(feed, 6)) == [1, 2, 3, 4, 5, 6]
+
+
+async def test_the_topics_end_is_known(broker: Broker) -> None:
+    """The end is the last offset published, 0 before the first."""
+    assert await broker.topic_end(1) == 0
+    await broker.publish(1, EPOCH, events(1, 7))
+    assert await broker.topic_end(1) == 7
+    assert await broker.topic_end(0) == 0
+
+
+async def test_a_relay_of_another_epoch_is_refused(broker: Broker) -> None:
+    """Once the log has a new epoch, who still publishes the old one is stopped."""
+    await broker.publish(0, EPOCH, events(1, 2))
+    await broker.declare(PARTITIONS, NEW_EPOCH)
+    with pytest.raises(errors.LeaseLost):
+        await broker.publish(0, EPOCH, events(3, 3))
+    assert await broker.topic_end(0) == 0
+
+
+async def test_a_new_epoch_starts_the_topic_again(broker: Broker) -> None:
+    """The topic is empty after a new epoch, and subscribers get it from its start."""
+    await broker.publish(0, EPOCH, events(1, 5))
+    feed = await broker.subscribe({0: 0})
+    await follow(feed, 5)
+    await broker.declare(PARTITIONS, NEW_EPOCH)
+    assert await broker.publish(0, NEW_EPOCH, events(1, 2)) == 2
+    assert offsets(await follow(feed, 2)) == [1, 2]
+
+
+async def test_declaring_again_keeps_everything(broker: Broker) -> None:
+    """Declaring what is there loses neither events nor commands."""
+    await broker.publish(0, EPOCH, events(1, 2))
+    await send(broker, 1)
+    await broker.declare(PARTITIONS, EPOCH)
+    assert await broker.topic_end(0) == 2
+    assert bodies(await (await broker.open_intake(0, "a")).receive(10)) == ["1"]
+
+
+async def test_a_new_epoch_keeps_the_commands(broker: Broker) -> None:
+    """Commands that wait belong to no epoch."""
+    await send(broker, 1)
+    await broker.declare(PARTITIONS, NEW_EPOCH)
+    assert bodies(await (await broker.open_intake(0, "a")).receive(10)) == ["1"]
+
+
+async def test_the_topic_holds_about_its_retention(broker: Broker) -> None:
+    """Old events go, the newest stay without a gap, and publishing goes on."""
+    last = 10 * RETENTION
+    for first in range(1, last, RETENTION):
+        await broker.publish(0, EPOCH, events(first, first + RETENTION - 1))
+    feed = await broker.subscribe({0: 0})
+    held = offsets(await feed.receive(1))
+    while held[-1] < last:
+        held += offsets(await feed.receive(1_000))
+    assert held == list(range(held[0], last + 1))
+    assert RETENTION <= len(held) <= 3 * RETENTION
+    assert await broker.publish(0, EPOCH, events(last + 1, last + 1)) == last + 1
+
+
+async def test_a_cancelled_subscriber_loses_nothing(broker: Broker) -> None:
+    """Receives cancelled at random moments: every event comes once, in order."""
+    feed = await broker.subscribe({0: 0})
+    chance = random.Random(15)
+    followed: list[int] = []
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(_publish_slowly(broker, RETENTION))
+        while len(followed) < RETENTION:
+            patience = asyncio.timeout(chance.uniform(0, 0.003))
+            try:
+                async with patience:
+                    followed += offsets(await feed.receive(7))
+            except TimeoutError:
+                assert patience.expired()
+    assert followed == list(range(1, RETENTION + 1))
+
+
+async def test_a_closed_feed_is_dead(broker: Broker) -> None:
+    """Closing twice is fine; receiving from a closed feed is not."""
+    feed = await broker.subscribe({0: 0})
+    await feed.close()
+    await feed.close()
+    with pytest.raises(errors.BrokerUnavailable):
+        await feed.receive(1)
+
+
+# --- Replies -----------------------------------------------------------------
+
+
+async def test_replies_reach_their_sender(broker: Broker) -> None:
+    """An inbox gets the replies to its name, in order, and no others."""
+    inbox = await broker.open_replies("client-42")
+    await broker.reply(
+        [
+            OutgoingReply("client-43", "id-0", b"not mine"),
+            OutgoingReply("client-42", "id-1", b"first"),
+            OutgoingReply("client-42", "id-2", b"second"),
+        ]
+    )
+    await broker.reply([])
+    await broker.reply([OutgoingReply("client-42", "id-3", b"third")])
+    assert [await inbox.receive() for _ in range(3)] == [b"first", b"second", b"third"]
+
+
+async def test_an_inbox_begins_when_it_is_opened(broker: Broker) -> None:
+    """Replies from before are not delivered."""
+    await broker.reply([OutgoingReply("client-42", "id-1", b"before")])
+    inbox = await broker.open_replies("client-42")
+    await broker.reply([OutgoingReply("client-42", "id-2", b"after")])
+    assert await inbox.receive() == b"after"
+
+
+async def test_a_cancelled_inbox_loses_nothing(broker: Broker) -> None:
+    """A reply that comes after a receive was cancelled goes to the next."""
+    inbox = await broker.open_replies("client-42")
+    waiting = asyncio.create_task(inbox.receive())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    await broker.reply([OutgoingReply("client-42", "id-1", b"outcome")])
+    assert await inbox.receive() == b"outcome"
+
+
+async def test_a_closed_inbox_is_dead(broker: Broker) -> None:
+    """Closing twice is fine; receiving from a closed inbox is not."""
+    inbox = await broker.open_replies("client-42")
+    await inbox.close()
+    await inbox.close()
+    with pytest.raises(errors.BrokerUnavailable):
+        await inbox.receive()
+
+
+# --- The broker itself -------------------------------------------------------
+
+
+async def test_closing_a_broker_ends_what_waits_on_it(server: BrokerServer) -> None:
+    """Receives that are under way end with an error; closing twice is fine."""
+    broker = await server.open()
+    await broker.declare(PARTITIONS, EPOCH)
+    intake = await broker.open_intake(0, "a")
+    feed = await broker.subscribe({0: 0})
+    inbox = await broker.open_replies("client-42")
+    async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
+        for receive in (intake.receive(1), feed.receive(1), inbox.receive()):
+            tasks.create_task(_unavailable(receive))
+        await asyncio.sleep(0)
+        await broker.close()
+        await broker.close()
+
+
+async def test_messages_outlive_the_broker_object(server: BrokerServer) -> None:
+    """A broker that is closed and opened again finds what was not settled."""
+    broker = await server.open()
+    await broker.declare(PARTITIONS, EPOCH)
+    await send(broker, 1, 2)
+    intake = await broker.open_intake(0, "a")
+    await intake.settle(await intake.receive(1))
+    await broker.close()
+
+    await broker.open()
+
+    assert bodies(await (await broker.open_intake(0, "a")).receive(10)) == ["2"]
+
+
+async def _send_slowly(broker: Broker, count: int) -> None:
+    for number in range(count):
+        await send(broker, number)
+
+
+async def _publish_slowly(broker: Broker, count: int) -> None:
+    for offset in range(1, count + 1):
+        await broker.publish(0, EPOCH, events(offset, offset))
+
+
+async def _refused(intake: CommandIntake) -> type[Exception]:
+    with pytest.raises(errors.LeaseLost) as refusal:
+        await intake.receive(10)
+    return refusal.type
+
+
+async def _unavailable(receive: Awaitable[object]) -> None:
+    with pytest.raises(errors.BrokerUnavailable):
+        await receive
