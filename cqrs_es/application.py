@@ -10,7 +10,7 @@ from cqrs_es import errors
 from cqrs_es.brokers import broker_for
 from cqrs_es.execution.executor import Executor
 from cqrs_es.execution.policy import ExecutionPolicy
-from cqrs_es.messages import NO_METADATA, CommandMessage, Outcome
+from cqrs_es.messages import NO_METADATA, CommandMessage, Outcome, StoredEvent
 from cqrs_es.opened import OpenApplication
 from cqrs_es.ports.clock import Clock, SystemClock
 from cqrs_es.registry import Registry, define_aggregate, define_projector, define_view
@@ -34,7 +34,7 @@ E = TypeVar("E")
 S = TypeVar("S")
 
 OnHandlerFailure = Callable[[CommandMessage, BaseException], None]
-OnViewFailure = Callable[[Any, Exception], None]
+OnViewFailure = Callable[[StoredEvent, Exception], None]
 
 
 class Application:

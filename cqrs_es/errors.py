@@ -198,6 +198,10 @@ class BrokenLog(CqrsError):
     """The log has a hole or ends before a checkpoint: restore it, then `init --new-epoch`."""
 
 
+class ViewFailed(CqrsError):
+    """A view can't apply an event; mend the view and try again."""
+
+
 class TooManyParked(CqrsError):
     """A view fails on too many aggregates; mend the view, then start its projector again."""
 

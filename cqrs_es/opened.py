@@ -15,10 +15,13 @@ from cqrs_es.execution.baselines import baseline_from, load_request, mended_base
 from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome, spec_of
 from cqrs_es.ports.store import LoadRequest
 from cqrs_es.projection.folding import folding_for
+from cqrs_es.projection.generations import FIRST, live_name
+from cqrs_es.projection.parking import retry_parked
+from cqrs_es.projection.rebuild import Rebuild
 from cqrs_es.projection.replay import replay, stored_stream
-from cqrs_es.projector import physical_name
 from cqrs_es.registry import ViewDefinition
 from cqrs_es.runtime.supervisor import Process, Supervisor
+from cqrs_es.runtime.waiting import within
 from cqrs_es.types import (
     AggregateKey,
     check_aggregate_id,
@@ -27,21 +30,24 @@ from cqrs_es.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from cqrs_es.aggregate import Aggregate
     from cqrs_es.execution.baselines import Baseline
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.store import StoreInfo
-    from cqrs_es.ports.views import ViewRow
+    from cqrs_es.ports.views import ParkedAggregate, ViewRow
     from cqrs_es.projection.folding import Folding
-    from cqrs_es.registry import AggregateDefinition, Registry
+    from cqrs_es.projection.rebuild import RebuildProgress
+    from cqrs_es.registry import AggregateDefinition, ProjectionDefinition, Registry
     from cqrs_es.view import View
 
 C = TypeVar("C")
 E = TypeVar("E")
 A = TypeVar("A", bound="Aggregate[Any, Any, Any]")
 V = TypeVar("V", bound="View[Any]")
+
+WAIT_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +86,27 @@ class OpenApplication:
         """Create or migrate tables, views and the broker's topology; idempotent."""
         partitions = self._process.partitions
         info = await self.storage.initialise(partitions, new_epoch=new_epoch)
-        for folding in await self._live_foldings():
+        generations = await self.storage.views.generations()
+        for name in self.registry.projections:
+            folding = self._folding(name, generations.get(name, FIRST))
             await folding.create_tables(self.storage.views)
             await folding.publish_tables(self.storage.views)
-            await self.storage.views.set_generation(folding.name, folding.generation)
+            if name not in generations:
+                await self.storage.views.set_generation(name, FIRST)
         await self._process.broker.declare(info.partitions, info.log_epoch)
         return info
 
-    async def _live_foldings(self) -> list[Folding]:
-        generations = await self.storage.views.generations()
-        return [
-            folding_for(definition, generations.get(name, 1))
-            for name, definition in self.registry.projections.items()
-        ]
+    def _folding(self, name: str, generation: int) -> Folding:
+        return folding_for(self.projection(name), generation)
+
+    def projection(self, name: str) -> ProjectionDefinition:
+        """Return the definition of a view or projector; raise `NotFound`."""
+        definition = self.registry.projections.get(name)
+        if definition is None:
+            known = ", ".join(self.registry.projections) or "none"
+            message = f"there is no view {name!r}; the application's are {known}"
+            raise errors.NotFound(message)
+        return definition
 
     # --- Commands ------------------------------------------------------------
 
@@ -203,8 +217,31 @@ class OpenApplication:
 
     async def table(self, name: str) -> str:
         """Return the name of the table that holds a view's live generation."""
-        generations = await self.storage.views.generations()
-        return physical_name(name, generations.get(name, 1))
+        return live_name(await self.storage.views.generations(), name)
+
+    async def wait_for(self, name: str, outcome: Outcome, seconds: float = 10.0) -> None:
+        """Wait until a view has seen an outcome's events, to read one's own writes.
+
+        Raises `WaitTimeout`, and `ViewFailed` when the aggregate is parked.
+        """
+        if outcome.partition is None or outcome.offset is None:
+            return
+        seen = await within(seconds, self._wait_for(name, outcome.partition, outcome.offset))
+        if seen is None:
+            message = f"{name} has not seen {outcome.partition}:{outcome.offset} in {seconds:g} s"
+            raise errors.WaitTimeout(f"{message}; is its projector running?")
+        key = AggregateKey(outcome.aggregate_type, outcome.aggregate_id)
+        for marker in await self.storage.views.list_parked(await self.table(name)):
+            if marker.key == key:
+                raise errors.ViewFailed(f"{key} is parked for {name}: {marker.reason}")
+
+    async def _wait_for(self, name: str, partition: int, offset: int) -> bool:
+        self.projection(name)
+        while True:
+            checkpoints = await self.storage.views.checkpoints(await self.table(name))
+            if checkpoints.get(partition, 0) >= offset:
+                return True
+            await asyncio.sleep(WAIT_POLL_SECONDS)
 
     def _view_definition(self, cls: type[View[Any]]) -> ViewDefinition:
         definition = self.registry.projections.get(cls.name)
@@ -212,6 +249,28 @@ class OpenApplication:
             message = f"{cls.__qualname__} is not registered: app.view({cls.__name__})"
             raise errors.DefinitionError(message)
         return definition
+
+    # --- Repairing views -----------------------------------------------------
+
+    def rebuild(
+        self, name: str, on_progress: Callable[[RebuildProgress], None] | None = None
+    ) -> Rebuild:
+        """Make what rebuilds a view, or changes between its generations; raise `NotFound`."""
+        return Rebuild(self.registry, self.storage, self.projection(name), on_progress=on_progress)
+
+    async def parked(self, name: str | None = None) -> list[ParkedAggregate]:
+        """Return the parked aggregates of a view's live generation, or of all views'."""
+        generations = await self.storage.views.generations()
+        names = self.registry.projections if name is None else [self.projection(name).name]
+        live = {live_name(generations, name) for name in names}
+        every = await self.storage.views.list_parked()
+        return [marker for marker in every if marker.projector in live]
+
+    async def retry_parked(self, name: str, marker: ParkedAggregate) -> bool:
+        """Apply a parked aggregate's events to a view again; return whether it caught up."""
+        generations = await self.storage.views.generations()
+        folding = self._folding(name, generations.get(name, FIRST))
+        return await retry_parked(self.registry, self.storage, folding, marker)
 
     # --- Roles ---------------------------------------------------------------
 

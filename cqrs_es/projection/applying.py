@@ -8,30 +8,27 @@ one commits and the other conflicts and reads the checkpoint again.
 
 from __future__ import annotations
 
-from collections import deque
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from cqrs_es import errors
 from cqrs_es.ports.views import ParkedAggregate
+from cqrs_es.projection.parking import reason_of, relevant
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
-    from cqrs_es.messages import Envelope, StoredEvent
-    from cqrs_es.ports.clock import Clock
+    from cqrs_es.messages import StoredEvent
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.views import ViewTransaction
     from cqrs_es.projection.folding import Folding
+    from cqrs_es.projection.parking import ParkingBreaker
     from cqrs_es.registry import Registry
 
 log = structlog.get_logger("cqrs_es.projection")
 
 READ_LIMIT: Final = 500
-# More than this many parked in a minute: then the view is wrong, not the events.
-MOST_PARKS_PER_MINUTE: Final = 20
-MINUTE: Final = 60.0
 # Not the event's fault: the store's, another process's, or the deployment's.
 _NOT_POISON: Final = (
     errors.Unavailable,
@@ -44,7 +41,11 @@ _NOT_POISON: Final = (
 
 
 class Applier:
-    """Brings one generation of a view up to date with one partition of the log."""
+    """Brings one generation of a view up to date with one partition of the log.
+
+    An event that the view fails on parks its aggregate and is counted by
+    `breaker`; without one, `ViewFailed` is raised.
+    """
 
     def __init__(
         self,
@@ -53,8 +54,8 @@ class Applier:
         folding: Folding,
         partition: int,
         *,
-        breaker: ParkingBreaker,
-        on_failure: Callable[[Envelope[Any] | StoredEvent, Exception], None] | None = None,
+        breaker: ParkingBreaker | None = None,
+        on_failure: Callable[[StoredEvent, Exception], None] | None = None,
     ) -> None:
         self._registry = registry
         self._storage = storage
@@ -113,7 +114,7 @@ class Applier:
         async with self._storage.views.transaction() as transaction:
             await self._move_checkpoint(transaction, events[-1].offset)
             wanted = await self._without_parked(transaction, events)
-            envelopes = list(self._relevant(wanted))
+            envelopes = relevant(self._registry, self._folding, wanted)
             if envelopes:
                 await self._folding.fold(envelopes, transaction)
         self.checkpoint = events[-1].offset
@@ -129,16 +130,12 @@ class Applier:
         parked = await transaction.parked(self._folding.key, {event.key for event in events})
         return [event for event in events if event.key not in parked] if parked else events
 
-    def _relevant(self, events: Iterable[StoredEvent]) -> Iterable[Envelope[Any]]:
-        for event in events:
-            for envelope in self._registry.envelopes(event):
-                if type(envelope.data) in self._folding.event_classes:
-                    yield envelope
-
     async def _park(self, event: StoredEvent, exc: Exception) -> None:
         """Set the event's aggregate aside for this view; the partition goes on."""
         if self._on_failure is not None:
             self._on_failure(event, exc)
+        if self._breaker is None:
+            raise _view_failed(self._folding.name, event, exc) from exc
         self._breaker.count(self._folding.name, exc)
         log.error(
             "aggregate parked",
@@ -154,7 +151,7 @@ class Applier:
             key=event.key,
             from_sequence=event.sequence,
             partition=self._partition,
-            reason=f"{type(exc).__name__}: {exc}",
+            reason=reason_of(exc),
         )
         async with self._storage.views.transaction() as transaction:
             await self._move_checkpoint(transaction, event.offset)
@@ -162,25 +159,11 @@ class Applier:
         self.checkpoint = event.offset
 
 
-class ParkingBreaker:
-    """Stops a projector whose parks come too fast; one for each projector and process."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._parks: deque[float] = deque()
-
-    def count(self, name: str, exc: Exception) -> None:
-        """Count a park about to happen; raise `TooManyParked` when it would be one too many."""
-        now = self._clock.monotonic()
-        while self._parks and self._parks[0] <= now - MINUTE:
-            self._parks.popleft()
-        if len(self._parks) >= MOST_PARKS_PER_MINUTE:
-            message = (
-                f"{name} failed on events of more than {MOST_PARKS_PER_MINUTE} aggregates within "
-                f"a minute, the last with {type(exc).__name__}: mend the view, then start it again"
-            )
-            raise errors.TooManyParked(message) from exc
-        self._parks.append(now)
+def _view_failed(name: str, event: StoredEvent, exc: Exception) -> errors.ViewFailed:
+    return errors.ViewFailed(
+        f"{name} can't apply {event.event_type} {event.key}/{event.sequence} (partition "
+        f"{event.partition}, offset {event.offset}): {reason_of(exc)}; mend the view and try again"
+    )
 
 
 def _contiguous_runs(events: Sequence[StoredEvent]) -> list[list[StoredEvent]]:

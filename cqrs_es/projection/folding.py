@@ -31,6 +31,10 @@ class Folding(ABC):
         """Create the generation's tables, unless they are there."""
 
     @abstractmethod
+    async def drop_tables(self, views: ViewStore) -> None:
+        """Drop the generation's tables."""
+
+    @abstractmethod
     async def publish_tables(self, views: ViewStore) -> None:
         """Make the view's own names show this generation."""
 
@@ -49,6 +53,10 @@ class ViewFolding(Folding):
     async def create_tables(self, views: ViewStore) -> None:
         """Create the table of rows."""
         await views.create_table(self.key)
+
+    async def drop_tables(self, views: ViewStore) -> None:
+        """Drop the table of rows."""
+        await views.drop_table(self.key)
 
     async def publish_tables(self, views: ViewStore) -> None:
         """Show this generation's rows under the view's name."""
@@ -118,6 +126,11 @@ class SqlFolding(Folding):
         """Create the projector's tables."""
         for name, columns in self._tables.items():
             await views.create_table(physical_name(name, self.generation), columns)
+
+    async def drop_tables(self, views: ViewStore) -> None:
+        """Drop the projector's tables."""
+        for name in self._tables:
+            await views.drop_table(physical_name(name, self.generation))
 
     async def publish_tables(self, views: ViewStore) -> None:
         """Show this generation's tables under their own names."""

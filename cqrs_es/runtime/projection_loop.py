@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from cqrs_es.cloudevents import from_cloudevent
-from cqrs_es.projection.applying import Applier, ParkingBreaker
+from cqrs_es.projection.applying import Applier
+from cqrs_es.projection.folding import folding_for
+from cqrs_es.projection.generations import read_generations
+from cqrs_es.projection.parking import ParkingBreaker
 from cqrs_es.runtime.waiting import unless, within
 
 if TYPE_CHECKING:
@@ -20,61 +23,89 @@ if TYPE_CHECKING:
     from cqrs_es.ports.leases import Lease
     from cqrs_es.ports.storage import Storage
     from cqrs_es.projection.folding import Folding
-    from cqrs_es.registry import Registry
+    from cqrs_es.registry import ProjectionDefinition, Registry
 
 log = structlog.get_logger("cqrs_es.projection")
 
 BATCH: Final = 500
 # Seconds without an event after which the store is asked: the topic may have lost some.
 QUIET_SECONDS: Final = 2.0
+# Seconds between looks at which generation is live: a rebuild switches it.
+GENERATION_SECONDS: Final = 1.0
 
 
 class ProjectorLoop:
-    """Projects partitions into one generation of a view."""
+    """Projects partitions into the live generation of one view."""
 
     def __init__(
         self,
         registry: Registry,
         storage: Storage,
         broker: Broker,
-        folding: Folding,
+        definition: ProjectionDefinition,
         clock: Clock,
         *,
-        on_failure: Callable[[Any, Exception], None] | None = None,
+        on_failure: Callable[[StoredEvent, Exception], None] | None = None,
     ) -> None:
         self._registry = registry
         self._storage = storage
         self._broker = broker
-        self._folding = folding
+        self._definition = definition
+        self._clock = clock
         self._breaker = ParkingBreaker(clock)
         self._on_failure = on_failure
 
     async def run_partition(self, lease: Lease, stopping: asyncio.Event) -> None:
-        """Project a partition until stopped, going on from its checkpoint."""
-        applier = Applier(
-            self._registry,
-            self._storage,
-            self._folding,
-            lease.partition,
-            breaker=self._breaker,
-            on_failure=self._on_failure,
-        )
+        """Project a partition from its checkpoint on, until stopped or another generation is live.
+
+        Either way everything received is applied or will be received again.
+        """
+        folding = await self._live_folding()
+        applier = self._applier(folding, lease.partition)
         await applier.read_checkpoint()
         await applier.catch_up()
         feed = await self._broker.subscribe({lease.partition: applier.checkpoint})
         try:
-            await unless(stopping, self._follow(feed, applier))
+            await self._follow(feed, applier, folding.generation, stopping)
         finally:
             await feed.close()
 
-    async def _follow(self, feed: EventFeed, applier: Applier) -> None:
+    async def _live_folding(self) -> Folding:
+        """Return the live generation, its tables made sure of: a switch may have been cut short."""
+        views = self._storage.views
+        generations = await read_generations(views, self._definition.name)
+        folding = folding_for(self._definition, generations.live)
+        await folding.create_tables(views)
+        return folding
+
+    def _applier(self, folding: Folding, partition: int) -> Applier:
+        return Applier(
+            self._registry,
+            self._storage,
+            folding,
+            partition,
+            breaker=self._breaker,
+            on_failure=self._on_failure,
+        )
+
+    async def _follow(
+        self, feed: EventFeed, applier: Applier, generation: int, stopping: asyncio.Event
+    ) -> None:
         epoch = (await self._storage.info()).log_epoch
-        while True:
-            arrived = await within(QUIET_SECONDS, feed.receive(BATCH))
+        looked_at = self._clock.monotonic()
+        while not stopping.is_set():
+            arrived = await unless(stopping, within(QUIET_SECONDS, feed.receive(BATCH)))
             if arrived is None:
                 await applier.catch_up()
             else:
                 await applier.offer(_of_epoch(arrived, epoch))
+            if self._clock.monotonic() - looked_at >= GENERATION_SECONDS:
+                looked_at = self._clock.monotonic()
+                if (await self._live_generation()) != generation:
+                    return
+
+    async def _live_generation(self) -> int:
+        return (await read_generations(self._storage.views, self._definition.name)).live
 
 
 def _of_epoch(arrived: Sequence[TopicEvent], epoch: str) -> list[StoredEvent]:

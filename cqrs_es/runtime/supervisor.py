@@ -8,12 +8,12 @@ import secrets
 import socket
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
 from cqrs_es import errors
-from cqrs_es.projection.folding import folding_for
+from cqrs_es.projection.generations import live_name
 from cqrs_es.runtime.command_loop import CommandWorker
 from cqrs_es.runtime.leases import LeaseKeeper
 from cqrs_es.runtime.projection_loop import ProjectorLoop
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from cqrs_es.execution.executor import Counts, Executor
+    from cqrs_es.messages import StoredEvent
     from cqrs_es.ports.broker import Broker
     from cqrs_es.ports.clock import Clock
     from cqrs_es.ports.storage import Storage
@@ -62,7 +63,7 @@ class Process:
     executor: Executor
     watcher: LogWatcher
     owner: str
-    on_view_failure: Callable[[Any, Exception], None] | None = None
+    on_view_failure: Callable[[StoredEvent, Exception], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ class Supervisor:
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Run every role until `stopping` is set; then finish what is in hand and leave."""
-        self._keepers = [self._keeper(role, run) for role, run in await self._runners()]
+        self._keepers = [self._keeper(role, run) for role, run in self._runners()]
         watching = asyncio.create_task(self._process.watcher.run())
         try:
             async with asyncio.TaskGroup() as group:
@@ -115,7 +116,7 @@ class Supervisor:
         finally:
             await cancelled(watching)
 
-    async def _runners(self) -> list[tuple[str, PartitionRunner]]:
+    def _runners(self) -> list[tuple[str, PartitionRunner]]:
         """List the roles of this process with what each does to a partition."""
         process = self._process
         relay = Relay(process.storage, process.broker, process.watcher, service=process.service)
@@ -123,12 +124,11 @@ class Supervisor:
             (WORKER, self._worker.run_partition),
             (RELAY, relay.run_partition),
         ]
-        every += [(role, loop.run_partition) for role, loop in await self._projectors()]
+        every += [(role, loop.run_partition) for role, loop in self._projectors()]
         return [(role, run) for role, run in every if role in self._roles]
 
-    async def _projectors(self) -> list[tuple[str, ProjectorLoop]]:
+    def _projectors(self) -> list[tuple[str, ProjectorLoop]]:
         process = self._process
-        generations = await process.storage.views.generations()
         return [
             (
                 projector_role(name),
@@ -136,7 +136,7 @@ class Supervisor:
                     process.registry,
                     process.storage,
                     process.broker,
-                    folding_for(definition, generations.get(name, 1)),
+                    definition,
                     process.clock,
                     on_failure=process.on_view_failure,
                 ),
@@ -164,7 +164,7 @@ class Supervisor:
         heads = await self._process.storage.events.heads()
         generations = await views.generations()
         projected = {
-            name: sum((await views.checkpoints(f"{name}__{generations.get(name, 1)}")).values())
+            name: sum((await views.checkpoints(live_name(generations, name))).values())
             for name in self._process.registry.projections
         }
         return Progress(
