@@ -1,0 +1,273 @@
+"""What the Redis broker adds to the port: the wire contract, and what Redis can do to it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cqrs_es import errors
+from cqrs_es.ports.broker import OutgoingReply
+from tests.contract.brokers import (
+    EPOCH,
+    PARTITIONS,
+    AnyRedisServer,
+    RealRedisServer,
+    bodies,
+    events,
+    follow,
+    offsets,
+    send,
+    serving,
+    take,
+)
+from tests.waiting import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable
+
+    from cqrs_es.ports.broker import Broker
+
+
+@pytest.fixture(params=["fakeredis", "redis"])
+async def server(request: pytest.FixtureRequest) -> AsyncIterator[AnyRedisServer]:
+    """Run an empty server that speaks Redis."""
+    async with serving(request.param, request) as server:
+        assert isinstance(server, AnyRedisServer)
+        yield server
+
+
+@pytest.fixture
+async def real_server(request: pytest.FixtureRequest) -> AsyncIterator[RealRedisServer]:
+    """Run an empty Redis server."""
+    async with serving("redis", request) as server:
+        assert isinstance(server, RealRedisServer)
+        yield server
+
+
+@pytest.fixture
+async def broker(server: AnyRedisServer) -> Broker:
+    """Connect to the server and declare the topology."""
+    return await _declared(server)
+
+
+async def _declared(server: AnyRedisServer) -> Broker:
+    broker = await server.open()
+    await broker.declare(PARTITIONS, EPOCH)
+    return broker
+
+
+# --- What other programs rely on (CONTRACT §2 to §4) -------------------------
+
+
+async def test_the_meta_hash_tells_partitions_and_epoch(
+    server: AnyRedisServer, broker: Broker
+) -> None:
+    """A sender in any language finds P, and a subscriber the epoch."""
+    assert broker.durable
+    meta = await server.raw.hgetall("bank:meta")
+    assert meta == {b"partitions": b"4", b"logepoch": EPOCH.encode()}
+
+
+async def test_any_client_can_send_a_command(server: AnyRedisServer, broker: Broker) -> None:
+    """A plain XADD of the field `command` is all it takes."""
+    intake = await broker.open_intake(3, "a")
+    await server.raw.xadd("bank:commands:3", {"command": "{}"})
+    assert bodies(await intake.receive(1)) == ["{}"]
+
+
+async def test_commands_are_where_the_contract_says(server: AnyRedisServer, broker: Broker) -> None:
+    """The stream, its field and its group; settled entries leave both together."""
+    await send(broker, "{}", "{2}", partition=2)
+    entries = await server.raw.xrange("bank:commands:2")
+    assert [fields for _, fields in entries] == [{b"command": b"{}"}, {b"command": b"{2}"}]
+
+    intake = await broker.open_intake(2, "a")
+    await intake.settle(await intake.receive(1))
+    await intake.receive(1)
+
+    assert await server.raw.xlen("bank:commands:2") == 1
+    pending = await server.raw.xpending("bank:commands:2", "workers")
+    assert (pending["pending"], pending["min"]) == (1, entries[1][0])
+
+
+async def test_the_group_is_read_from_its_start(server: AnyRedisServer) -> None:
+    """Commands sent before anything was declared are not missed."""
+    await server.raw.xadd("bank:commands:0", {"command": "early"})
+    broker = await _declared(server)
+    assert bodies(await (await broker.open_intake(0, "a")).receive(1)) == ["early"]
+
+
+async def test_an_events_offset_is_its_entry_id(server: AnyRedisServer, broker: Broker) -> None:
+    """A subscriber reads `<offset>-0` and the field `event`."""
+    await broker.publish(1, EPOCH, events(1, 2))
+    assert await server.raw.xrange("bank:events:1") == [
+        (b"1-0", {b"event": b"event 1"}),
+        (b"2-0", {b"event": b"event 2"}),
+    ]
+
+
+async def test_replies_expire_and_are_trimmed(server: AnyRedisServer, broker: Broker) -> None:
+    """A stream of replies does not grow without bound and does not stay for ever."""
+    await broker.reply([OutgoingReply("client-42", "id", b"{}")] * 3_000)
+    assert 1_000 <= await server.raw.xlen("bank:replies:client-42") < 1_500
+    assert 0 < await server.raw.ttl("bank:replies:client-42") <= 3_600
+    newest = await server.raw.xrevrange("bank:replies:client-42", count=1)
+    assert newest[0][1] == {b"outcome": b"{}"}
+
+
+async def test_dead_consumers_leave_no_names_behind(server: AnyRedisServer, broker: Broker) -> None:
+    """The group knows one consumer per partition, however often it changed hands."""
+    for number in range(5):
+        await broker.open_intake(0, f"worker-{number}")
+    (consumer,) = await server.raw.xinfo_consumers("bank:commands:0", "workers")
+    assert consumer["name"].startswith(b"worker-4")
+
+
+# --- What senders and operators can do to a stream ---------------------------
+
+
+async def test_an_entry_without_a_command_is_delivered_empty(
+    server: AnyRedisServer, broker: Broker
+) -> None:
+    """A sender's mistake becomes a message that can be buried, not one that blocks."""
+    await server.raw.xadd("bank:commands:0", {"cmd": "{}"})
+    await send(broker, 1)
+    assert bodies(await take(await broker.open_intake(0, "a"), 2)) == ["", "1"]
+
+
+async def test_a_deleted_pending_entry_is_passed_over(
+    server: AnyRedisServer, broker: Broker
+) -> None:
+    """An entry that an operator deletes while it is pending does not hold up the rest."""
+    await send(broker, 1, 2, 3)
+    await take(await broker.open_intake(0, "a"), 2)
+    (first, _), *_ = await server.raw.xrange("bank:commands:0")
+    await server.raw.xdel("bank:commands:0", first)
+    assert bodies(await take(await broker.open_intake(0, "b"), 2)) == ["2", "3"]
+
+
+async def test_a_read_whose_answer_was_lost_is_read_again(
+    server: AnyRedisServer, broker: Broker
+) -> None:
+    """Entries that the server handed to a connection that broke come before new ones."""
+    intake = await broker.open_intake(0, "a")
+    await send(broker, 1, 2, 3, 4)
+    assert bodies(await intake.receive(1)) == ["1"]
+    (owner,) = await server.raw.xinfo_consumers("bank:commands:0", "workers")
+    await server.raw.xreadgroup("workers", owner["name"], {"bank:commands:0": ">"}, count=2)
+    received = await take(intake, 3)
+    assert bodies(received) == ["2", "3", "4"]
+    assert not any(delivery.redelivered for delivery in received)
+
+
+# --- Losing everything (DESIGN G6) -------------------------------------------
+
+
+async def test_a_flushed_topic_is_filled_again(server: AnyRedisServer, broker: Broker) -> None:
+    """After a flush, which keeps connections, publishing tells to go on from the start."""
+    await broker.publish(0, EPOCH, events(1, 5))
+    feed = await broker.subscribe({0: 3})
+    assert offsets(await follow(feed, 2)) == [4, 5]
+
+    await server.raw.flushall()
+
+    assert await broker.publish(0, EPOCH, events(6, 8)) == 0
+    assert await broker.publish(0, EPOCH, events(1, 8)) == 8
+    held = await server.raw.xrange("bank:events:0")
+    assert [entry_id for entry_id, _ in held] == [f"{n}-0".encode() for n in range(1, 9)]
+    followed: list[int] = []
+    while 8 not in followed:
+        followed += offsets(await feed.receive(10))
+    assert followed[-3:] == [6, 7, 8]
+    assert await server.raw.hget("bank:meta", "partitions") == b"4"
+
+
+async def test_a_subscriber_of_a_flushed_topic_misses_nothing_new(
+    server: AnyRedisServer, broker: Broker
+) -> None:
+    """A feed that is ahead of a topic that starts again goes back to its start."""
+    await broker.publish(0, EPOCH, events(1, 50))
+    feed = await broker.subscribe({0: 50})
+    await server.raw.flushall()
+    await broker.publish(0, EPOCH, events(1, 10))
+    assert offsets(await follow(feed, 10)) == list(range(1, 11))
+
+
+async def test_an_intake_survives_a_flush(server: AnyRedisServer, broker: Broker) -> None:
+    """What is sent after a flush is received by the intake that was open before it."""
+    intake = await broker.open_intake(0, "a")
+    await send(broker, 1, 2)
+    await intake.receive(1)
+    await server.raw.flushall()
+    await send(broker, 3, 4)
+    assert bodies(await take(intake, 2)) == ["3", "4"]
+
+
+async def test_a_waiting_intake_survives_a_flush(server: AnyRedisServer, broker: Broker) -> None:
+    """So does one that was waiting when it happened."""
+    intake = await broker.open_intake(0, "a")
+    async with asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(intake.receive(1))
+        await _until_blocked(server)
+        await server.raw.flushall()
+        await send(broker, 1)
+    assert bodies(waiting.result()) == ["1"]
+
+
+# --- Trouble (only a real server makes it) -----------------------------------
+
+
+async def test_killed_connections_are_reported_and_replaced(real_server: RealRedisServer) -> None:
+    """Whoever waits is told that its connection broke; what comes next finds a new one."""
+    broker = await _declared(real_server)
+    await send(broker, 1, 2)
+    intake = await broker.open_intake(0, "a")
+    feed = await broker.subscribe({0: 0})
+    await take(intake, 2)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(_unavailable(intake.receive(1)))
+        tasks.create_task(_unavailable(feed.receive(1)))
+        await _until_blocked(real_server, 2)
+        await real_server.raw.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+    again = await broker.open_intake(0, "a")
+    await send(broker, 3)
+    assert bodies(await take(again, 3)) == ["1", "2", "3"]
+    await broker.publish(0, EPOCH, events(1, 1))
+    assert offsets(await feed.receive(1)) == [1]
+
+
+async def test_a_full_server_leaves_no_hole(real_server: RealRedisServer) -> None:
+    """Out of memory is a server to wait for; afterwards the log goes on without a gap."""
+    broker = await _declared(real_server)
+    await broker.publish(0, EPOCH, events(1, 2))
+    await real_server.raw.config_set("maxmemory", "1mb")
+    try:
+        with pytest.raises(errors.BrokerUnavailable):
+            await broker.publish(0, EPOCH, events(3, 5))
+        with pytest.raises(errors.BrokerUnavailable):
+            await send(broker, 1, 2)
+    finally:
+        await real_server.raw.config_set("maxmemory", "0")
+    assert await broker.publish(0, EPOCH, events(3, 5)) == 5
+    assert await real_server.raw.xlen("bank:events:0") == 5
+    assert await real_server.raw.xlen("bank:commands:0") == 0
+
+
+async def _until_blocked(server: AnyRedisServer, clients: int = 1) -> None:
+    """Wait until so many reads are blocking in the server."""
+    if isinstance(server, RealRedisServer):
+        await eventually(lambda: _blocked(server, clients))
+
+
+async def _blocked(server: RealRedisServer, clients: int) -> bool:
+    info = await server.raw.info("clients")
+    blocked: int = info["blocked_clients"]
+    return blocked >= clients
+
+
+async def _unavailable(receive: Awaitable[object]) -> None:
+    with pytest.raises(errors.BrokerUnavailable):
+        await receive
