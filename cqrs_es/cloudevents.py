@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 import orjson
 
 from cqrs_es import errors
@@ -61,26 +62,44 @@ def from_cloudevent(body: bytes) -> tuple[StoredEvent, str]:
     Raises `UndecodableRow` for anything that `to_cloudevent` would not have written.
     """
     try:
-        return _read(orjson.loads(body))
-    except (ValueError, KeyError, TypeError) as exc:
+        return _read(body)
+    except ValueError as exc:
         message = f"this is no event of the topic: {shown(body)}"
         raise errors.UndecodableRow(message) from exc
 
 
-def _read(attributes: dict[str, Any]) -> tuple[StoredEvent, str]:
+class _Attributes(msgspec.Struct):
+    """What is read of an event: the attributes that are more than repetitions."""
+
+    type: str
+    subject: str
+    time: str
+    data: dict[str, Any]
+    aggregatetype: str
+    aggregatesequence: str
+    eventversion: str
+    partition: int
+    offset: str
+    logepoch: str
+    metadata: str
+    commandid: str | None = None
+
+
+def _read(body: bytes) -> tuple[StoredEvent, str]:
+    attributes = msgspec.convert(orjson.loads(body), _Attributes)
     event = StoredEvent(
-        key=AggregateKey(attributes["aggregatetype"], attributes["subject"]),
-        sequence=int(attributes["aggregatesequence"]),
-        event_type=attributes["type"],
-        event_version=attributes["eventversion"],
-        payload=orjson.dumps(attributes["data"]),
-        metadata=attributes["metadata"].encode(),
-        partition=attributes["partition"],
-        offset=int(attributes["offset"]),
-        command_id=attributes.get("commandid"),
-        recorded_at=datetime.fromisoformat(attributes["time"]),
+        key=AggregateKey(attributes.aggregatetype, attributes.subject),
+        sequence=int(attributes.aggregatesequence),
+        event_type=attributes.type,
+        event_version=attributes.eventversion,
+        payload=orjson.dumps(attributes.data),
+        metadata=attributes.metadata.encode(),
+        partition=attributes.partition,
+        offset=int(attributes.offset),
+        command_id=attributes.commandid,
+        recorded_at=datetime.fromisoformat(attributes.time),
     )
-    return event, attributes["logepoch"]
+    return event, attributes.logepoch
 
 
 def timestamp(moment: datetime) -> str:

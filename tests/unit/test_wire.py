@@ -1,0 +1,407 @@
+"""Command messages, outcomes and CloudEvents as bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cqrs_es import errors
+from cqrs_es.cloudevents import from_cloudevent, timestamp, to_cloudevent
+from cqrs_es.messages import Outcome, OutcomeError, OutcomeEvent, Status, StoredEvent
+from cqrs_es.types import AggregateKey
+from cqrs_es.wire import (
+    command_id_of,
+    decode_outcome,
+    encode_command,
+    encode_outcome,
+    parse_command,
+)
+
+A_UUID = "0192f0c4-5b7a-7cc3-98c4-dc0c0c07398f"
+
+VALID: dict[str, Any] = {
+    "id": A_UUID,
+    "type": "DepositMoney",
+    "aggregate_type": "account",
+    "aggregate_id": "ACCT-001",
+    "payload": {"amount": "200.00"},
+    "metadata": {"correlation_id": "order-17"},
+    "expected_sequence": 3,
+    "reply_to": "client-42",
+    "sent_at": "2026-11-23T07:00:00Z",
+}
+REQUIRED = ("id", "type", "aggregate_type", "aggregate_id", "payload")
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(codec="utf-8")),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+def refusal_of(body: bytes) -> str:
+    with pytest.raises(errors.InvalidMessage) as refused:
+        parse_command(body)
+    return refused.value.message
+
+
+# --- Commands ----------------------------------------------------------------
+
+
+def test_the_contracts_example() -> None:
+    """Every field arrives, and the message can be written again."""
+    message = parse_command(orjson.dumps(VALID))
+    assert message.key == AggregateKey("account", "ACCT-001")
+    assert (message.id, message.type) == (A_UUID, "DepositMoney")
+    assert message.payload == {"amount": "200.00"}
+    assert message.metadata == {"correlation_id": "order-17"}
+    assert (message.expected_sequence, message.reply_to) == (3, "client-42")
+    assert orjson.loads(encode_command(message, sent_at=VALID["sent_at"])) == VALID
+
+
+def test_optional_fields_may_be_absent_or_null() -> None:
+    """And are then left out when the message is written."""
+    bare = {name: VALID[name] for name in REQUIRED}
+    message = parse_command(orjson.dumps(bare))
+    assert orjson.loads(encode_command(message)) == bare
+    nulls = dict.fromkeys(("metadata", "expected_sequence", "reply_to", "sent_at"))
+    assert parse_command(orjson.dumps(bare | nulls)).content_hash() == message.content_hash()
+
+
+def test_other_keys_are_ignored_and_of_duplicates_the_last_wins() -> None:
+    """Senders may add what they like to the envelope."""
+    body = b'{"x":1,"type":"First",' + orjson.dumps(VALID)[1:]
+    assert parse_command(body).type == "DepositMoney"
+
+
+def test_an_id_in_upper_case_is_the_same_id() -> None:
+    """D3: ids are kept in lower case."""
+    assert parse_command(orjson.dumps({**VALID, "id": A_UUID.upper()})).id == A_UUID
+
+
+@pytest.mark.parametrize("field", REQUIRED)
+def test_a_missing_field_is_named(field: str) -> None:
+    """The sender is told which."""
+    body = orjson.dumps({name: value for name, value in VALID.items() if name != field})
+    assert refusal_of(body) == f"{field} is missing"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("id", 5),
+        ("id", None),
+        ("id", "17"),
+        ("type", ""),
+        ("type", ["DepositMoney"]),
+        ("type", "Deposit Money"),
+        ("aggregate_type", "account/ACCT"),
+        ("aggregate_type", {}),
+        ("aggregate_id", ""),
+        ("aggregate_id", "a" * 256),
+        ("aggregate_id", "a\nb"),
+        ("aggregate_id", 1),
+        ("payload", None),
+        ("payload", []),
+        ("payload", '{"amount":"1"}'),
+        ("expected_sequence", -1),
+        ("expected_sequence", True),
+        ("expected_sequence", 1.0),
+        ("expected_sequence", "3"),
+        ("expected_sequence", 2**63),
+        ("reply_to", "bank:events:0"),
+        ("reply_to", "../x"),
+        ("reply_to", "x" * 65),
+        ("reply_to", ""),
+        ("reply_to", "x\n"),
+        ("reply_to", 7),
+        ("sent_at", 1),
+        ("metadata", []),
+        ("metadata", {"K": "v"}),
+        ("metadata", {"": "v"}),
+        ("metadata", {"k" * 65: "v"}),
+        ("metadata", {"k": 1}),
+        ("metadata", {"k": None}),
+        ("metadata", {str(number): "" for number in range(33)}),
+        ("metadata", {"k": "v" * 8192}),
+    ],
+)
+def test_d1_d6_a_breach_of_the_envelope_names_its_field(field: str, value: object) -> None:
+    """D1, D6: no message about a breach is without the field, or long."""
+    message = refusal_of(orjson.dumps({**VALID, field: value}))
+    assert message.startswith(field)
+    assert len(message) < 200
+
+
+def test_metadata_at_the_limit_is_taken() -> None:
+    """32 entries, 8 KiB."""
+    metadata = {f"{number:02}": "v" * 254 for number in range(32)}
+    assert parse_command(orjson.dumps({**VALID, "metadata": metadata})).metadata == metadata
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"\xff", "not JSON"),
+        (b'{"id":"\xff"}', "not JSON"),
+        (b'{"id":"\\ud800"}', "not JSON"),
+        (b"NaN", "not JSON"),
+        (b"null", "must be a JSON object"),
+        (b"[]", "must be a JSON object"),
+        (b'"text"', "must be a JSON object"),
+        (b"[" * 100_000, "not JSON"),
+    ],
+)
+def test_what_is_no_json_object(body: bytes, reason: str) -> None:
+    """Anything at all may be in a queue."""
+    assert reason in refusal_of(body)
+
+
+def nested(levels: int) -> bytes:
+    """Write a message that nests so deep: the message and its payload are two levels."""
+    payload = b'{"x":' * (levels - 2) + b"{}" + b"}" * (levels - 2)
+    return orjson.dumps({**VALID, "payload": orjson.Fragment(payload)})
+
+
+def test_a_message_nests_at_most_16_deep() -> None:
+    """16 are taken, 17 are not: databases have limits of their own."""
+    parse_command(nested(16))
+    assert refusal_of(nested(17)) == "message nests deeper than 16 levels"
+
+
+def test_a_message_is_at_most_256_kib() -> None:
+    """The limit is one of bytes, and can be set."""
+    room = 256 * 1024 - len(orjson.dumps({**VALID, "x": ""}))
+    parse_command(orjson.dumps({**VALID, "x": "x" * room}))
+    assert "262145 bytes" in refusal_of(orjson.dumps({**VALID, "x": "x" * (room + 1)}))
+    with pytest.raises(errors.InvalidMessage, match="over the limit of 10"):
+        parse_command(orjson.dumps(VALID), max_bytes=10)
+
+
+def reversed_keys(fields: dict[str, Any]) -> dict[str, Any]:
+    return dict(reversed(fields.items()))
+
+
+def test_the_content_hash_is_that_of_the_design() -> None:
+    """It depends on content, neither on the order of keys nor on metadata, reply or time."""
+    message = parse_command(orjson.dumps(VALID))
+    content = b'["DepositMoney","account","ACCT-001",{"amount":"200.00"},3]'
+    assert message.content_hash() == hashlib.sha256(content).hexdigest()
+    rest = {"metadata": None, "reply_to": None, "sent_at": None, "id": A_UUID.upper()}
+    same = {**reversed_keys(VALID), **rest}
+    assert parse_command(orjson.dumps(same)).content_hash() == message.content_hash()
+    for field in ("type", "aggregate_type", "aggregate_id"):
+        other = parse_command(orjson.dumps({**VALID, field: "Other"}))
+        assert other.content_hash() != message.content_hash()
+    for other_value in ({"payload": {"amount": "200"}}, {"expected_sequence": 4}):
+        other = parse_command(orjson.dumps({**VALID, **other_value}))
+        assert other.content_hash() != message.content_hash()
+
+
+def test_keys_are_sorted_before_hashing() -> None:
+    """Two senders may write the same payload in different order, at any depth."""
+    one = {**VALID, "payload": {"a": {"x": 1, "y": 2}, "b": 1}}
+    two = {**VALID, "payload": {"b": 1, "a": {"y": 2, "x": 1}}}
+    hashes = {parse_command(orjson.dumps(each)).content_hash() for each in (one, two)}
+    assert len(hashes) == 1
+
+
+@given(st.binary())
+def test_any_bytes_are_a_command_or_refused(body: bytes) -> None:
+    """Nothing but `InvalidMessage` ever comes out."""
+    with pytest.raises(errors.InvalidMessage):
+        parse_command(body)
+    assert command_id_of(body) is None
+
+
+@given(json_values)
+def test_any_json_is_a_command_or_refused(value: object) -> None:
+    """The same for any JSON."""
+    with pytest.raises(errors.InvalidMessage):
+        parse_command(orjson.dumps(value))
+
+
+@given(st.dictionaries(st.sampled_from(sorted(VALID)), json_values, max_size=3))
+def test_any_field_may_hold_anything(changes: dict[str, object]) -> None:
+    """What is taken can be hashed and written; the rest is refused, and may still have an id."""
+    body = orjson.dumps({**VALID, **changes})
+    try:
+        message = parse_command(body)
+    except errors.InvalidMessage:
+        if "id" not in changes:
+            assert command_id_of(body) == A_UUID
+        return
+    again = parse_command(encode_command(message))
+    assert again.content_hash() == message.content_hash()
+    assert again.metadata == message.metadata
+    assert again.reply_to == message.reply_to
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b'{"id":5}', b'{"id":"x"}', b"{}", b'"id"', b"1"])
+def test_a_message_without_an_id_has_none(body: bytes) -> None:
+    """Looking for the id of something invalid never fails."""
+    assert command_id_of(body) is None
+
+
+# --- Outcomes ----------------------------------------------------------------
+
+names = st.text(st.characters(codec="utf-8"), max_size=20)
+sequences = st.none() | st.integers(1, 2**63 - 1)
+outcomes = st.builds(
+    Outcome,
+    command_id=names,
+    status=st.sampled_from(Status),
+    aggregate_type=names,
+    aggregate_id=names,
+    sequence=sequences,
+    partition=st.none() | st.integers(0, 1023),
+    offset=sequences,
+    events=st.lists(st.builds(OutcomeEvent, names, st.integers(1, 2**63 - 1))).map(tuple),
+    error=st.none() | st.builds(OutcomeError, names, names),
+    duplicate=st.booleans(),
+)
+
+
+@given(outcomes)
+def test_an_outcome_survives_the_wire(outcome: Outcome) -> None:
+    """What is written is read back the same."""
+    assert decode_outcome(encode_outcome(outcome)) == outcome
+
+
+def test_the_contracts_outcome() -> None:
+    """Every key is always there; the offset is text."""
+    outcome = Outcome(
+        command_id=A_UUID,
+        status=Status.ACCEPTED,
+        aggregate_type="account",
+        aggregate_id="ACCT-001",
+        sequence=4,
+        partition=14,
+        offset=1234,
+        events=(OutcomeEvent("CustomerDepositedMoney", 4),),
+    )
+    assert encode_outcome(outcome) == (
+        b'{"command_id":"0192f0c4-5b7a-7cc3-98c4-dc0c0c07398f","status":"accepted",'
+        b'"aggregate_type":"account","aggregate_id":"ACCT-001","sequence":4,"partition":14,'
+        b'"offset":"1234","events":[{"type":"CustomerDepositedMoney","sequence":4}],'
+        b'"error":null,"duplicate":false}'
+    )
+
+
+@pytest.mark.parametrize("body", [b"", b"null", b"[]", b"{}", b'{"status":"accepted"}', b"5"])
+def test_what_is_no_outcome_is_an_undecodable_row(body: bytes) -> None:
+    """It is our own row that is damaged."""
+    with pytest.raises(errors.UndecodableRow, match="this is no outcome"):
+        decode_outcome(body)
+
+
+# --- CloudEvents -------------------------------------------------------------
+
+EVENT = StoredEvent(
+    key=AggregateKey("account", "ACCT-001"),
+    sequence=4,
+    event_type="CustomerDepositedMoney",
+    event_version="1.0",
+    payload=b'{"amount":"200.00","balance":"400.00"}',
+    metadata=b'{"correlation_id":"order-17"}',
+    partition=14,
+    offset=1234,
+    command_id=A_UUID,
+    recorded_at=datetime(2026, 11, 23, 7, 0, 0, 123456, tzinfo=UTC),
+)
+
+
+def test_the_contracts_event() -> None:
+    """Every attribute, by name and type."""
+    assert orjson.loads(to_cloudevent(EVENT, "/bank", "5f0c")) == {
+        "specversion": "1.0",
+        "id": "account/ACCT-001/4",
+        "source": "/bank",
+        "type": "CustomerDepositedMoney",
+        "subject": "ACCT-001",
+        "time": "2026-11-23T07:00:00.123456Z",
+        "datacontenttype": "application/json",
+        "data": {"amount": "200.00", "balance": "400.00"},
+        "aggregatetype": "account",
+        "aggregatesequence": "4",
+        "eventversion": "1.0",
+        "partition": 14,
+        "offset": "1234",
+        "logepoch": "5f0c",
+        "partitionkey": "account/ACCT-001",
+        "commandid": A_UUID,
+        "correlationid": "order-17",
+        "metadata": '{"correlation_id":"order-17"}',
+    }
+
+
+moments = st.datetimes(
+    min_value=datetime(1970, 1, 1),  # noqa: DTZ001 - the strategy adds the zone
+    timezones=st.just(UTC),
+)
+stored_events = st.builds(
+    StoredEvent,
+    key=st.builds(AggregateKey, names, names),
+    sequence=st.integers(1, 2**63 - 1),
+    event_type=names,
+    event_version=names,
+    payload=st.dictionaries(names, json_values, max_size=3).map(orjson.dumps),
+    metadata=st.dictionaries(
+        st.sampled_from(["correlation_id", "traceparent", "tracestate", "k"]), names
+    ).map(orjson.dumps),
+    partition=st.integers(0, 1023),
+    offset=st.integers(1, 2**63 - 1),
+    command_id=st.none() | names,
+    recorded_at=moments,
+)
+
+
+@given(stored_events, names)
+def test_an_event_survives_the_topic(event: StoredEvent, epoch: str) -> None:
+    """What the relay writes is what a projector reads."""
+    assert from_cloudevent(to_cloudevent(event, "/bank", epoch)) == (event, epoch)
+
+
+@pytest.mark.parametrize("body", [b"", b"null", b"[]", b"{}", b"5", b'"x"'])
+def test_what_is_no_event_is_an_undecodable_row(body: bytes) -> None:
+    """Nothing on the topic crashes a projector."""
+    with pytest.raises(errors.UndecodableRow, match="this is no event"):
+        from_cloudevent(body)
+
+
+ATTRIBUTES: dict[str, Any] = orjson.loads(to_cloudevent(EVENT, "/bank", "5f0c"))
+
+
+@given(st.sampled_from(sorted(ATTRIBUTES)), json_values)
+def test_an_attribute_of_another_kind_is_an_undecodable_row(name: str, value: object) -> None:
+    """An event is read with the right types in it, or not at all."""
+    try:
+        event, epoch = from_cloudevent(orjson.dumps({**ATTRIBUTES, name: value}))
+    except errors.UndecodableRow:
+        return
+    texts = [event.key.type, event.key.id, event.event_type, event.event_version, epoch]
+    assert all(isinstance(text, str) for text in texts)
+    assert all(isinstance(n, int) for n in (event.sequence, event.offset, event.partition))
+    assert event.command_id is None or isinstance(event.command_id, str)
+
+
+def test_times_are_written_in_utc_to_the_microsecond() -> None:
+    """Also whole seconds have their six digits, so that text sorts as time does."""
+    assert timestamp(datetime(2026, 11, 23, 7, tzinfo=UTC)) == "2026-11-23T07:00:00.000000Z"
+    later = datetime(2026, 11, 23, 7, tzinfo=UTC) + timedelta(microseconds=1)
+    assert timestamp(later) == "2026-11-23T07:00:00.000001Z"
