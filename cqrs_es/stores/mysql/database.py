@@ -11,7 +11,7 @@ import aiomysql
 from pymysql.constants import CLIENT
 
 from cqrs_es import errors
-from cqrs_es.stores.mysql.dialect import MARIADB, MYSQL
+from cqrs_es.stores.mysql.dialect import DECODERS, MARIADB, MYSQL
 from cqrs_es.stores.mysql.failures import mapped_errors
 from cqrs_es.stores.mysql.session import MysqlSession
 from cqrs_es.stores.sql.session import Database, Session, Work
@@ -171,6 +171,7 @@ class MysqlDatabase(Database):
                     db=target.database,
                     charset="utf8mb4",
                     autocommit=True,
+                    conv=DECODERS,
                     # An UPDATE that changes nothing still counts the rows that it matched.
                     client_flag=CLIENT.FOUND_ROWS,
                 )

@@ -5,10 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+from pymysql.constants import FIELD_TYPE
 
 from cqrs_es.stores.sql.dialect import Dialect
+
+if TYPE_CHECKING:
+    from cqrs_es.stores.sql.dialect import Parameter
 
 # A string (with backslash escapes), a quoted name or a comment, in which ? is no placeholder.
 _LITERAL: Final = (
@@ -17,9 +23,9 @@ _LITERAL: Final = (
 _TOKEN: Final = re.compile(rf"(?P<literal>{_LITERAL})|\?|%", re.DOTALL)
 
 
-def _naive_utc(moment: datetime) -> datetime:
+def _utc_datetime(moment: datetime) -> str:
     """Return what a DATETIME column takes; every session's time zone is UTC."""
-    return moment.astimezone(UTC).replace(tzinfo=None)
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
 
 
 _OPTIONS: Final = " ENGINE=InnoDB DEFAULT CHARACTER SET utf8mb4 COLLATE "
@@ -38,10 +44,10 @@ MARIADB: Final = Dialect(
         "integer": "BIGINT",
     },
     table_options=f"{_OPTIONS}utf8mb4_nopad_bin",
-    # aiomysql 0.3 can't escape bytes with PyMySQL 1.2 (aiomysql#1080); text it can.
+    # Statements are text: bytes go in as hexadecimal digits.
     blob_placeholder="UNHEX(?)",
     to_blob=bytes.hex,
-    to_time=_naive_utc,
+    to_time=_utc_datetime,
     on_duplicate=" ON DUPLICATE KEY UPDATE ",
     incoming="VALUES({column})",
     outcome_status="JSON_UNQUOTE(JSON_EXTRACT(outcome, '$.status'))",
@@ -62,6 +68,48 @@ MYSQL: Final = dataclasses.replace(
     row_alias=" AS new",
     incoming="new.{column}",
 )
+
+
+def literal(value: Parameter) -> str:
+    r"""Return a value as SQL, for a session without NO_BACKSLASH_ESCAPES.
+
+    Of the characters of a string only `\` and `'` mean anything to the server
+    [MySQL manual, "String Literals"]; PyMySQL's own escaping of five more takes
+    a third of the time of an append.
+    """
+    match value:
+        case str():
+            escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+            return f"'{escaped}'"
+        case None:
+            return "NULL"
+        case int():
+            return str(int(value))
+        case float():
+            return repr(value)
+        case bytes() | datetime():
+            message = f"give a {type(value).__name__} to MySQL as text"
+            raise TypeError(message)
+
+
+def exact_number(text: str) -> int | str:
+    """Return a DECIMAL: whole ones, such as a SUM of integers, as int, others as their text."""
+    return text if "." in text else int(text)
+
+
+DECODERS: Final[Mapping[int, Callable[[str], object]]] = {
+    FIELD_TYPE.TINY: int,
+    FIELD_TYPE.SHORT: int,
+    FIELD_TYPE.INT24: int,
+    FIELD_TYPE.LONG: int,
+    FIELD_TYPE.LONGLONG: int,
+    FIELD_TYPE.YEAR: int,
+    FIELD_TYPE.FLOAT: float,
+    FIELD_TYPE.DOUBLE: float,
+    FIELD_TYPE.DECIMAL: exact_number,
+    FIELD_TYPE.NEWDECIMAL: exact_number,
+}
+"""How columns are read. What is not here, times too, stays text, as on SQLite."""
 
 
 @functools.lru_cache(maxsize=1024)

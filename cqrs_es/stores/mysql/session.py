@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
 from cqrs_es import errors
-from cqrs_es.stores.mysql.dialect import to_format
+from cqrs_es.stores.mysql.dialect import literal, to_format
 from cqrs_es.stores.mysql.failures import left_usable, mapped_errors
 from cqrs_es.stores.sql.dialect import utc_moment
 from cqrs_es.stores.sql.session import Session
@@ -94,11 +94,7 @@ class MysqlSession(Session):
         return count, list(rows)
 
     def _text(self, sql: str, parameters: Sequence[Parameter]) -> bytes:
-        return (to_format(sql) % self._escaped(parameters)).encode()
-
-    def _escaped(self, parameters: Sequence[Parameter]) -> tuple[str, ...]:
-        escape = self.connection.escape
-        return tuple([escape(value) for value in parameters])
+        return (to_format(sql) % tuple(map(literal, parameters))).encode()
 
     def _multi_row(
         self, statement: RowStatement, rows: Sequence[Sequence[Parameter]]
@@ -109,7 +105,7 @@ class MysqlSession(Session):
         texts: list[str] = []
         size = 0
         for row in rows:
-            text = row_format % self._escaped(row)
+            text = row_format % tuple(map(literal, row))
             length = len(text) if text.isascii() else len(text.encode())
             if texts and size + length > room:
                 yield f"{head}{','.join(texts)}{tail}".encode()

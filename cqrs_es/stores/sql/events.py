@@ -33,6 +33,9 @@ _SNAPSHOT_NUMBERS: Final = """
     SELECT aggregate_id, current_snapshot FROM snapshots
     WHERE aggregate_type = ? AND aggregate_id IN {ids}"""
 _SNAPSHOTS: Final = f"{SNAPSHOTS.select} WHERE aggregate_type = ? AND aggregate_id IN {{ids}}"
+_WHOLE_STREAMS: Final = f"""
+    {EVENTS.select} WHERE aggregate_type = ? AND aggregate_id IN {{ids}}
+    ORDER BY aggregate_id, sequence"""
 _STREAM: Final = "(aggregate_type = ? AND aggregate_id = ? AND sequence > ?)"
 _STREAMS: Final = (
     f"{EVENTS.select} WHERE {{streams}} ORDER BY aggregate_type, aggregate_id, sequence"
@@ -139,7 +142,7 @@ async def _numbers(
 
 
 async def _write(session: Session, plan: AppendPlan, recorded_at: datetime) -> None:
-    await _write_events(session, plan)
+    await _write_events(session, plan, recorded_at)
     await _write_snapshots(session, plan)
     await outcomes.insert(session, plan.inserted_outcomes, recorded_at)
     await outcomes.replace(session, plan.replaced_outcomes, recorded_at)
@@ -148,9 +151,10 @@ async def _write(session: Session, plan: AppendPlan, recorded_at: datetime) -> N
     await dead_letters.add(session, plan.dead_letters)
 
 
-async def _write_events(session: Session, plan: AppendPlan) -> None:
+async def _write_events(session: Session, plan: AppendPlan, recorded_at: datetime) -> None:
     dialect = session.dialect
-    rows = [event_row(event, dialect) for event in plan.events]
+    moment = dialect.to_time(recorded_at)
+    rows = [event_row(event, moment) for event in plan.events]
     await session.write(dialect.insert(EVENTS), rows)
     heads = sorted(plan.new_heads.items())
     await session.write(dialect.upsert(LOG_PARTITIONS), heads)
@@ -198,14 +202,23 @@ def _start(request: LoadRequest, snapshots: Mapping[AggregateKey, Snapshot]) -> 
 async def _streams(
     session: Session, after: Mapping[AggregateKey, int]
 ) -> dict[AggregateKey, list[StoredEvent]]:
+    """Read whole streams by id, parts of streams each above its own sequence."""
     streams: dict[AggregateKey, list[StoredEvent]] = {key: [] for key in after}
-    for some in chunks(list(after.items()), STREAMS_PER_QUERY):
+    for aggregate_type, ids in _by_type(key for key, start in after.items() if not start):
+        sql = _WHOLE_STREAMS.format(ids=marks(len(ids)))
+        _sort_into(streams, await session.fetch(sql, (aggregate_type, *ids)))
+    partly = [(key, start) for key, start in after.items() if start]
+    for some in chunks(partly, STREAMS_PER_QUERY):
         sql = _STREAMS.format(streams=" OR ".join([_STREAM] * len(some)))
         wanted = [value for key, start in some for value in (key.type, key.id, start)]
-        for row in await session.fetch(sql, wanted):
-            event = event_of(row)
-            streams[event.key].append(event)
+        _sort_into(streams, await session.fetch(sql, wanted))
     return streams
+
+
+def _sort_into(streams: Mapping[AggregateKey, list[StoredEvent]], rows: Iterable[Row]) -> None:
+    for row in rows:
+        event = event_of(row)
+        streams[event.key].append(event)
 
 
 def _by_type(keys: Iterable[AggregateKey]) -> list[tuple[str, Sequence[str]]]:

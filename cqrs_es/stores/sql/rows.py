@@ -42,8 +42,8 @@ def event_of(row: Row) -> StoredEvent:
     )
 
 
-def event_row(event: StoredEvent, dialect: Dialect) -> tuple[Parameter, ...]:
-    """Make a row of `events`."""
+def event_row(event: StoredEvent, recorded_at: Parameter) -> tuple[Parameter, ...]:
+    """Make a row of `events`; the events of an append share `recorded_at`."""
     return (
         event.key.type,
         event.key.id,
@@ -55,7 +55,7 @@ def event_row(event: StoredEvent, dialect: Dialect) -> tuple[Parameter, ...]:
         event.partition,
         event.offset,
         event.command_id,
-        dialect.to_time(event.recorded_at),
+        recorded_at,
     )
 
 
