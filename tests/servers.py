@@ -127,9 +127,9 @@ def start_mariadb(folder: Path) -> Server:
 # --- Redis -------------------------------------------------------------------
 
 
-def start_redis(folder: Path) -> Server:
+def start_redis(folder: Path, *options: str, port: int | None = None) -> Server:
     """Start a Redis of our own that keeps nothing on disk."""
-    port = free_port()
+    port = port or free_port()
     command = [
         installed("redis-server"),
         *("--port", str(port)),
@@ -137,5 +137,6 @@ def start_redis(folder: Path) -> Server:
         *("--save", ""),
         *("--appendonly", "no"),
         *("--dir", str(folder)),
+        *options,
     ]
     return launch(command, port, folder / "redis.log")

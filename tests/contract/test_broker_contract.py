@@ -210,6 +210,24 @@ async def test_no_command_is_lost_however_receives_are_cut_short(broker: Broker)
     assert bodies(received) == [str(number) for number in range(count)]
 
 
+async def test_order_holds_however_often_a_partition_changes_hands(broker: Broker) -> None:
+    """Owners that replace each other at random under load: none lost, each first seen in order."""
+    count, chance = 500, random.Random(16)
+    first_seen: dict[str, None] = {}
+    settled: set[str] = set()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(_send_slowly(broker, count))
+        while len(settled) < count:
+            intake = await broker.open_intake(0, f"owner-{chance.random()}")
+            received = await intake.receive(9)
+            first_seen |= dict.fromkeys(bodies(received))
+            done = received[: chance.randrange(len(received) + 1)]
+            await intake.settle(done)
+            settled.update(bodies(done))
+    assert list(first_seen) == [str(number) for number in range(count)]
+    assert (await broker.queue_depth())[0] == 0
+
+
 async def test_a_closed_intake_is_dead(broker: Broker) -> None:
     """Closing twice is fine; receiving from a closed intake is not."""
     intake = await broker.open_intake(0, "a")
