@@ -1,0 +1,187 @@
+"""A Redis server that dies, freezes, or wants a password or TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from datetime import timedelta
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from cqrs_es import errors
+from cqrs_es.brokers import broker_for
+from cqrs_es.brokers.redis import connection
+from cqrs_es.types import utc_now
+from tests.contract.brokers import EPOCH, PARTITIONS, bodies, events, send, take
+from tests.servers import free_port, start_redis
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+    from cqrs_es.ports.broker import Broker
+    from tests.servers import Server
+
+SECRET = "p@ss:w/rd#1"  # noqa: S105 - of a server that lives for one test
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[Server]:
+    """Start a server that the test may do anything to."""
+    server = start_redis(tmp_path)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def broker(redis: Server) -> AsyncIterator[Broker]:
+    """Connect to it and declare the topology."""
+    broker = _broker(f"redis://127.0.0.1:{redis.port}/0")
+    await broker.open()
+    await broker.declare(PARTITIONS, EPOCH)
+    yield broker
+    await broker.close()
+
+
+def _broker(url: str) -> Broker:
+    return broker_for(url, service="bank")
+
+
+async def test_a_server_that_dies_is_noticed_and_found_again(
+    redis: Server, broker: Broker, tmp_path: Path
+) -> None:
+    """Everything that waits ends at once; the same broker goes on with the next server."""
+    intake = await broker.open_intake(0, "a")
+    waiting = asyncio.create_task(intake.receive(1))
+    await asyncio.sleep(0)
+    redis.process.kill()
+    async with asyncio.timeout(1):
+        with pytest.raises(errors.BrokerUnavailable):
+            await waiting
+    with pytest.raises(errors.BrokerUnavailable):
+        await send(broker, 1)
+
+    server = start_redis(tmp_path, port=redis.port)
+    try:
+        await broker.declare(PARTITIONS, EPOCH)
+        await send(broker, 2)
+        assert bodies(await (await broker.open_intake(0, "a")).receive(1)) == ["2"]
+        assert await broker.publish(0, EPOCH, events(1, 1)) == 1
+    finally:
+        server.stop()
+
+
+async def test_a_frozen_server_is_noticed(
+    redis: Server, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No call waits for ever for a server that accepts and never answers."""
+    await send(broker, 1)
+    intake = await broker.open_intake(0, "a")
+    await intake.receive(1)
+    monkeypatch.setattr(connection, "ANSWER_SECONDS", 0.3)
+    redis.process.send_signal(signal.SIGSTOP)
+    async with asyncio.timeout(3):
+        for call in (
+            intake.receive(1),
+            send(broker, 2),
+            broker.publish(0, EPOCH, events(1, 1)),
+            broker.open(),
+        ):
+            with pytest.raises(errors.BrokerUnavailable):
+                await call
+    redis.process.send_signal(signal.SIGCONT)
+
+    again = await broker.open_intake(0, "a")
+    received = bodies(await again.receive(10))
+    assert received in (["1"], ["1", "2"])  # what was not answered may have landed all the same
+
+
+async def test_a_cancelled_call_does_not_confuse_the_next(redis: Server, broker: Broker) -> None:
+    """An answer that nobody waited for is never taken for another's."""
+    for partition in range(PARTITIONS):
+        await broker.publish(partition, EPOCH, events(1, partition + 1))
+    for _ in range(200):
+        cut_short = [asyncio.create_task(broker.topic_end(number)) for number in (0, 1)]
+        await asyncio.sleep(0)
+        for task in cut_short:
+            task.cancel()
+        ends = await asyncio.gather(*(broker.topic_end(number) for number in range(PARTITIONS)))
+        assert ends == [1, 2, 3, 4]
+    assert redis.process.poll() is None
+
+
+async def test_a_password_opens_and_is_never_shown(tmp_path: Path) -> None:
+    """A password with special characters works percent-encoded; a wrong one is not repeated."""
+    server = start_redis(tmp_path, "--requirepass", SECRET)
+    try:
+        broker = _broker(f"redis://:p%40ss%3Aw%2Frd%231@127.0.0.1:{server.port}")
+        await broker.open()
+        await broker.declare(PARTITIONS, EPOCH)
+        await send(broker, 1)
+        await broker.close()
+        for wrong in (
+            f"redis://:wr0ng@127.0.0.1:{server.port}",
+            f"redis://127.0.0.1:{server.port}",
+        ):
+            refused = _broker(wrong)
+            with pytest.raises(errors.BrokerUnavailable) as refusal:
+                await refused.open()
+            assert "wr0ng" not in str(refusal.value)
+            await refused.close()
+    finally:
+        server.stop()
+
+
+async def test_tls(tmp_path: Path) -> None:
+    """`rediss://` encrypts, and trusts only certificates that it can verify."""
+    certificate, key = _self_signed(tmp_path)
+    port = free_port()
+    tls = ("--tls-port", str(port), "--tls-cert-file", certificate, "--tls-key-file", key)
+    server = start_redis(tmp_path, *tls, "--tls-auth-clients", "no")
+    try:
+        trusting = _broker(f"rediss://127.0.0.1:{port}?ssl_ca_certs={certificate}")
+        await trusting.open()
+        await trusting.declare(PARTITIONS, EPOCH)
+        intake = await trusting.open_intake(0, "a")
+        await send(trusting, *range(100))
+        assert len(await take(intake, 100)) == 100
+        await trusting.close()
+        strict = _broker(f"rediss://127.0.0.1:{port}")
+        with pytest.raises(errors.BrokerUnavailable, match="certificate"):
+            await strict.open()
+        await strict.close()
+    finally:
+        server.stop()
+
+
+def _self_signed(folder: Path) -> tuple[str, str]:
+    """Make a certificate for 127.0.0.1 that vouches for itself."""
+    certificate, key = folder / "redis.crt", folder / "redis.key"
+    private = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "redis")])
+    now = utc_now()
+    signed = (
+        x509.CertificateBuilder(name, name, private.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(minutes=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False
+        )
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(private, hashes.SHA256())
+    )
+    certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    key.write_bytes(
+        private.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return str(certificate), str(key)
