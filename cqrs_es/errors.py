@@ -156,15 +156,19 @@ class StoreError(CqrsError):
     """The event store refused the operation; see the cause."""
 
 
-class StoreFull(StoreError):
+class StoreUnusable(StoreError):
+    """The event store can't be used until somebody mends it."""
+
+
+class StoreFull(StoreUnusable):
     """The event store's disk is full; make room, nothing was written."""
 
 
-class StoreReadOnly(StoreError):
+class StoreReadOnly(StoreUnusable):
     """The event store can't be written to; check the permissions of its file and folder."""
 
 
-class StoreCorrupt(StoreError):
+class StoreCorrupt(StoreUnusable):
     """The event store's file is damaged or is no database; restore it from a backup."""
 
 

@@ -57,7 +57,8 @@ class LeaseKeeper:
     `run_partition(lease, stopping)` works until `stopping` is set, then settles
     what it has in hand and returns. It is cancelled when the lease is lost.
     When it raises, it is started again after a wait; `trouble` says why. After
-    `UnknownEvent` the member is unfit until its process is replaced.
+    `UnknownEvent` the member is unfit until its process is replaced. What waiting
+    does not mend, `StoreUnusable`, ends the member.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class LeaseKeeper:
         self._partitions = partitions
         self._seconds = seconds
         self._running: dict[int, _Running] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = asyncio.TaskGroup()
         self._troubles: dict[int, str] = {}
         self._renewed_at = clock.monotonic()
         self._store_trouble: str | None = None
@@ -102,16 +103,21 @@ class LeaseKeeper:
         return next((reason for reason in troubles if reason), None)
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Take part until `stopping` is set, then hand everything over and leave."""
-        try:
-            while not stopping.is_set():
-                await self._try_round()
-                await self._wait(stopping)
-            await self._stop_all()
-            await self._leave()
-        finally:
-            self._cancel_all()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+        """Take part until `stopping` is set, then hand everything over and leave.
+
+        Raises `StoreUnusable`, alone or in a group. A SQLite file that somebody
+        keeps locked for longer than a lease is no server that will be back:
+        `StoreLocked`.
+        """
+        async with self._tasks:
+            try:
+                while not stopping.is_set():
+                    await self._try_round()
+                    await self._wait(stopping)
+                await self._stop_all()
+            finally:
+                self._cancel_all()
+        await self._leave()
 
     async def _wait(self, stopping: asyncio.Event) -> None:
         pause = asyncio.create_task(self._clock.sleep(self._seconds / ROUNDS_PER_LEASE))
@@ -127,11 +133,15 @@ class LeaseKeeper:
     async def _try_round(self) -> None:
         try:
             await self._round()
+        except errors.StoreUnusable:
+            raise
         except errors.CqrsError as exc:
             self._store_trouble = exc.message
             log.warning("lease round failed", role=self._role, error=exc.message)
             if self._clock.monotonic() - self._renewed_at > self._seconds * SAFE_PART_OF_LEASE:
                 self._cancel_all()
+                if isinstance(exc, errors.StoreLocked):
+                    raise
         else:
             self._store_trouble = None
 
@@ -176,9 +186,7 @@ class LeaseKeeper:
 
     def _start(self, lease: Lease) -> None:
         running = self._running[lease.partition] = _Running(lease)
-        running.task = asyncio.create_task(self._work(running))
-        self._tasks.add(running.task)
-        running.task.add_done_callback(self._tasks.discard)
+        running.task = self._tasks.create_task(self._work(running))
         log.info("partition taken", role=self._role, partition=lease.partition, epoch=lease.epoch)
 
     async def _work(self, running: _Running) -> None:
@@ -192,6 +200,8 @@ class LeaseKeeper:
                 attempt = 0
             except errors.LeaseLost:
                 break
+            except errors.StoreUnusable:
+                raise
             except Exception as exc:  # noqa: BLE001 - whatever it is, the others go on
                 attempt += 1
                 self._note(partition, exc)
@@ -228,6 +238,7 @@ class LeaseKeeper:
             self._troubles.pop(partition, None)
 
     def _cancel(self, running: _Running) -> None:
+        running.stopping.set()  # an error on its way out must not make it start again
         if running.task is not None:
             running.task.cancel()
         self._forget(running)

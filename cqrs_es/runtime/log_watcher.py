@@ -42,12 +42,14 @@ class LogWatcher:
         return self._heads[partition]
 
     async def run(self) -> None:
-        """Watch for ever; meant to be cancelled."""
+        """Watch for ever; meant to be cancelled. Raises `StoreUnusable`."""
         failures = 0
         while True:
             try:
                 await self._look()
                 failures = 0
+            except errors.StoreUnusable:
+                raise
             except errors.CqrsError as exc:
                 failures += 1
                 log.warning("heads unreadable", error=exc.message)

@@ -18,7 +18,6 @@ from cqrs_es.runtime.command_loop import CommandWorker
 from cqrs_es.runtime.leases import LeaseKeeper
 from cqrs_es.runtime.projection_loop import ProjectorLoop
 from cqrs_es.runtime.relay_loop import RELAY_MARK, Relay
-from cqrs_es.runtime.waiting import cancelled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -100,21 +99,28 @@ class Supervisor:
         return self._executor.counts
 
     @property
+    def dead(self) -> int:
+        """How many messages no outcome was possible for."""
+        return self._worker.dead
+
+    @property
     def troubles(self) -> list[str]:
         """Why the process makes no progress somewhere; empty when all is well."""
         found = [self._executor.trouble, *(keeper.trouble for keeper in self._keepers)]
         return [trouble for trouble in found if trouble]
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Run every role until `stopping` is set; then finish what is in hand and leave."""
+        """Run every role until `stopping` is set; then finish what is in hand and leave.
+
+        Raises, in a group, what no waiting mends: see `LeaseKeeper.run`.
+        """
         self._keepers = [self._keeper(role, run) for role, run in self._runners()]
-        watching = asyncio.create_task(self._process.watcher.run())
-        try:
-            async with asyncio.TaskGroup() as group:
+        async with asyncio.TaskGroup() as group:
+            watching = group.create_task(self._process.watcher.run())
+            async with asyncio.TaskGroup() as keeping:
                 for keeper in self._keepers:
-                    group.create_task(keeper.run(stopping))
-        finally:
-            await cancelled(watching)
+                    keeping.create_task(keeper.run(stopping))
+            watching.cancel()
 
     def _runners(self) -> list[tuple[str, PartitionRunner]]:
         """List the roles of this process with what each does to a partition."""
