@@ -7,6 +7,7 @@ What senders write is checked harder than what we wrote ourselves: see
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
@@ -37,7 +38,14 @@ def to_json(value: object) -> bytes:
 def _to_builtin(value: object) -> object:
     if isinstance(value, Decimal):
         return format(value, "f") if value.is_finite() else str(value)
-    return cast("object", msgspec.to_builtins(value))
+    if dataclasses.is_dataclass(value):
+        return {name: getattr(value, name) for name in _field_names(type(value))}
+    return cast("object", msgspec.to_builtins(value, builtin_types=(Decimal,)))
+
+
+@functools.cache
+def _field_names(cls: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
 
 
 class Codec(Generic[T]):
@@ -45,11 +53,16 @@ class Codec(Generic[T]):
 
     def __init__(self, cls: type[T]) -> None:
         self.cls = cls
-        _refuse_what_json_would_lose(cls)
+        nested = _refuse_what_json_would_lose(cls)
+        self._slotted = _slotted(cls)
+        self._option = orjson.OPT_NON_STR_KEYS
+        if not all(map(_slotted, nested)):
+            self._option |= orjson.OPT_PASSTHROUGH_DATACLASS
 
     def encode(self, value: T) -> bytes:
-        """Return the value as a JSON object."""
-        return to_json(value)
+        """Return the value as a JSON object with every field."""
+        whole = value if self._slotted else _to_builtin(value)
+        return orjson.dumps(whole, default=_to_builtin, option=self._option)
 
     def decode(self, payload: bytes) -> T:
         """Read a JSON object; raise `ValueError` naming the field that does not fit."""
@@ -92,20 +105,13 @@ class CommandCodec(Codec[T]):
             raise errors.InvalidCommand(str(exc)) from exc
 
 
-def _refuse_what_json_would_lose(cls: type[object]) -> None:
-    """Refuse at start-up what would be lost or fail only when first stored."""
-    if not dataclasses.is_dataclass(cls):
-        message = f"{cls.__qualname__} must be a dataclass: decorate it with @dataclass"
-        raise errors.DefinitionError(message)
-    for field in dataclasses.fields(cls):
-        if field.name.startswith("_") or not field.init:
-            message = f"{cls.__qualname__}.{field.name} would not be stored: name it without a"
-            raise errors.DefinitionError(f"{message} leading underscore and let __init__ take it")
-    try:
-        types.type_info(cls)
-    except (TypeError, NameError) as exc:
-        message = f"{cls.__qualname__} has a field that JSON can't carry: {exc}"
-        raise errors.DefinitionError(message) from exc
+def _slotted(cls: type[object]) -> bool:
+    """Tell whether orjson alone writes every field of a dataclass.
+
+    msgspec leaves a default that was not given to the class attribute, where
+    it can; orjson looks for attributes of the instance only.
+    """
+    return "__slots__" in cls.__dict__
 
 
 def _readable(message: str) -> str:
@@ -115,6 +121,86 @@ def _readable(message: str) -> str:
     if match and match["path"]:
         return f"{match['path']}: {reason[:1].lower()}{reason[1:]}"
     return reason[:1].lower() + reason[1:]
+
+
+# --- What is refused at start-up, before it is lost or fails when first stored ---
+
+_KEYS: Final = (
+    types.StrType,
+    types.IntType,
+    types.FloatType,
+    types.EnumType,
+    types.LiteralType,
+    types.UUIDType,
+    types.DateTimeType,
+    types.DateType,
+    types.TimeType,
+)
+
+
+def _refuse_what_json_would_lose(cls: type[object]) -> set[type[object]]:
+    """Return the dataclasses that a class has inside it; raise `DefinitionError`."""
+    if not dataclasses.is_dataclass(cls):
+        message = f"{cls.__qualname__} must be a dataclass: decorate it with @dataclass"
+        raise errors.DefinitionError(message)
+    try:
+        info = types.type_info(cls)
+    except (TypeError, NameError) as exc:
+        message = f"{cls.__qualname__} has a field that JSON can't carry: {exc}"
+        raise errors.DefinitionError(message) from exc
+    _inspect_fields(cls)
+    nested: set[type[object]] = set()
+    for inner, name in _inside(info, cls.__qualname__):
+        _inspect(inner, name, nested)
+    return nested
+
+
+def _inspect(info: types.Type, where: str, nested: set[type[object]]) -> None:
+    match info:
+        case types.CustomType():
+            message = f"{where} can't be stored: JSON can't carry a {info.cls.__qualname__}"
+            raise errors.DefinitionError(message)
+        case types.DictType() if not isinstance(info.key_type, _KEYS):
+            message = f"{where} can't be stored: the keys of a JSON object are text or numbers"
+            raise errors.DefinitionError(message)
+        case types.DataclassType():
+            if info.cls in nested:
+                return
+            nested.add(info.cls)
+            _inspect_fields(info.cls)
+        case _:
+            pass
+    for inner, name in _inside(info, where):
+        _inspect(inner, name, nested)
+
+
+def _inspect_fields(cls: type[Any]) -> None:
+    for field in dataclasses.fields(cls):
+        if field.name.startswith("_") or not field.init:
+            message = f"{cls.__qualname__}.{field.name} would not be stored: name it without a"
+            raise errors.DefinitionError(f"{message} leading underscore and let __init__ take it")
+
+
+def _inside(info: types.Type, where: str) -> list[tuple[types.Type, str]]:
+    """Return the types that a type is made of, each with where it stands."""
+    match info:
+        case (
+            types.DataclassType()
+            | types.StructType()
+            | types.TypedDictType()
+            | types.NamedTupleType()
+        ):
+            return [(field.type, f"{info.cls.__qualname__}.{field.name}") for field in info.fields]
+        case types.TupleType():
+            return [(item, where) for item in info.item_types]
+        case types.CollectionType() | types.VarTupleType():
+            return [(info.item_type, where)]
+        case types.DictType():
+            return [(info.key_type, where), (info.value_type, where)]
+        case types.UnionType():
+            return [(member, where) for member in info.types]
+        case _:
+            return []
 
 
 # --- Strictness towards senders ----------------------------------------------
@@ -241,11 +327,12 @@ def _object_check(known: Mapping[str, Check | None]) -> Check:
         if not isinstance(value, dict):
             return  # msgspec says what is wrong
         for name, item in cast("dict[str, object]", value).items():
+            field = f"{path}.{name}" if path else name
             if name not in known:
-                message = f"unknown field {shown(path + name)}"
+                message = f"unknown field {shown(field)}"
                 raise ValueError(f"{message}; known are {', '.join(known) or 'none'}")
             if (inner := known[name]) is not None:
-                inner(item, f"{path}.{name}" if path else name)
+                inner(item, field)
 
     return check
 
