@@ -1,0 +1,335 @@
+"""The whole application in memory, on the path that it takes in production."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import defaultdict, deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self, TypeVar
+
+import orjson
+
+from cqrs_es import errors, wire
+from cqrs_es.codec import to_json
+from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome, spec_of
+from cqrs_es.ports.broker import OutgoingCommand
+from cqrs_es.runtime.waiting import cancelled
+from cqrs_es.settings import Settings
+from cqrs_es.stores import storage_for
+from cqrs_es.testing.clock import FakeClock
+from cqrs_es.types import new_command_id, partition_of
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from cqrs_es.aggregate import Aggregate
+    from cqrs_es.application import Application
+    from cqrs_es.messages import StoredEvent
+    from cqrs_es.opened import OpenApplication
+    from cqrs_es.ports.broker import Broker, ReplyInbox
+    from cqrs_es.ports.dead_letters import DeadLetter
+    from cqrs_es.ports.storage import Storage
+    from cqrs_es.ports.store import StoreInfo
+    from cqrs_es.ports.views import ParkedAggregate, SqlRow, SqlValue
+    from cqrs_es.runtime.supervisor import Supervisor
+    from cqrs_es.view import View
+
+C = TypeVar("C")
+E = TypeVar("E")
+V = TypeVar("V", bound="View[Any]")
+
+# Real seconds after which what is waited for has failed to happen.
+PATIENCE_SECONDS: Final = 30.0
+POLL_SECONDS: Final = 0.001
+# Waits for retries are shorter than this and are skipped; rounds of leases are
+# made longer, so time stands still while nothing goes wrong.
+SKIPPED_SECONDS: Final = 10.0
+LEASE_SECONDS: Final = 3600.0
+
+
+class TestApp:
+    """An application with every role running, in memory unless told otherwise.
+
+        async with TestApp(app) as t:
+            outcome = await t.send(Account, "A1", Deposit(Decimal(5)))
+            await t.drain()
+            assert (await t.view(Ledger, "A1")).lines == [...]
+
+    Time is `clock`, which stands still until it is advanced, but for the waits
+    before retries, which end at once. A `HANDLER_TIMEOUT` counts real seconds.
+
+    What a handler or a view raises unexpectedly is raised again by the next
+    `send`, `drain`, or the end of the block, unless inside `expect_failures`.
+    """
+
+    __test__: ClassVar[bool] = False  # its name would make pytest collect it
+
+    reply_to: Final = "test-app"
+
+    def __init__(
+        self,
+        app: Application,
+        *,
+        settings: Settings | None = None,
+        storage: Storage | None = None,
+        broker: Broker | None = None,
+        clock: FakeClock | None = None,
+    ) -> None:
+        """Run on the store and broker of `settings`, or on ones given, which stay open."""
+        settings = settings or Settings(store_url="memory://")
+        self._settings = replace(settings, lease_seconds=LEASE_SECONDS)
+        self._app = app
+        self._storage = storage
+        self._broker = broker
+        self.clock = clock or FakeClock()
+        self._opened: OpenApplication | None = None
+        self._supervisor: Supervisor | None = None
+        self._replies: defaultdict[str, deque[Outcome]] = defaultdict(deque)
+        self._failures: list[BaseException] = []
+        self._expected: list[BaseException] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stack = AsyncExitStack()
+
+    # --- Living --------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._running())
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop cleanly, then raise what failed; at once when the test has failed already."""
+        await self._stack.__aexit__(exc_type, exc, traceback)
+        if exc is None:
+            self._raise_failures()
+
+    @asynccontextmanager
+    async def _running(self) -> AsyncGenerator[None]:
+        async with AsyncExitStack() as stack:
+            opened = self._opened = await self._open(stack)
+            self._supervisor = opened.supervisor()
+            stopping = asyncio.Event()
+            working = asyncio.create_task(self._supervisor.run(stopping))
+            inbox = await opened.process.broker.open_replies(self.reply_to)
+            reading = asyncio.create_task(self._read_replies(inbox))
+            self._tasks = [working, reading]
+            try:
+                yield
+                stopping.set()
+                await self._until(_done(working), "the roles do not stop")
+            finally:
+                await cancelled(working)
+                await cancelled(reading)
+                await inbox.close()
+
+    async def _open(self, stack: AsyncExitStack) -> OpenApplication:
+        storage = self._storage or self._make_storage(stack)
+        await storage.open()
+        info = await _initialised(storage, self._settings)
+        opened = await stack.enter_async_context(
+            self._app.open(
+                replace(self._settings, partitions=info.partitions),
+                storage=storage,
+                broker=self._broker,
+                clock=self.clock,
+                on_handler_failure=self._note_handler,
+                on_view_failure=self._note_view,
+            )
+        )
+        if storage.shared:
+            await opened.initialise()
+        return opened
+
+    def _make_storage(self, stack: AsyncExitStack) -> Storage:
+        url = self._settings.store_url or "memory://"
+        storage = storage_for(url, clock=self.clock)
+        stack.push_async_callback(storage.close)
+        return storage
+
+    async def _read_replies(self, inbox: ReplyInbox) -> None:
+        while True:
+            outcome = wire.decode_outcome(await inbox.receive())
+            self._replies[outcome.command_id].append(outcome)
+
+    @property
+    def opened(self) -> OpenApplication:
+        """The application as code in its own process sees it."""
+        if self._opened is None:
+            message = "the application is not open: async with TestApp(app) as t: …"
+            raise errors.ConfigurationError(message)
+        return self._opened
+
+    # --- Sending -------------------------------------------------------------
+
+    async def send(
+        self,
+        cls: type[Aggregate[C, Any, Any]],
+        aggregate_id: str,
+        command: C,
+        *,
+        command_id: str | None = None,
+        metadata: Mapping[str, str] = NO_METADATA,
+        expected_sequence: int | None = None,
+    ) -> Outcome:
+        """Enqueue a command as a sender does, and return the outcome that comes as a reply.
+
+        Raises `InvalidMessage` for what no message may hold, `WaitTimeout` when
+        no reply comes, and what a handler or view raised unexpectedly.
+        """
+        message = CommandMessage(
+            id=command_id or new_command_id(),
+            type=spec_of(type(command)).name,
+            aggregate_type=self._app.registry.aggregate_of(cls).type,
+            aggregate_id=aggregate_id,
+            payload=orjson.loads(to_json(command)),
+            metadata=metadata,
+            expected_sequence=expected_sequence,
+            reply_to=self.reply_to,
+        )
+        body = wire.encode_command(message)
+        sent = wire.parse_command(body, self._settings.max_message_bytes)
+        await self.enqueue(body)
+        return await self.reply(sent.id)
+
+    async def enqueue(self, *bodies: bytes) -> None:
+        """Put messages into the queue as they are, valid or not."""
+        commands = [self._outgoing(body) for body in bodies]
+        await self.opened.process.broker.send(commands)
+
+    def _outgoing(self, body: bytes) -> OutgoingCommand:
+        partition = _partition_of(body, self.opened.process.partitions)
+        return OutgoingCommand(partition, wire.command_id_of(body) or new_command_id(), body)
+
+    async def reply(self, command_id: str) -> Outcome:
+        """Wait for the next reply to a command whose message had our `reply_to`."""
+        replies = self._replies[command_id]
+
+        async def arrived() -> bool:
+            return bool(replies)
+
+        await self._until(arrived, f"no reply to {command_id}")
+        self._raise_failures()
+        return replies.popleft()
+
+    async def drain(self) -> None:
+        """Wait until every command is handled and every event published and projected."""
+        assert self._supervisor is not None  # noqa: S101 - `opened` raises before that
+        await self._until(self._supervisor.idle, "the application does not come to rest")
+        self._raise_failures()
+
+    async def _until(self, condition: Callable[[], Awaitable[bool]], problem: str) -> None:
+        """Wait for a condition; whoever waits for a retry meanwhile need not wait."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not await condition():
+            for task in self._tasks:
+                if task.done():
+                    task.result()
+            if time.monotonic() > deadline:
+                raise errors.WaitTimeout(f"{problem} within {PATIENCE_SECONDS:g} s{self._why()}")
+            if not self.clock.advance_to_next(within=SKIPPED_SECONDS):
+                await asyncio.sleep(POLL_SECONDS)
+            await asyncio.sleep(0)
+
+    def _why(self) -> str:
+        troubles = self._supervisor.troubles if self._supervisor else []
+        return "".join(f"\n{reason}" for reason in troubles)
+
+    # --- Looking -------------------------------------------------------------
+
+    async def events(
+        self, cls: type[Aggregate[Any, E, Any]], aggregate_id: str
+    ) -> list[Envelope[E]]:
+        """Read an aggregate's events."""
+        return await self.opened.events(cls, aggregate_id)
+
+    async def view(self, cls: type[V], view_id: str) -> V | None:
+        """Read one row of a view, None when there is none; `drain` first."""
+        return await self.opened.view(cls, view_id)
+
+    async def query(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
+        """Run a query with `?` placeholders on the views' database; `drain` first."""
+        return await self.opened.storage.views.query(sql, parameters)
+
+    async def outcome(self, command_id: str) -> Outcome | None:
+        """Look up what became of a command."""
+        return await self.opened.outcome(command_id)
+
+    async def dead_letters(self) -> list[DeadLetter]:
+        """Return the messages that could not be decided, up to a thousand; `drain` first."""
+        return await self.opened.storage.dead_letters.page(limit=1000)
+
+    async def parked(self) -> list[ParkedAggregate]:
+        """Return the aggregates that views have set aside; `drain` first."""
+        return await self.opened.parked()
+
+    # --- Failures ------------------------------------------------------------
+
+    @contextmanager
+    def expect_failures(self) -> Generator[list[BaseException]]:
+        """Collect what handlers and views raise unexpectedly in this block, in place of raising it.
+
+        What is sent in the block should be drained in it too.
+        """
+        collected: list[BaseException] = []
+        before, self._expected = self._expected, collected
+        try:
+            yield collected
+        finally:
+            self._expected = before
+
+    def _note_handler(self, message: CommandMessage, exc: BaseException) -> None:
+        self._note(exc, f"raised by the handler of {message.type} for {message.key}")
+
+    def _note_view(self, event: StoredEvent, exc: Exception) -> None:
+        self._note(exc, f"raised by a view on {event.key}/{event.sequence}, {event.event_type}")
+
+    def _note(self, exc: BaseException, where: str) -> None:
+        if self._expected is not None:
+            self._expected.append(exc)
+            return
+        exc.add_note(where)
+        self._failures.append(exc)
+
+    def _raise_failures(self) -> None:
+        """Raise the first failure there was; the others are most likely retries of it."""
+        if not self._failures:
+            return
+        first, *_ = self._failures
+        self._failures.clear()
+        if isinstance(first, Exception):
+            raise first
+        message = f"a handler raised {type(first).__name__}"
+        raise RuntimeError(message) from first
+
+
+async def _initialised(storage: Storage, settings: Settings) -> StoreInfo:
+    """Initialise a store unless it is: then its number of partitions counts."""
+    with contextlib.suppress(errors.StoreNotInitialised):
+        return await storage.info()
+    return await storage.initialise(settings.partitions_or_default())
+
+
+def _partition_of(body: bytes, partitions: int) -> int:
+    """Return the partition that a sender would choose, 0 for what names no aggregate."""
+    try:
+        message = wire.parse_command(body, len(body))
+    except errors.InvalidMessage:
+        return 0
+    return partition_of(message.aggregate_type, message.aggregate_id, partitions)
+
+
+def _done(task: asyncio.Task[None]) -> Callable[[], Awaitable[bool]]:
+    async def done() -> bool:
+        return task.done()
+
+    return done
