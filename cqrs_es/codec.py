@@ -38,7 +38,7 @@ def to_json(value: object) -> bytes:
 def _to_builtin(value: object) -> object:
     if isinstance(value, Decimal):
         return format(value, "f") if value.is_finite() else str(value)
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {name: getattr(value, name) for name in _field_names(type(value))}
     return cast("object", msgspec.to_builtins(value, builtin_types=(Decimal,)))
 
