@@ -174,8 +174,9 @@ def _define_event(cls: type[object]) -> EventDefinition:
 def _define_commands(
     classes: Sequence[type[object]], cls: type[object]
 ) -> dict[str, CommandCodec[Any]]:
+    names = [_spec_of_kind(command_class, "command").name for command_class in classes]
     codecs = [CommandCodec(command_class) for command_class in classes]
-    by_name = {_spec_of_kind(codec.cls, "command").name: codec for codec in codecs}
+    by_name = dict(zip(names, codecs, strict=True))
     return _unique(by_name, codecs, cls)
 
 
