@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,8 @@ P = ParamSpec("P")
 
 READERS: Final = 4
 BUSY_TIMEOUT_SECONDS: Final = 5.0
+STEPS_BETWEEN_CHECKS: Final = 100_000
+"""How much a query does, about a millisecond's worth, before it looks whether to go on."""
 
 SQLITE: Final = Dialect(
     name="sqlite",
@@ -138,8 +141,13 @@ class SqliteDatabase(Database):
 
     async def read(self, work: Work[T]) -> T:
         """Do work on a connection that can't write, in one visit to its thread."""
+        abandoned = threading.Event()
         async with self._reader() as connection:
-            return await connection.call(_finish, work, connection.session)
+            try:
+                return await connection.call(_read, work, connection.session, abandoned)
+            except asyncio.CancelledError:
+                abandoned.set()
+                raise
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[Session]:
@@ -184,9 +192,6 @@ class SqliteDatabase(Database):
             connection = self._idle.pop() if self._idle else await self._connect(_prepare_reader)
             try:
                 yield connection
-            except asyncio.CancelledError:
-                connection.interrupt()
-                raise
             finally:
                 await self._give_back(connection)
 
@@ -244,10 +249,6 @@ class _Connection:
             target.uri, uri=True, timeout=target.timeout, isolation_level=None
         )
         self._session = _Session(connection, self._clock)
-
-    def interrupt(self) -> None:
-        """End, at once, a query that nobody waits for any more."""
-        self.session.connection.interrupt()
 
     async def close(self) -> None:
         """Disconnect once the thread has done what it was given."""
@@ -329,6 +330,12 @@ class _VisitingSession(Session):
 
     async def _visit(self, work: Work[T]) -> T:
         return await self._connection.call(_finish, work, self._connection.session)
+
+
+def _read(work: Work[T], session: _Session, abandoned: threading.Event) -> T:
+    """Run work to its end, or until nobody waits for it any more."""
+    session.connection.set_progress_handler(abandoned.is_set, STEPS_BETWEEN_CHECKS)
+    return _finish(work, session)
 
 
 def _transact(work: Work[T], session: _Session) -> T:

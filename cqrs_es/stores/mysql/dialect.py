@@ -44,6 +44,10 @@ MARIADB: Final = Dialect(
         "integer": "BIGINT",
     },
     table_options=f"{_OPTIONS}utf8mb4_nopad_bin",
+    collation="utf8mb4_nopad_bin",
+    list_collations="""
+        SELECT table_collation FROM information_schema.tables
+        WHERE table_schema = DATABASE() AND table_name = ?""",
     # Statements are text: bytes go in as hexadecimal digits.
     blob_placeholder="UNHEX(?)",
     to_blob=bytes.hex,
@@ -64,6 +68,7 @@ MYSQL: Final = dataclasses.replace(
     MARIADB,
     name="mysql",
     table_options=f"{_OPTIONS}utf8mb4_0900_bin",
+    collation="utf8mb4_0900_bin",
     # MySQL 8.0.20 deprecates VALUES(), and MariaDB has no row alias.
     row_alias=" AS new",
     incoming="new.{column}",
@@ -92,9 +97,9 @@ def literal(value: Parameter) -> str:
             raise TypeError(message)
 
 
-def exact_number(text: str) -> int | str:
-    """Return a DECIMAL: whole ones, such as a SUM of integers, as int, others as their text."""
-    return text if "." in text else int(text)
+def number(text: str) -> int | float:
+    """Return a DECIMAL as SQLite has it: whole, such as a SUM of integers, or a float."""
+    return float(text) if "." in text else int(text)
 
 
 DECODERS: Final[Mapping[int, Callable[[str], object]]] = {
@@ -106,8 +111,8 @@ DECODERS: Final[Mapping[int, Callable[[str], object]]] = {
     FIELD_TYPE.YEAR: int,
     FIELD_TYPE.FLOAT: float,
     FIELD_TYPE.DOUBLE: float,
-    FIELD_TYPE.DECIMAL: exact_number,
-    FIELD_TYPE.NEWDECIMAL: exact_number,
+    FIELD_TYPE.DECIMAL: number,
+    FIELD_TYPE.NEWDECIMAL: number,
 }
 """How columns are read. What is not here, times too, stays text, as on SQLite."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
 from cqrs_es import errors
@@ -75,7 +76,8 @@ class MysqlSession(Session):
     async def rollback(self) -> None:
         """Roll back where that can still be said; closing the connection does it too."""
         if self.usable:
-            await self.execute("ROLLBACK")
+            with contextlib.suppress(errors.Unavailable):
+                await self.execute("ROLLBACK")
 
     # --- Statements ---
 

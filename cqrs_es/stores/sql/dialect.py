@@ -55,6 +55,8 @@ class Dialect:
     )
     list_columns: str
     list_indexes: str
+    collation: str | None = None
+    list_collations: str = ""
 
     def quoted(self, name: str) -> str:
         """Return a name as an identifier; raise `ConfigurationError` if it can't be one."""

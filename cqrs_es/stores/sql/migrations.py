@@ -68,6 +68,24 @@ class AddColumn(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class CompareByBytes(Step):
+    """Give a table that somebody else made a collation for which ids are bytes."""
+
+    table: str
+
+    async def apply(self, session: Session) -> None:
+        """Convert the table unless it has the collation, or the database needs none."""
+        dialect = session.dialect
+        if dialect.collation is None:
+            return
+        if (dialect.collation,) in await session.fetch(dialect.list_collations, (self.table,)):
+            return
+        await session.execute(
+            f"ALTER TABLE {self.table} CONVERT TO CHARACTER SET utf8mb4 COLLATE {dialect.collation}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class AddIndex(Step):
     """Add an index."""
 
@@ -102,6 +120,7 @@ MIGRATIONS: Final[tuple[tuple[Step, ...], ...]] = (
             recorded_at {time},
             PRIMARY KEY (aggregate_type, aggregate_id, sequence)""",
         ),
+        CompareByBytes("events"),
         AddColumn("events", "log_partition", "integer"),
         AddColumn("events", "log_offset", "integer"),
         AddColumn("events", "command_id", "name"),
@@ -117,6 +136,7 @@ MIGRATIONS: Final[tuple[tuple[Step, ...], ...]] = (
             payload {json} NOT NULL,
             PRIMARY KEY (aggregate_type, aggregate_id)""",
         ),
+        CompareByBytes("snapshots"),
         CreateTable(
             "log_partitions",
             """
