@@ -84,7 +84,7 @@ class Application:
     # --- Opening -------------------------------------------------------------
 
     @asynccontextmanager
-    async def open(
+    async def open(  # noqa: PLR0913 - one argument for each part that may be given
         self,
         settings: Settings | None = None,
         *,
@@ -92,6 +92,7 @@ class Application:
         broker: Broker | None = None,
         clock: Clock | None = None,
         policy: ExecutionPolicy | None = None,
+        initialise: bool = False,
         on_handler_failure: OnHandlerFailure | None = None,
         on_view_failure: OnViewFailure | None = None,
     ) -> AsyncGenerator[OpenApplication]:
@@ -99,8 +100,9 @@ class Application:
 
         Settings come from the environment unless given; a store or broker that
         is given stays open afterwards. An embedded store (SQLite, memory) is
-        initialised. Raises `StoreNotInitialised` for a server store without
-        tables, `PartitionsMismatch` where a setting differs from the store.
+        initialised, with `initialise` a server store too. Raises
+        `StoreNotInitialised` for a server store without tables,
+        `PartitionsMismatch` where a setting differs from the store.
         """
         self.registry.check()
         settings = settings or Settings.from_environment()
@@ -115,7 +117,8 @@ class Application:
                 stack.push_async_callback(broker.close)
             await storage.open()
             await broker.open()
-            partitions = await _partitions(storage, settings)
+            initialise = initialise or not storage.shared
+            partitions = await _partitions(storage, settings, may_be_new=initialise)
             watcher = LogWatcher(storage.events)
             executor = Executor(
                 self.registry,
@@ -140,7 +143,7 @@ class Application:
                 on_view_failure=on_view_failure,
             )
             opened = OpenApplication(process)
-            if not storage.shared:
+            if initialise:
                 await opened.initialise()
             await stack.enter_async_context(executor)
             self._opened, before = opened, self._opened
@@ -188,11 +191,14 @@ def _make_broker(settings: Settings, service: str) -> Broker:
     )
 
 
-async def _partitions(storage: Storage, settings: Settings) -> int:
+async def _partitions(storage: Storage, settings: Settings, *, may_be_new: bool) -> int:
     """Return how many partitions the store has; a setting that differs is an error."""
-    if not storage.shared:
+    try:
+        info = await storage.info()
+    except errors.StoreNotInitialised:
+        if not may_be_new:
+            raise
         return settings.partitions_or_default()
-    info = await storage.info()
     if settings.partitions not in {None, info.partitions}:
         message = (
             f"the store has {info.partitions} partitions, CQRS_ES_PARTITIONS says "

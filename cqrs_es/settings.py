@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Literal, Self, TypeAlias, get_args
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from cqrs_es import errors
 from cqrs_es.types import NAME
@@ -20,6 +20,8 @@ FOREIGN_PREFIXES: Final = ("CQRS_ES_TEST_",)
 DEFAULT_PARTITIONS: Final = 16
 LogFormat: TypeAlias = Literal["auto", "console", "json"]
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
+# Up to the last @, so that no part of an unusual password is left.
+_PASSWORD: Final = re.compile(r"(?<=://)([^/:@]*):.*@")
 _EMBEDDED_SCHEMES: Final = {"sqlite", "memory"}
 
 
@@ -173,9 +175,5 @@ _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
 
 def masked(url: str) -> str:
     """Return a URL fit for logs: its password and query replaced by stars."""
-    parts = urlsplit(url)
-    place = parts.netloc
-    if parts.password is not None:
-        user = parts.username or ""
-        place = f"{user}:***@{place.rpartition('@')[2]}"
-    return urlunsplit((parts.scheme, place, parts.path, "***" if parts.query else "", ""))
+    address, question, _ = _PASSWORD.sub(r"\1:***@", url).partition("?")
+    return f"{address}?***" if question else address

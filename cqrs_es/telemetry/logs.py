@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from cqrs_es.settings import LogFormat, LogLevel
 
-_CREDENTIALS: Final = re.compile(r"(?<=://)([^\s/:@]*):[^\s/]*@")
+_CREDENTIALS: Final = re.compile(r"(?<=://)([^\s/:@]*):\S*@")
 
 
 def configure(level: LogLevel, log_format: LogFormat) -> None:

@@ -1,0 +1,48 @@
+"""Exit codes, and which error ends in which (CONTRACT §6)."""
+
+from __future__ import annotations
+
+from typing import Final, cast
+
+from cqrs_es import errors
+
+DONE: Final = 0
+FAILED: Final = 1
+WRONG_USAGE: Final = 2
+UNREACHABLE: Final = 3
+INTERRUPTED: Final = 4
+
+
+def exit_code(exc: Exception) -> int:
+    """Return the code that a process ends with when a verb raises this."""
+    match exc:
+        case errors.ConfigurationError() | errors.InvalidMessage():
+            return WRONG_USAGE
+        case errors.Unavailable():
+            return UNREACHABLE
+        case _:
+            return FAILED
+
+
+def innermost(exc: Exception) -> Exception:
+    """Return the first error within nested groups; an error alone is its own."""
+    error: Exception = exc
+    while isinstance(error, ExceptionGroup):
+        group = cast("ExceptionGroup[Exception]", error)
+        error = group.exceptions[0]
+    return error
+
+
+def sentence(exc: Exception) -> str:
+    """Say in one line what went wrong."""
+    match exc:
+        case errors.CqrsError() | errors.DomainError():
+            text = exc.message
+        case OSError():
+            text = f"the system refused: {exc}"
+        case _:
+            text = (
+                f"unexpected {type(exc).__name__}: {exc}; "
+                "--log-level debug before the verb shows where"
+            )
+    return " ".join(text.split())

@@ -1,0 +1,136 @@
+"""Feeding command messages from a file or from stdin: one JSON object per line.
+
+A file of any size passes through: what is read is sent before more is read,
+and reading pauses while enough is waiting in the queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from cqrs_es import errors, wire
+from cqrs_es.execution.policy import backoff
+from cqrs_es.ports.broker import OutgoingCommand
+
+if TYPE_CHECKING:
+    from cqrs_es.ports.broker import Broker
+
+T = TypeVar("T")
+
+STDIN: Final = "-"
+READ_BYTES: Final = 128 * 1024
+# Commands that may wait in the queue; a worker takes some 2,000 at once.
+MOST_WAITING: Final = 10_000
+POLL_SECONDS: Final = 0.01
+
+
+class Feeder:
+    """Sends the lines of a file to the partitions of their aggregates, in the file's order."""
+
+    def __init__(self, broker: Broker, partitions: int, max_message_bytes: int) -> None:
+        self._broker = broker
+        self._partitions = partitions
+        self._max_message_bytes = max_message_bytes
+
+    async def feed(self, source: str) -> None:
+        """Send every line of a file, of stdin for `-`; blank lines are skipped.
+
+        What is no valid message goes to partition 0 as it is: the worker puts
+        it among the dead letters.
+        """
+        descriptor = sys.stdin.fileno() if source == STDIN else _open(source)
+        try:
+            async for lines in _batches(descriptor):
+                await self._wait_for_room()
+                await self._send([self._outgoing(line) for line in lines])
+        finally:
+            if source != STDIN:
+                os.close(descriptor)
+
+    def _outgoing(self, line: bytes) -> OutgoingCommand:
+        try:
+            message = wire.parse_command(line, self._max_message_bytes)
+        except errors.InvalidMessage:
+            return OutgoingCommand(0, wire.command_id_of(line) or "", line)
+        return OutgoingCommand(message.key.partition(self._partitions), message.id, line)
+
+    async def _send(self, commands: list[OutgoingCommand]) -> None:
+        """Send, again while the broker is away: what arrives twice is a duplicate."""
+        failures = 0
+        while True:
+            try:
+                return await self._broker.send(commands)
+            except errors.BrokerUnavailable:
+                failures += 1
+                await asyncio.sleep(backoff(failures))
+
+    async def _wait_for_room(self) -> None:
+        while await self._waiting() > MOST_WAITING:  # noqa: ASYNC110 - others feed and empty the queue too
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _waiting(self) -> int:
+        try:
+            return sum((await self._broker.queue_depth()).values())
+        except errors.BrokerUnavailable:
+            return 0  # sending waits for it
+
+
+def _open(source: str) -> int:
+    try:
+        return os.open(Path(source), os.O_RDONLY)
+    except OSError as exc:
+        message = f"the commands in {source} can't be read: {exc.strerror}"
+        raise errors.ConfigurationError(message) from exc
+
+
+async def _batches(descriptor: int) -> AsyncIterator[list[bytes]]:
+    """Read a file in pieces; yield the lines that each completes."""
+    pending = bytearray()
+    while chunk := await _in_thread(lambda: os.read(descriptor, READ_BYTES)):
+        pending += chunk
+        end = pending.rfind(b"\n", len(pending) - len(chunk))
+        if end >= 0:
+            complete = bytes(pending[:end])
+            del pending[: end + 1]
+            yield _lines(complete)
+    yield _lines(bytes(pending))
+
+
+def _lines(text: bytes) -> list[bytes]:
+    return [line for line in text.split(b"\n") if line.strip()]
+
+
+async def _in_thread(call: Callable[[], T]) -> T:
+    """Make a blocking call in a thread that keeps no process from ending.
+
+    The loop's own threads would: one that waits for somebody to type is waited for.
+    """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[T] = loop.create_future()
+
+    def work() -> None:
+        try:
+            result = call()
+        except OSError as exc:
+            report(answer.set_exception, exc)
+        else:
+            report(answer.set_result, result)
+
+    def report(settle: Callable[[Any], None], value: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(_settle, answer, settle, value)
+
+    threading.Thread(target=work, name="reader", daemon=True).start()
+    return await answer
+
+
+def _settle(answer: asyncio.Future[Any], settle: Callable[[Any], None], value: object) -> None:
+    if not answer.done():
+        settle(value)

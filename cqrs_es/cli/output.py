@@ -1,0 +1,87 @@
+"""Data on stdout: JSON lines for programs, tables for people; everything else on stderr."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
+
+import orjson
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+JsonFlag: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON, one value a line.")]
+
+# Where stdout is no terminal there is no width to keep to.
+WIDTH_OF_A_FILE: Final = 10_000
+
+
+def print_json(value: object) -> None:
+    """Print one JSON value on a line of its own; bytes are JSON already."""
+    body = value if isinstance(value, bytes) else orjson.dumps(value)
+    sys.stdout.buffer.write(body + b"\n")
+    sys.stdout.flush()
+
+
+def print_text(text: str) -> None:
+    """Print lines for people, with nothing in them that a terminal would obey."""
+    encoded = "\n".join(printable(line) for line in text.split("\n"))
+    sys.stdout.buffer.write(encoded.encode() + b"\n")
+    sys.stdout.flush()
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table; numbers to the right."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        cells = [Text(shown(value), justify=_side(value)) for value in row]
+        table.add_row(*cells)
+    width = None if sys.stdout.isatty() else WIDTH_OF_A_FILE
+    console = Console(file=sys.stdout, width=width, highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+    lines = (line.rstrip() for line in capture.get().splitlines())
+    sys.stdout.buffer.write("".join(f"{line}\n" for line in lines).encode())
+    sys.stdout.flush()
+
+
+def print_fields(fields: Mapping[str, object]) -> None:
+    """Print one thing's fields below each other."""
+    width = max(len(name) for name in fields)
+    print_text("\n".join(f"{name:<{width}}  {shown(value)}" for name, value in fields.items()))
+
+
+def shown(value: Any) -> str:
+    """Return a value as a person reads it: JSON for what has parts, nothing for None."""
+    match value:
+        case None:
+            return ""
+        case bool():
+            return "yes" if value else "no"
+        case dict() | list() | tuple():
+            return printable(orjson.dumps(value).decode())
+        case bytes():
+            return printable(value.decode(errors="replace"))
+        case _:
+            return printable(str(value))
+
+
+def printable(text: str) -> str:
+    r"""Replace what a terminal would obey, such as an escape, by its code: `\x1b`."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _side(value: object) -> Any:
+    return "right" if isinstance(value, int | float) and not isinstance(value, bool) else "left"
+
+
+def complain(text: str) -> None:
+    """Say on stderr what went wrong."""
+    sys.stderr.write(f"cqrs-es: {printable(text)}\n")

@@ -1,0 +1,146 @@
+"""Verbs that run until they are told to stop: `run`, `worker`, `relay`, `projector`."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cqrs_es import errors
+from cqrs_es.cli.invocation import invocation_of, refuse_memory
+from cqrs_es.cli.output import JsonFlag, print_fields, print_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from cqrs_es.cli.service import Report
+    from cqrs_es.registry import Registry
+
+CommandsFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+        readable=True,
+        allow_dash=True,
+        help="Feed command messages, one JSON object per line; - reads stdin.",
+    ),
+]
+UntilIdle = Annotated[
+    bool,
+    typer.Option(
+        "--until-idle", help="Exit when all is handled, published and projected; 4 if cut short."
+    ),
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Run only this projector; may be given several times."),
+]
+
+
+def run(
+    context: typer.Context,
+    commands: CommandsFile = None,
+    until_idle: UntilIdle = False,
+    json: JsonFlag = False,
+) -> None:
+    """Run every role in one process: worker, relay and projectors.
+
+    Initialises a SQLite or memory store by itself.
+
+    Example: cqrs-es run --commands commands.jsonl --until-idle
+    """
+    settings, app = invocation_of(context).load()
+    from cqrs_es.cli.service import Task, serve
+
+    source = None if commands is None else str(commands)
+    report = asyncio.run(serve(app, settings, Task(commands=source, until_idle=until_idle)))
+    if json:
+        print_json(_summary(report))
+    else:
+        print_fields(_readable_summary(report))
+    raise typer.Exit(report.code)
+
+
+def worker(context: typer.Context) -> None:
+    """Run the command worker; any number of copies share the partitions.
+
+    Waits for a store or broker that is away. Stops cleanly on SIGTERM or ctrl-C.
+
+    Example: cqrs-es worker
+    """
+    _serve_roles(context, lambda _: {"worker"})
+
+
+def relay(context: typer.Context) -> None:
+    """Run the relay, which publishes the log; any number of copies.
+
+    Example: cqrs-es relay
+    """
+    _serve_roles(context, lambda _: {"relay"})
+
+
+def projector(context: typer.Context, only: Only = None) -> None:
+    """Run the projectors, which keep the views; any number of copies.
+
+    Example: cqrs-es projector --only account_query
+    """
+    _serve_roles(context, lambda registry: _projector_roles(registry, only))
+
+
+def _projector_roles(registry: Registry, only: Collection[str] | None) -> set[str]:
+    known = registry.projections
+    for name in only or ():
+        if name not in known:
+            message = f"there is no projector {name!r}; there are {', '.join(known) or 'none'}"
+            raise errors.ConfigurationError(message)
+    return {f"projector:{name}" for name in only or known}
+
+
+def _serve_roles(context: typer.Context, roles_of: Callable[[Registry], set[str]]) -> None:
+    settings, app = invocation_of(context).load()
+    refuse_memory(settings)
+    from cqrs_es.cli.service import Task, serve
+
+    report = asyncio.run(serve(app, settings, Task(roles=roles_of(app.registry))))
+    raise typer.Exit(report.code)
+
+
+def _summary(report: Report) -> dict[str, object]:
+    """Return the object of CONTRACT §6."""
+    counts = report.counts
+    return {
+        "commands": {
+            "accepted": counts.accepted,
+            "rejected": counts.rejected,
+            "failed": counts.failed,
+            "duplicate": counts.duplicate,
+            "dead": report.dead,
+        },
+        "events": counts.events,
+        "seconds": report.seconds,
+    }
+
+
+def _readable_summary(report: Report) -> dict[str, object]:
+    counts = report.counts
+    by_outcome = {
+        "accepted": counts.accepted,
+        "rejected": counts.rejected,
+        "failed": counts.failed,
+        "duplicate": counts.duplicate,
+        "dead letters": report.dead,
+    }
+    commands = sum(by_outcome.values())
+    of_which = ", ".join(f"{number:,} {name}" for name, number in by_outcome.items() if number)
+    rate = f"{commands / report.seconds:,.0f}/s" if report.seconds else "none"
+    return {
+        "commands": f"{commands:,}" + (f": {of_which}" if of_which else ""),
+        "events": f"{counts.events:,}",
+        **{f"view {name}": f"{rows:,} rows" for name, rows in report.rows.items()},
+        "rate": rate,
+        "seconds": f"{report.seconds:.2f}",
+    }

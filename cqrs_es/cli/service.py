@@ -1,0 +1,187 @@
+"""A process that runs roles until it is told to stop, or has nothing left to do."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from cqrs_es import errors
+from cqrs_es.cli.exits import DONE, FAILED, INTERRUPTED
+from cqrs_es.cli.feeding import Feeder
+from cqrs_es.cli.progress import display_for
+from cqrs_es.cli.version import version
+from cqrs_es.execution.executor import Counts
+from cqrs_es.execution.policy import backoff
+from cqrs_es.projection.generations import live_name
+from cqrs_es.registry import ViewDefinition
+from cqrs_es.runtime.signals import run_until_stopped, stop_on_signals
+from cqrs_es.runtime.supervisor import known_roles
+from cqrs_es.runtime.waiting import unless
+from cqrs_es.runtime.watchdog import watched
+from cqrs_es.settings import masked
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cqrs_es.application import Application
+    from cqrs_es.opened import OpenApplication
+    from cqrs_es.runtime.signals import Stopping
+    from cqrs_es.runtime.supervisor import Supervisor
+    from cqrs_es.settings import Settings
+
+log = structlog.get_logger("cqrs_es.cli")
+
+IDLE_POLL_SECONDS: Final = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What a process is to do: its roles (None for all), what to feed, when to end."""
+
+    roles: Collection[str] | None = None
+    commands: str | None = None
+    until_idle: bool = False
+
+
+@dataclass(slots=True)
+class Report:
+    """What a process did; `rows` by view, as far as they could be counted."""
+
+    code: int = DONE
+    counts: Counts = field(default_factory=Counts)
+    dead: int = 0
+    seconds: float = 0.0
+    rows: Mapping[str, int] = field(default_factory=dict[str, int])
+
+
+async def serve(app: Application, settings: Settings, task: Task) -> Report:
+    """Run a process's roles until a signal, or until idle; report what became of it."""
+    with stop_on_signals() as stopping:
+        service = Service(app, settings, task, stopping)
+        async with watched(settings.lease_seconds):
+            ended = await run_until_stopped(service.run(), stopping, settings.shutdown_timeout)
+        return service.report(clean=ended)
+
+
+class Service:
+    """One process from its start to its end."""
+
+    def __init__(
+        self, app: Application, settings: Settings, task: Task, stopping: Stopping
+    ) -> None:
+        self._app = app
+        self._settings = settings
+        self._task = task
+        self._stopping = stopping
+        self._supervisor: Supervisor | None = None
+        self._idle = False
+        self._rows: dict[str, int] = {}
+        self._started = self._ended = time.monotonic()
+
+    async def run(self) -> None:
+        """Open the application, wait for its servers if need be, and run its roles."""
+        async with AsyncExitStack() as stack:
+            opened = await unless(self._stopping.asked, self._open(stack))
+            if opened is None:
+                return
+            self._supervisor = opened.supervisor(self._task.roles)
+            self._announce(opened)
+            self._started = time.monotonic()
+            try:
+                await self._run_roles(opened, self._supervisor)
+            finally:
+                self._ended = time.monotonic()
+            self._rows = await _count_rows(opened)
+
+    def report(self, *, clean: bool) -> Report:
+        """Say what was done so far, and with which exit code the process is to end."""
+        report = Report(rows=self._rows)
+        if self._task.until_idle and not self._idle:
+            report.code = INTERRUPTED
+        elif not clean:
+            report.code = FAILED
+        if self._supervisor is not None:
+            report.counts = self._supervisor.counts
+            report.dead = self._supervisor.dead
+            report.seconds = round(self._ended - self._started, 3)
+        return report
+
+    # --- Starting ------------------------------------------------------------
+
+    async def _open(self, stack: AsyncExitStack) -> OpenApplication:
+        """Open the application, again and again while a server is away."""
+        failures = 0
+        while True:
+            try:
+                return await stack.enter_async_context(self._app.open(self._settings))
+            except errors.StoreLocked:
+                raise
+            except errors.Unavailable as exc:
+                failures += 1
+                delay = backoff(failures)
+                log.warning("waiting for a server", error=exc.message, retry_in=round(delay, 2))
+                await asyncio.sleep(delay)
+
+    def _announce(self, opened: OpenApplication) -> None:
+        process, settings = opened.process, self._settings
+        log.info(
+            "started",
+            version=version(),
+            app=settings.app,
+            service=process.service,
+            store=masked(settings.store_url or f"sqlite:///{process.service}.db"),
+            broker=masked(settings.broker_url),
+            roles=sorted(self._task.roles or known_roles(process.registry)),
+            partitions=process.partitions,
+            owner=process.owner,
+        )
+
+    # --- Working -------------------------------------------------------------
+
+    async def _run_roles(self, opened: OpenApplication, supervisor: Supervisor) -> None:
+        stop = self._stopping.asked
+        async with asyncio.TaskGroup() as group:
+            showing = group.create_task(display_for(supervisor).run())
+            running = group.create_task(supervisor.run(stop))
+            await unless(stop, self._do_task(opened, supervisor))
+            stop.set()
+            await running
+            showing.cancel()
+
+    async def _do_task(self, opened: OpenApplication, supervisor: Supervisor) -> None:
+        """Feed what there is to feed; return once idle, or never."""
+        process = opened.process
+        if self._task.commands is not None:
+            feeder = Feeder(process.broker, process.partitions, self._settings.max_message_bytes)
+            await feeder.feed(self._task.commands)
+        if not self._task.until_idle:
+            await asyncio.Event().wait()
+        while not await _is_idle(supervisor):  # noqa: ASYNC110 - others work on it too
+            await asyncio.sleep(IDLE_POLL_SECONDS)
+        self._idle = True
+
+
+async def _is_idle(supervisor: Supervisor) -> bool:
+    try:
+        return await supervisor.idle()
+    except errors.Unavailable:
+        return False
+
+
+async def _count_rows(opened: OpenApplication) -> dict[str, int]:
+    """Count the rows of the application's views; those kept by SQL of their own are left out."""
+    views = opened.storage.views
+    generations = await views.generations()
+    rows: dict[str, int] = {}
+    for name, definition in opened.registry.projections.items():
+        if isinstance(definition, ViewDefinition):
+            table = live_name(generations, name)
+            ((count,),) = await views.query(f"SELECT COUNT(*) FROM {table}")  # noqa: S608 - our own table
+            rows[name] = int(count or 0)
+    return rows
