@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -277,6 +278,18 @@ class OpenApplication:
     def supervisor(self, roles: Collection[str] | None = None) -> Supervisor:
         """Make what runs roles in this process: those named, or all there are."""
         return Supervisor(self._process, roles)
+
+    @asynccontextmanager
+    async def running(self, roles: Collection[str] | None = None) -> AsyncGenerator[Supervisor]:
+        """Run roles beside the block's own code, all there are unless named; stop them after it."""
+        stopping = asyncio.Event()
+        supervisor = self.supervisor(roles)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(supervisor.run(stopping))
+            try:
+                yield supervisor
+            finally:
+                stopping.set()
 
 
 def _with_body(message: CommandMessage) -> CommandMessage:
