@@ -139,12 +139,12 @@ async def test_settled_is_for_good(broker: Broker) -> None:
 async def test_a_dead_consumers_commands_are_taken_over(server: BrokerServer) -> None:
     """A process that died without closing anything holds nothing back."""
     sender, dead = await server.open(), await server.open()
-    await send(sender, *range(250))
-    await take(await dead.open_intake(0, "dead"), 249)
+    await send(sender, *range(2_500))
+    await take(await dead.open_intake(0, "dead"), 2_499)
 
     survivor = await (await server.open()).open_intake(0, "survivor")
 
-    assert bodies(await take(survivor, 250)) == [str(number) for number in range(250)]
+    assert bodies(await take(survivor, 2_500)) == [str(number) for number in range(2_500)]
 
 
 async def test_the_old_owner_of_a_partition_gets_nothing_more(broker: Broker) -> None:

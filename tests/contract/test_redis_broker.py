@@ -162,6 +162,19 @@ async def test_a_read_whose_answer_was_lost_is_read_again(
     assert not any(delivery.redelivered for delivery in received)
 
 
+async def test_a_deleted_entry_whose_answer_was_lost_is_passed_over(
+    server: AnyRedisServer, broker: Broker
+) -> None:
+    """Redis shows a pending entry that is gone as one without fields; that is no command."""
+    intake = await broker.open_intake(0, "a")
+    await send(broker, 1, 2)
+    (owner,) = await server.raw.xinfo_consumers("bank:commands:0", "workers")
+    await server.raw.xreadgroup("workers", owner["name"], {"bank:commands:0": ">"}, count=1)
+    (first, _), *_ = await server.raw.xrange("bank:commands:0")
+    await server.raw.xdel("bank:commands:0", first)
+    assert bodies(await intake.receive(10)) == ["2"]
+
+
 # --- Losing everything (DESIGN G6) -------------------------------------------
 
 
