@@ -18,10 +18,12 @@ from cqrs_es.runtime.log_watcher import LogWatcher
 from cqrs_es.runtime.supervisor import Process, new_owner
 from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
+from cqrs_es.telemetry import logs
 from cqrs_es.types import NAME
 
 if TYPE_CHECKING:
     from cqrs_es.aggregate import Aggregate, SourceOfTruth
+    from cqrs_es.messages import CommandContext
     from cqrs_es.ports.broker import Broker
     from cqrs_es.ports.storage import Storage
     from cqrs_es.projector import Projector
@@ -52,7 +54,7 @@ class Application:
         self,
         cls: type[Aggregate[C, E, S]],
         *,
-        services: Callable[..., S] | None = None,
+        services: Callable[[CommandContext], S] | None = None,
         source: SourceOfTruth | None = None,
         upcasters: Iterable[Upcaster] = (),
         handler_timeout: float | None = None,
@@ -104,16 +106,17 @@ class Application:
         `StoreNotInitialised` for a server store without tables,
         `PartitionsMismatch` where a setting differs from the store.
         """
+        logs.quiet_unless_configured()
         self.registry.check()
         settings = settings or Settings.from_environment()
         clock = clock or SystemClock()
         service = settings.service or self.service
         async with AsyncExitStack() as stack:
             if storage is None:
-                storage = _make_storage(settings, service, clock)
+                storage = make_storage(settings, service, clock)
                 stack.push_async_callback(storage.close)
             if broker is None:
-                broker = _make_broker(settings, service)
+                broker = make_broker(settings, service)
                 stack.push_async_callback(broker.close)
             await storage.open()
             await broker.open()
@@ -180,12 +183,14 @@ class Application:
         )
 
 
-def _make_storage(settings: Settings, service: str, clock: Clock) -> Storage:
+def make_storage(settings: Settings, service: str, clock: Clock) -> Storage:
+    """Make the store that the settings name; it still has to be opened."""
     url = settings.store_url or f"sqlite:///{service}.db"
     return storage_for(url, clock=clock, lease_seconds=settings.lease_seconds)
 
 
-def _make_broker(settings: Settings, service: str) -> Broker:
+def make_broker(settings: Settings, service: str) -> Broker:
+    """Make the broker that the settings name; it still has to be opened."""
     return broker_for(
         settings.broker_url, service=service, event_retention=settings.event_retention
     )

@@ -39,6 +39,16 @@ def configure(level: LogLevel, log_format: LogFormat) -> None:
     logging.basicConfig(level=loudness, handlers=[_ToStructlog()], force=True)
 
 
+def quiet_unless_configured() -> None:
+    """Where nobody has set logs up, send warnings to stderr: a library does not chat."""
+    if not structlog.is_configured():
+        structlog.configure(
+            processors=_processors(console=_for_people("auto")),
+            wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+            logger_factory=_StderrLogger,
+        )
+
+
 def mask_credentials(text: str) -> str:
     """Replace the passwords of the URLs in a text by stars."""
     return _CREDENTIALS.sub(r"\1:***@", text)

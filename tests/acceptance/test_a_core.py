@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from cqrs_es import Envelope, errors
+from cqrs_es import errors
 from cqrs_es.aggregate import AggregateSourced, EventSourced, SnapshotEvery, SourceOfTruth
-from cqrs_es.execution.executor import Executor
-from cqrs_es.messages import CommandMessage, Outcome
-from cqrs_es.ports.clock import SystemClock
-from cqrs_es.ports.store import LoadRequest
-from cqrs_es.registry import Registry, define_aggregate
-from cqrs_es.stores import storage_for
-from cqrs_es.testing import Scenario
-from cqrs_es.types import AggregateKey, new_command_id
+from cqrs_es.application import Application
+from cqrs_es.settings import Settings
+from cqrs_es.testing import Scenario, TestApp
 from tests.acceptance.confirming import (
     AlreadyPerformed,
     Confirmed,
@@ -28,64 +21,20 @@ from tests.acceptance.confirming import (
     Seen,
     SomethingElse,
     T,
-    TCommand,
 )
 
 if TYPE_CHECKING:
-    from cqrs_es.ports.storage import Storage
+    from collections.abc import AsyncIterator
 
 
-class Bench:
-    """T on a store, through the path that every command takes."""
-
-    key = AggregateKey("t", "id_A")
-
-    def __init__(self, storage: Storage) -> None:
-        self.registry = Registry()
-        self.definition = define_aggregate(T)
-        self.registry.add_aggregate(self.definition)
-        self._storage = storage
-        self._executor = Executor(self.registry, storage.events, partitions=1, clock=SystemClock())
-
-    async def execute(self, *commands: TCommand) -> list[Outcome]:
-        """Execute commands, in order, as one batch."""
-        async with self._executor:
-            answers = [self._executor.submit(self._message(command)) for command in commands]
-            return [await answer for answer in answers]
-
-    def _message(self, command: TCommand) -> CommandMessage:
-        payload = dataclasses.asdict(command)
-        name = type(command).__name__
-        return CommandMessage(new_command_id(), name, self.key.type, self.key.id, payload)
-
-    async def stored(self) -> list[Envelope[Any]]:
-        """Read the aggregate's events from the store."""
-        (loaded,) = await self._storage.events.load([LoadRequest(self.key)])
-        return [e for row in loaded.events for e in self.registry.envelopes(row)]
-
-    async def state(self) -> T:
-        """Fold what is stored."""
-        folded = T()
-        for envelope in await self.stored():
-            folded.apply(envelope.data)
-        return folded
-
-    async def view(self) -> Seen:
-        """Fold the whole log into the view."""
-        seen = Seen()
-        for row in await self._storage.events.read_log(0, 0, 100):
-            for envelope in self.registry.envelopes(row):
-                seen.update(envelope)
-        return seen
-
-
-@pytest.fixture
-async def bench(store_url: str) -> AsyncIterator[Bench]:
-    storage = storage_for(store_url)
-    await storage.open()
-    await storage.initialise(1)
-    yield Bench(storage)
-    await storage.close()
+@pytest.fixture(params=[EventSourced(), AggregateSourced(), SnapshotEvery(2)], ids=str)
+async def running(store_url: str, request: pytest.FixtureRequest) -> AsyncIterator[TestApp]:
+    """Run T with a view, on every store and with every source of truth."""
+    app = Application("t")
+    app.aggregate(T, source=request.param)
+    app.view(Seen)
+    async with TestApp(app, settings=Settings(store_url=store_url)) as running:
+        yield running
 
 
 # --- A1: snapshot boundaries -------------------------------------------------
@@ -125,33 +74,42 @@ def test_b9_a_snapshot_every_0_events_is_refused() -> None:
 # --- A14–A16: T --------------------------------------------------------------
 
 
-async def test_a14_events_are_stored_and_fold(bench: Bench) -> None:
+async def test_a14_events_are_stored_and_fold(running: TestApp) -> None:
     """A14: one event, then three more; the fold shows all of them."""
-    await bench.execute(CreateTest("id_A"))
-    assert len(await bench.stored()) == 1
-    await bench.execute(
-        ConfirmTest("test A"), ConfirmTest("test B"), DoSomethingElse("something else")
-    )
-    assert [(e.sequence, e.data) for e in await bench.stored()] == [
+    await running.send(T, "id_A", CreateTest("id_A"))
+    assert len(await running.events(T, "id_A")) == 1
+    for command in (ConfirmTest("test A"), ConfirmTest("test B"), DoSomethingElse("else")):
+        await running.send(T, "id_A", command)
+    events = await running.events(T, "id_A")
+    assert [(e.sequence, e.data) for e in events] == [
         (1, Created("id_A")),
         (2, Confirmed("test A")),
         (3, Confirmed("test B")),
-        (4, SomethingElse("something else")),
+        (4, SomethingElse("else")),
     ]
-    assert await bench.state() == T("id_A", "something else", ["test A", "test B"])
+    folded = T()
+    for envelope in events:
+        folded.apply(envelope.data)
+    assert folded == T("id_A", "else", ["test A", "test B"])
 
 
-async def test_a15_a_test_is_performed_once(bench: Bench) -> None:
+async def test_a15_a_test_is_performed_once(running: TestApp) -> None:
     """A15: what is accepted is stored and reaches the view; what is rejected does not."""
-    await bench.execute(ConfirmTest("x"))
-    assert (await bench.view()).events == ["1 Tested"]
-    await bench.execute(ConfirmTest("TEST_A"))
-    assert (await bench.view()).events == ["1 Tested", "2 Tested"]
-    (again,) = await bench.execute(ConfirmTest("TEST_A"))
-    assert again.error is not None
-    assert again.error.message == "test already performed"
-    assert len(await bench.stored()) == 2
-    assert (await bench.view()).events == ["1 Tested", "2 Tested"]
+
+    async def seen() -> list[str]:
+        await running.drain()
+        view = await running.view(Seen, "id_A")
+        return view.events if view else []
+
+    await running.send(T, "id_A", ConfirmTest("x"))
+    assert await seen() == ["1 Tested"]
+    await running.send(T, "id_A", ConfirmTest("TEST_A"))
+    assert await seen() == ["1 Tested", "2 Tested"]
+    again = await running.send(T, "id_A", ConfirmTest("TEST_A"))
+    with pytest.raises(errors.CommandRejected, match=r"^test already performed$"):
+        again.ensure_accepted()
+    assert len(await running.events(T, "id_A")) == 2
+    assert await seen() == ["1 Tested", "2 Tested"]
 
 
 def test_a16_given_when_then() -> None:
