@@ -11,9 +11,12 @@ import typer
 from cqrs_es import errors
 from cqrs_es.cli.invocation import with_application
 from cqrs_es.cli.output import JsonFlag, print_fields, print_json, print_table, print_text
+from cqrs_es.cli.showing import event_writer, print_outcome
 from cqrs_es.projection.generations import FIRST
+from cqrs_es.projection.replay import stored_stream
 from cqrs_es.projector import physical_name
 from cqrs_es.registry import ProjectorDefinition, ViewDefinition
+from cqrs_es.types import AggregateKey
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -28,7 +31,7 @@ TABLE_CONSTRAINTS: Final = {"PRIMARY", "UNIQUE", "CONSTRAINT", "CHECK", "FOREIGN
 
 
 def status(context: typer.Context, json: JsonFlag = False) -> None:
-    """Show how far the log, the relay and the projectors are, and who works on what.
+    """Show how far log, relay and projectors are, and who works.
 
     Example: cqrs-es status
     """
@@ -177,3 +180,46 @@ def column_names(definitions: str) -> list[str]:
     flat = re.sub(r"\([^()]*\)", "", definitions)
     first_words = [item.split()[0] for item in flat.split(",") if item.strip()]
     return [word for word in first_words if word.upper() not in TABLE_CONSTRAINTS]
+
+
+def stream(
+    context: typer.Context,
+    aggregate_type: Annotated[str, typer.Argument(metavar="TYPE", help="The aggregate's type.")],
+    aggregate_id: Annotated[str, typer.Argument(metavar="ID", help="The aggregate's id.")],
+    json: JsonFlag = False,
+) -> None:
+    """Show an aggregate's events.
+
+    Example: cqrs-es stream account ACCT-001
+    """
+    key = AggregateKey(aggregate_type, aggregate_id)
+
+    async def work(opened: OpenApplication) -> None:
+        events = await stored_stream(opened.storage.events, key)
+        if not events:
+            message = f"there is no aggregate {key}; its type and id are case-sensitive"
+            raise errors.NotFound(message)
+        write = await event_writer(opened, as_json=json)
+        for event in events:
+            write(event)
+
+    with_application(context, work)
+
+
+def outcome(
+    context: typer.Context,
+    command_id: Annotated[str, typer.Argument(help="The command's id, a UUID.")],
+    json: JsonFlag = False,
+) -> None:
+    """Show what became of a command.
+
+    Example: cqrs-es outcome 0192f0c4-5b7a-7cc3-98c4-dc0c0c07398f
+    """
+    found = with_application(context, lambda opened: opened.outcome(command_id))
+    if found is None:
+        message = (
+            f"command {command_id} has no outcome: it was not sent, waits still, "
+            "or was decided longer ago than CQRS_ES_OUTCOME_RETENTION_DAYS"
+        )
+        raise errors.NotFound(message)
+    print_outcome(found, as_json=json)

@@ -9,7 +9,7 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
-from cqrs_es.cli import exits, inspecting, preparing, running
+from cqrs_es.cli import exits, following, inspecting, preparing, repairing, running, sending
 from cqrs_es.cli.invocation import Invocation, invocation_of
 from cqrs_es.cli.output import complain, print_text
 from cqrs_es.cli.version import version
@@ -73,10 +73,19 @@ for _verb in (
     running.relay,
     running.projector,
     preparing.init,
+    preparing.check,
+    preparing.settings,
+    sending.send,
     inspecting.status,
     inspecting.view,
+    inspecting.stream,
+    following.tail,
+    inspecting.outcome,
+    repairing.republish,
 ):
     cli.command()(_verb)
+cli.add_typer(repairing.dead, name="dead")
+cli.add_typer(repairing.parked, name="parked")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -90,8 +99,6 @@ def _run(argv: list[str]) -> int:
         typer.main.get_command(cli).main(argv, prog_name=PROGRAM, obj=invocation)
     except SystemExit as exc:
         return exc.code if isinstance(exc.code, int) else exits.DONE
-    except BrokenPipeError:
-        return exits.FAILED
     except Exception as exc:  # noqa: BLE001 - the last place to turn an error into a sentence
         if invocation.debugging:
             traceback.print_exception(exc)

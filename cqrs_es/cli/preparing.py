@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cqrs_es.cli.invocation import with_application
-from cqrs_es.cli.output import JsonFlag, print_fields, print_json
+from cqrs_es.cli.exits import DONE
+from cqrs_es.cli.explaining import explain
+from cqrs_es.cli.invocation import invocation_of, with_application
+from cqrs_es.cli.output import JsonFlag, print_fields, print_json, print_table
 
 if TYPE_CHECKING:
     from cqrs_es.opened import OpenApplication
@@ -27,7 +31,7 @@ def init(
     new_epoch: NewEpoch = False,
     json: JsonFlag = False,
 ) -> None:
-    """Create or migrate the tables, the views and the broker's topology; safe to repeat.
+    """Create or migrate tables, views and topology; safe to repeat.
 
     Example: cqrs-es init
     """
@@ -45,3 +49,38 @@ def init(
         print_json(fields)
     else:
         print_fields(fields)
+
+
+def check(context: typer.Context, json: JsonFlag = False) -> None:
+    """Verify settings, handlers, schema, views and servers.
+
+    Changes nothing. Exits with the code of the first check that fails.
+
+    Example: cqrs-es check
+    """
+    settings, app = invocation_of(context).load()
+    from cqrs_es.cli.checking import check_everything
+
+    findings = asyncio.run(check_everything(app, settings))
+    if json:
+        for finding in findings:
+            print_json({"check": finding.check, "ok": finding.ok, "detail": finding.detail})
+    else:
+        print_table(["check", "ok", "detail"], [[f.check, f.ok, f.detail] for f in findings])
+    raise typer.Exit(next((finding.code for finding in findings if not finding.ok), DONE))
+
+
+def settings(context: typer.Context, json: JsonFlag = False) -> None:
+    """List the settings with their values, defaults and meaning.
+
+    They are environment variables; <NAME>_FILE reads a value from a file, for secrets.
+
+    Example: cqrs-es settings
+    """
+    explained = [asdict(one) for one in explain(invocation_of(context).settings())]
+    if json:
+        for one in explained:
+            print_json(one)
+    else:
+        columns = ["name", "value", "default", "meaning"]
+        print_table(columns, [list(one.values()) for one in explained])

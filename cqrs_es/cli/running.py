@@ -66,7 +66,9 @@ def run(
 
 
 def worker(context: typer.Context) -> None:
-    """Run the command worker; any number of copies share the partitions.
+    """Run the command worker, which decides; any number of copies.
+
+    The copies share the partitions.
 
     Waits for a store or broker that is away. Stops cleanly on SIGTERM or ctrl-C.
 

@@ -87,7 +87,9 @@ class Service:
     async def run(self) -> None:
         """Open the application, wait for its servers if need be, and run its roles."""
         async with AsyncExitStack() as stack:
-            opened = await unless(self._stopping.asked, self._open(stack))
+            opened = await unless(
+                self._stopping.asked, open_patiently(self._app, self._settings, stack)
+            )
             if opened is None:
                 return
             self._supervisor = opened.supervisor(self._task.roles)
@@ -111,22 +113,6 @@ class Service:
             report.dead = self._supervisor.dead
             report.seconds = round(self._ended - self._started, 3)
         return report
-
-    # --- Starting ------------------------------------------------------------
-
-    async def _open(self, stack: AsyncExitStack) -> OpenApplication:
-        """Open the application, again and again while a server is away."""
-        failures = 0
-        while True:
-            try:
-                return await stack.enter_async_context(self._app.open(self._settings))
-            except errors.StoreLocked:
-                raise
-            except errors.Unavailable as exc:
-                failures += 1
-                delay = backoff(failures)
-                log.warning("waiting for a server", error=exc.message, retry_in=round(delay, 2))
-                await asyncio.sleep(delay)
 
     def _announce(self, opened: OpenApplication) -> None:
         process, settings = opened.process, self._settings
@@ -165,6 +151,26 @@ class Service:
         while not await _is_idle(supervisor):  # noqa: ASYNC110 - others work on it too
             await asyncio.sleep(IDLE_POLL_SECONDS)
         self._idle = True
+
+
+async def open_patiently(
+    app: Application, settings: Settings, stack: AsyncExitStack
+) -> OpenApplication:
+    """Open the application, again and again while a server is away; `stack` closes it.
+
+    A locked SQLite file is no server: `StoreLocked` is raised.
+    """
+    failures = 0
+    while True:
+        try:
+            return await stack.enter_async_context(app.open(settings))
+        except errors.StoreLocked:
+            raise
+        except errors.Unavailable as exc:
+            failures += 1
+            delay = backoff(failures)
+            log.warning("waiting for a server", error=exc.message, retry_in=round(delay, 2))
+            await asyncio.sleep(delay)
 
 
 async def _is_idle(supervisor: Supervisor) -> bool:

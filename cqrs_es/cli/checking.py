@@ -1,0 +1,122 @@
+"""Checking, before anything is sent, that everything is there and fits together."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from cqrs_es import errors
+from cqrs_es.application import make_broker, make_storage
+from cqrs_es.cli.exits import DONE, exit_code, sentence
+from cqrs_es.messages import CommandContext
+from cqrs_es.ports.clock import SystemClock
+from cqrs_es.projection.generations import live_name
+from cqrs_es.registry import ViewDefinition
+from cqrs_es.settings import masked
+from cqrs_es.types import new_command_id
+
+if TYPE_CHECKING:
+    from cqrs_es.application import Application
+    from cqrs_es.ports.storage import Storage
+    from cqrs_es.registry import AggregateDefinition
+    from cqrs_es.settings import Settings
+
+Check: TypeAlias = "Callable[[], Awaitable[str]]"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found; `code` is the exit code that it asks for."""
+
+    check: str
+    detail: str
+    code: int = DONE
+
+    @property
+    def ok(self) -> bool:
+        """Whether all is well."""
+        return self.code == DONE
+
+
+async def check_everything(app: Application, settings: Settings) -> list[Finding]:
+    """Check definitions, handlers, store, schema, views and broker; change nothing."""
+    async with AsyncExitStack() as stack:
+        checks = _Checks(app, settings, stack)
+        named: dict[str, Check] = {"definitions": checks.definitions}
+        for definition in app.registry.aggregates.values():
+            named[f"aggregate {definition.type}"] = checks.handlers_of(definition)
+        named |= {"store": checks.store, "views": checks.views, "broker": checks.broker}
+        return [await _find(name, check) for name, check in named.items()]
+
+
+async def _find(name: str, check: Check) -> Finding:
+    try:
+        return Finding(name, await check())
+    except Exception as exc:  # noqa: BLE001 - whatever it is, it is a finding
+        return Finding(name, sentence(exc), exit_code(exc))
+
+
+class _Checks:
+    def __init__(self, app: Application, settings: Settings, stack: AsyncExitStack) -> None:
+        self._app = app
+        self._settings = settings
+        self._stack = stack
+        self._service = settings.service or app.service
+        self._storage: Storage | None = None
+
+    async def definitions(self) -> str:
+        registry = self._app.registry
+        registry.check()
+        views = ", ".join(registry.projections) or "none"
+        return f"{len(registry.aggregates)} aggregates; views: {views}"
+
+    def handlers_of(self, definition: AggregateDefinition) -> Check:
+        async def check() -> str:
+            try:
+                definition.services(CommandContext(new_command_id(), definition.type, "check"))
+            except Exception as exc:
+                message = f"its services can't be made: {type(exc).__name__}: {exc}"
+                raise errors.ConfigurationError(message) from exc
+            commands = ", ".join(definition.commands)
+            return f"handles {commands}; {len(definition.events)} events; services can be made"
+
+        return check
+
+    async def store(self) -> str:
+        """Open the store and compare what it was made with to the settings."""
+        storage = make_storage(self._settings, self._service, SystemClock())
+        self._stack.push_async_callback(storage.close)
+        await storage.open()
+        try:
+            info = await storage.info()
+        except errors.StoreNotInitialised:
+            if storage.shared:
+                raise
+            return "not made yet: the first `cqrs-es run` does that"
+        self._storage = storage
+        if self._settings.partitions not in {None, info.partitions}:
+            message = f"the store has {info.partitions} partitions: unset CQRS_ES_PARTITIONS"
+            raise errors.PartitionsMismatch(message)
+        return f"schema {info.schema_version}, {info.partitions} partitions"
+
+    async def views(self) -> str:
+        """Read from every view's live generation."""
+        if self._storage is None:
+            return "not looked at: there is no store yet"
+        generations = await self._storage.views.generations()
+        for name, definition in self._app.registry.projections.items():
+            if name not in generations:
+                message = f"the view {name} has no table yet: run `cqrs-es init`"
+                raise errors.StoreNotInitialised(message)
+            if isinstance(definition, ViewDefinition):
+                await self._storage.views.page(live_name(generations, name), limit=1)
+        return f"{len(self._app.registry.projections)} with their tables"
+
+    async def broker(self) -> str:
+        broker = make_broker(self._settings, self._service)
+        self._stack.push_async_callback(broker.close)
+        await broker.open()
+        waiting = sum((await broker.queue_depth()).values())
+        return f"{masked(self._settings.broker_url)} answers; {waiting} commands wait"

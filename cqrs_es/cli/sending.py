@@ -1,0 +1,125 @@
+"""Enqueueing one command: `send`."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, Annotated, Final, cast
+
+import orjson
+import typer
+
+from cqrs_es import errors, wire
+from cqrs_es.cli.exits import DONE, FAILED
+from cqrs_es.cli.invocation import with_application
+from cqrs_es.cli.output import JsonFlag, print_json, print_text
+from cqrs_es.cli.showing import print_outcome
+from cqrs_es.cloudevents import timestamp
+from cqrs_es.messages import CommandMessage
+from cqrs_es.ports.broker import OutgoingCommand
+from cqrs_es.runtime.waiting import within
+from cqrs_es.types import JsonObject, new_command_id, shown, utc_now
+
+if TYPE_CHECKING:
+    from cqrs_es.messages import Outcome
+    from cqrs_es.opened import OpenApplication
+    from cqrs_es.ports.broker import ReplyInbox
+
+# Seconds without a reply after which the store is asked: a reply may get lost.
+REPLY_SECONDS: Final = 1.0
+
+
+def send(  # noqa: PLR0913, PLR0917 - what a command message consists of
+    context: typer.Context,
+    aggregate_type: Annotated[str, typer.Argument(metavar="TYPE", help="The aggregate's type.")],
+    aggregate_id: Annotated[str, typer.Argument(metavar="ID", help="The aggregate's id.")],
+    command: Annotated[str, typer.Argument(metavar="COMMAND", help="The command's name.")],
+    payload: Annotated[str, typer.Argument(metavar="JSON", help="Its payload, a JSON object.")],
+    command_id: Annotated[
+        str | None,
+        typer.Option("--id", metavar="UUID", help="Its id: sent twice, it is done once."),
+    ] = None,
+    expected: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Reject unless at this sequence.")
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for the outcome; exit 1 unless accepted.")
+    ] = False,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait, at most.")] = 30.0,
+    json: JsonFlag = False,
+) -> None:
+    """Enqueue one command for the workers.
+
+    Prints its id, or with --wait its outcome.
+
+    Example: cqrs-es send account ACCT-001 DepositMoney '{"amount": "200.00"}' --wait
+    """
+    message = _checked(
+        CommandMessage(
+            id=command_id or new_command_id(),
+            type=command,
+            aggregate_type=aggregate_type,
+            aggregate_id=aggregate_id,
+            payload=_parsed(payload),
+            expected_sequence=expected,
+            reply_to=f"cli-{secrets.token_hex(8)}" if wait else None,
+        )
+    )
+    if not wait:
+        with_application(context, lambda opened: _send(opened, message), durable=True)
+        print_json({"command_id": message.id}) if json else print_text(message.id)
+        return
+    outcome = with_application(
+        context, lambda opened: _send_and_wait(opened, message, timeout), durable=True
+    )
+    print_outcome(outcome, as_json=json)
+    raise typer.Exit(DONE if outcome.accepted else FAILED)
+
+
+def _parsed(payload: str) -> JsonObject:
+    try:
+        parsed = orjson.loads(payload)
+    except orjson.JSONDecodeError as exc:
+        message = f"the payload is not JSON: {exc.msg} at character {exc.pos}"
+        raise errors.InvalidMessage(message) from exc
+    if not isinstance(parsed, dict):
+        raise errors.InvalidMessage(f"the payload must be a JSON object, not {shown(parsed)}")
+    return cast("JsonObject", parsed)
+
+
+def _checked(message: CommandMessage) -> CommandMessage:
+    """Read the message as its receiver will: what is wrong with it is said before it is sent."""
+    return wire.parse_command(wire.encode_command(message, sent_at=timestamp(utc_now())))
+
+
+async def _send(opened: OpenApplication, message: CommandMessage) -> None:
+    process = opened.process
+    partition = message.key.partition(process.partitions)
+    await process.broker.send([OutgoingCommand(partition, message.id, message.body)])
+
+
+async def _send_and_wait(
+    opened: OpenApplication, message: CommandMessage, seconds: float
+) -> Outcome:
+    assert message.reply_to is not None  # noqa: S101 - send() gives one to who waits
+    inbox = await opened.process.broker.open_replies(message.reply_to)
+    try:
+        await _send(opened, message)
+        outcome = await within(seconds, _outcome(opened, message, inbox))
+    finally:
+        await inbox.close()
+    if outcome is None:
+        text = f"no outcome within {seconds:g} s; later: cqrs-es outcome {message.id}"
+        raise errors.WaitTimeout(text)
+    return outcome
+
+
+async def _outcome(opened: OpenApplication, message: CommandMessage, inbox: ReplyInbox) -> Outcome:
+    """Wait for the reply; while there is none, look whether the store has the outcome."""
+    while True:
+        reply = await within(REPLY_SECONDS, inbox.receive())
+        if reply is not None:
+            return wire.decode_outcome(reply)
+        found = await opened.storage.events.find_outcomes([message.id])
+        stored = found.get(message.id)
+        if stored is not None and stored.content_hash == message.content_hash():
+            return stored.outcome
