@@ -62,7 +62,7 @@ class Atm:
 
 
 class FundsNotAvailable(DomainError):
-    """funds not available"""
+    """funds not available"""  # noqa: D400 - the message, as it stands
 
 
 @dataclass
