@@ -24,7 +24,6 @@ from cqrs_es.types import NAME
 if TYPE_CHECKING:
     from cqrs_es.aggregate import Aggregate, SourceOfTruth
     from cqrs_es.messages import CommandContext
-    from cqrs_es.messages import CommandContext
     from cqrs_es.ports.broker import Broker
     from cqrs_es.ports.storage import Storage
     from cqrs_es.projector import Projector
