@@ -65,7 +65,7 @@ def free_port() -> int:
 def launch(command: Sequence[str], port: int, log: Path) -> Server:
     """Start a server and wait until it accepts connections."""
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)  # noqa: S603 - our own command
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     server = Server(process, port)
     try:
         _await_port(server, log)
@@ -99,7 +99,7 @@ def start_mariadb(folder: Path) -> Server:
     """Start a MariaDB of our own; its user is root, without a password."""
     daemon, installer = installed("mariadbd"), installed("mariadb-install-db")
     data, port = folder / "data", free_port()
-    subprocess.run(  # noqa: S603 - our own command
+    subprocess.run(
         [
             installer,
             "--no-defaults",

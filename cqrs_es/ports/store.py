@@ -22,7 +22,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from cqrs_es.messages import StoredEvent as StoredEvent  # part of this port's vocabulary
+# Part of this port's vocabulary, so it can be had from here.
+from cqrs_es.messages import StoredEvent as StoredEvent  # noqa: TC001
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

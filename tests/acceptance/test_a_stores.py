@@ -81,7 +81,9 @@ async def stored_snapshot(storage: Storage) -> tuple[int, int, object] | None:
     """Return sequence, number and state of the snapshot row, None without one."""
     (loaded,) = await storage.events.load([LoadRequest(KEY, snapshot=True)])
     row = loaded.snapshot
-    return row and (row.last_sequence, row.number, orjson.loads(row.payload))
+    if row is None:
+        return None
+    return row.last_sequence, row.number, orjson.loads(row.payload)
 
 
 async def commit(opened: OpenApplication, *names: str) -> Outcome:

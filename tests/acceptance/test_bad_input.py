@@ -93,7 +93,7 @@ async def test_a_broken_envelope_is_buried(t: TestApp, body: bytes) -> None:
     assert await unchanged(t)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "missing field": ({}, "amount"),
     "extra field": ({"amount": "1", "extra": 1}, "extra"),
     "number": ({"amount": 5}, "amount"),

@@ -32,7 +32,7 @@ def counter(name: str, payload: dict[str, Any], **fields: Any) -> dict[str, Any]
 
 
 def code(outcome: Outcome) -> tuple[str, str | None]:
-    return outcome.status, outcome.error and outcome.error.code
+    return outcome.status, None if outcome.error is None else outcome.error.code
 
 
 async def letters(t: TestApp) -> list[str]:
