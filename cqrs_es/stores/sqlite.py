@@ -2,10 +2,8 @@
 
 A write is durable when its transaction has committed: `synchronous=FULL`.
 
-Each connection has a thread, which does what it is given in order, also what a
-cancelled caller no longer waits for: the rollback that follows a cancellation
-comes after it. An append visits the thread once. With aiosqlite every statement
-is a visit, nine in an append, and they cost more than the disk.
+Each connection has a thread, which an append visits once. With aiosqlite every
+statement is a visit, nine in an append, and they cost more than the disk.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 from cqrs_es import errors
 from cqrs_es.ports.clock import Clock, SystemClock
 from cqrs_es.stores.sql.dialect import Dialect, utc_text
-from cqrs_es.stores.sql.session import Database, DuplicateKey, Session, Work
+from cqrs_es.stores.sql.session import Database, DuplicateKey, Session, Work, to_its_end
 from cqrs_es.stores.sql.storage import SqlStorage
 from cqrs_es.stores.sql.tables import FRAMEWORK_NAMES
 
@@ -141,13 +139,8 @@ class SqliteDatabase(Database):
 
     async def read(self, work: Work[T]) -> T:
         """Do work on a connection that can't write, in one visit to its thread."""
-        abandoned = threading.Event()
         async with self._reader() as connection:
-            try:
-                return await connection.call(_read, work, connection.session, abandoned)
-            except asyncio.CancelledError:
-                abandoned.set()
-                raise
+            return await connection.read(work)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[Session]:
@@ -235,12 +228,19 @@ class _Connection:
         return self._session
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function on the thread; it is called also when the caller is cancelled."""
-        loop = asyncio.get_running_loop()
+        """Call a function on the thread, to its end also when the caller is cancelled."""
         with _mapped_errors():
-            visit = loop.run_in_executor(self._thread, partial(function, *args, **kwargs))
-            # Unshielded, a cancellation takes what waits, a rollback say, out of the queue.
-            return await asyncio.shield(visit)
+            return await to_its_end(self._visit(partial(function, *args, **kwargs)))
+
+    async def read(self, work: Work[T]) -> T:
+        """Do work that only reads; when the caller is cancelled, it is broken off."""
+        abandoned = threading.Event()
+        visit = self._visit(partial(_read, work, self.session, abandoned))
+        with _mapped_errors():
+            return await to_its_end(visit, on_cancel=abandoned.set)
+
+    def _visit(self, function: Callable[[], T]) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     def open(self) -> None:
         """Connect, on the thread."""

@@ -14,7 +14,7 @@ from cqrs_es import errors
 from cqrs_es.stores.mysql.dialect import DECODERS, MARIADB, MYSQL
 from cqrs_es.stores.mysql.failures import mapped_errors
 from cqrs_es.stores.mysql.session import MysqlSession
-from cqrs_es.stores.sql.session import Database, Session, Work
+from cqrs_es.stores.sql.session import Database, Session, Work, to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -99,7 +99,7 @@ class MysqlDatabase(Database):
             try:
                 await session.execute("START TRANSACTION")
                 yield session
-                await session.execute("COMMIT")
+                await to_its_end(asyncio.ensure_future(session.execute("COMMIT")))
             except BaseException:
                 await session.rollback()
                 raise

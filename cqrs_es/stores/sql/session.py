@@ -115,6 +115,27 @@ class Database(ABC):
             return await work(session)
 
 
+async def to_its_end(running: asyncio.Future[T], on_cancel: Callable[[], None] | None = None) -> T:
+    """Wait for what must not be half done; who is cancelled leaves when it has ended.
+
+    So a transaction whose commit was cancelled is in the log, or will never be.
+    """
+    running.add_done_callback(_take_note)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        if on_cancel is not None:
+            on_cancel()
+        await asyncio.wait([running])
+        raise
+
+
+def _take_note(ended: asyncio.Future[Any]) -> None:
+    """Look at how something ended, lest asyncio report that nobody did."""
+    if not ended.cancelled():
+        ended.exception()
+
+
 def chunks(items: Sequence[T], size: int = CHUNK) -> list[Sequence[T]]:
     """Cut a sequence into pieces of at most `size`."""
     return [items[start : start + size] for start in range(0, len(items), size)]
