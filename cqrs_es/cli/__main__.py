@@ -1,4 +1,6 @@
-"""`python -m cqrs_es.cli` is `cqrs-es`."""
+"""`python -m cqrs_es.cli`: the command line, where `cqrs-es` is not on the path."""
+
+from __future__ import annotations
 
 from cqrs_es.cli.main import main
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sys
 import threading
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from cqrs_es import errors, wire
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 STDIN: Final = "-"
+STDIN_DESCRIPTOR: Final = 0
 READ_BYTES: Final = 128 * 1024
 # Commands that may wait in the queue; a worker takes some 2,000 at once.
 MOST_WAITING: Final = 10_000
@@ -39,20 +38,15 @@ class Feeder:
         self._partitions = partitions
         self._max_message_bytes = max_message_bytes
 
-    async def feed(self, source: str) -> None:
-        """Send every line of a file, of stdin for `-`; blank lines are skipped.
+    async def feed(self, descriptor: int) -> None:
+        """Send every line of an open file; blank lines are skipped.
 
         What is no valid message goes to partition 0 as it is: the worker puts
         it among the dead letters.
         """
-        descriptor = sys.stdin.fileno() if source == STDIN else _open(source)
-        try:
-            async for lines in _batches(descriptor):
-                await self._wait_for_room()
-                await self._send([self._outgoing(line) for line in lines])
-        finally:
-            if source != STDIN:
-                os.close(descriptor)
+        async for lines in _batches(descriptor):
+            await self._wait_for_room()
+            await self._send([self._outgoing(line) for line in lines])
 
     def _outgoing(self, line: bytes) -> OutgoingCommand:
         try:
@@ -82,12 +76,15 @@ class Feeder:
             return 0  # sending waits for it
 
 
-def _open(source: str) -> int:
+def open_commands(path: str) -> int:
+    """Open a file to feed from, stdin for `-`; raise `ConfigurationError`."""
     try:
-        return os.open(Path(source), os.O_RDONLY)
+        descriptor = STDIN_DESCRIPTOR if path == STDIN else os.open(path, os.O_RDONLY)
+        os.read(descriptor, 0)  # a folder opens, but can't be read
     except OSError as exc:
-        message = f"the commands in {source} can't be read: {exc.strerror}"
+        message = f"--commands {path}: {exc.strerror}"
         raise errors.ConfigurationError(message) from exc
+    return descriptor
 
 
 async def _batches(descriptor: int) -> AsyncIterator[list[bytes]]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cqrs_es import errors
+from cqrs_es.cli.exits import INTERRUPTED
 from cqrs_es.cli.invocation import invocation_of, refuse_memory
-from cqrs_es.cli.output import JsonFlag, print_fields, print_json
+from cqrs_es.cli.output import JsonFlag, complain, print_fields, print_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -19,13 +19,9 @@ if TYPE_CHECKING:
     from cqrs_es.registry import Registry
 
 CommandsFile = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         metavar="FILE",
-        exists=True,
-        dir_okay=False,
-        readable=True,
-        allow_dash=True,
         help="Feed command messages, one JSON object per line; - reads stdin.",
     ),
 ]
@@ -54,14 +50,17 @@ def run(
     Example: cqrs-es run --commands commands.jsonl --until-idle
     """
     settings, app = invocation_of(context).load()
+    from cqrs_es.cli.feeding import open_commands
     from cqrs_es.cli.service import Task, serve
 
-    source = None if commands is None else str(commands)
+    source = None if commands is None else open_commands(commands)
     report = asyncio.run(serve(app, settings, Task(commands=source, until_idle=until_idle)))
     if json:
         print_json(_summary(report))
     else:
         print_fields(_readable_summary(report))
+    if report.code == INTERRUPTED:
+        complain("interrupted before all was done; run it again: nothing is done twice")
     raise typer.Exit(report.code)
 
 
@@ -142,6 +141,7 @@ def _readable_summary(report: Report) -> dict[str, object]:
     return {
         "commands": f"{commands:,}" + (f": {of_which}" if of_which else ""),
         "events": f"{counts.events:,}",
+        **({"parked": report.parked} if report.parked else {}),
         **{f"view {name}": f"{rows:,} rows" for name, rows in report.rows.items()},
         "rate": rate,
         "seconds": f"{report.seconds:.2f}",

@@ -42,22 +42,26 @@ IDLE_POLL_SECONDS: Final = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What a process is to do: its roles (None for all), what to feed, when to end."""
+    """What a process is to do: its roles (None for all), what to feed, when to end.
+
+    `commands` is the descriptor of an open file.
+    """
 
     roles: Collection[str] | None = None
-    commands: str | None = None
+    commands: int | None = None
     until_idle: bool = False
 
 
 @dataclass(slots=True)
 class Report:
-    """What a process did; `rows` by view, as far as they could be counted."""
+    """What a process did, and what its views hold in the end, if it got that far."""
 
     code: int = DONE
     counts: Counts = field(default_factory=Counts)
     dead: int = 0
     seconds: float = 0.0
     rows: Mapping[str, int] = field(default_factory=dict[str, int])
+    parked: int = 0
 
 
 async def serve(app: Application, settings: Settings, task: Task) -> Report:
@@ -81,7 +85,7 @@ class Service:
         self._stopping = stopping
         self._supervisor: Supervisor | None = None
         self._idle = False
-        self._rows: dict[str, int] = {}
+        self._report = Report()
         self._started = self._ended = time.monotonic()
 
     async def run(self) -> None:
@@ -99,11 +103,12 @@ class Service:
                 await self._run_roles(opened, self._supervisor)
             finally:
                 self._ended = time.monotonic()
-            self._rows = await _count_rows(opened)
+            self._report.rows = await _count_rows(opened)
+            self._report.parked = len(await opened.parked())
 
     def report(self, *, clean: bool) -> Report:
         """Say what was done so far, and with which exit code the process is to end."""
-        report = Report(rows=self._rows)
+        report = self._report
         if self._task.until_idle and not self._idle:
             report.code = INTERRUPTED
         elif not clean:
@@ -148,7 +153,9 @@ class Service:
             await feeder.feed(self._task.commands)
         if not self._task.until_idle:
             await asyncio.Event().wait()
-        while not await _is_idle(supervisor):  # noqa: ASYNC110 - others work on it too
+        while not await _is_idle(supervisor):
+            if supervisor.stuck is not None:
+                raise supervisor.stuck
             await asyncio.sleep(IDLE_POLL_SECONDS)
         self._idle = True
 

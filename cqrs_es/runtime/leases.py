@@ -57,8 +57,9 @@ class LeaseKeeper:
     `run_partition(lease, stopping)` works until `stopping` is set, then settles
     what it has in hand and returns. It is cancelled when the lease is lost.
     When it raises, it is started again after a wait; `trouble` says why. After
-    `UnknownEvent` the member is unfit until its process is replaced. What waiting
-    does not mend, `StoreUnusable`, ends the member.
+    `UnknownEvent` the member is unfit until its process is replaced. `stuck` is an
+    error on some partition that somebody has to mend, not one that passes. What no
+    partition can do without, `StoreUnusable`, ends the member.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class LeaseKeeper:
         self._renewed_at = clock.monotonic()
         self._store_trouble: str | None = None
         self.unfit: str | None = None
+        self.stuck: errors.CqrsError | None = None
 
     @property
     def role(self) -> str:
@@ -213,6 +215,8 @@ class LeaseKeeper:
         self._troubles[partition] = f"{self._role} on partition {partition}: {reason}"
         if isinstance(exc, errors.UnknownEvent):
             self.unfit = self._troubles[partition]
+        if isinstance(exc, errors.TooManyParked | errors.BrokenLog):
+            self.stuck = exc
         expected = isinstance(exc, errors.Unavailable | errors.UnknownEvent | errors.Conflict)
         log.warning(
             "partition interrupted",

@@ -109,6 +109,11 @@ class Supervisor:
         found = [self._executor.trouble, *(keeper.trouble for keeper in self._keepers)]
         return [trouble for trouble in found if trouble]
 
+    @property
+    def stuck(self) -> errors.CqrsError | None:
+        """What keeps some role from ever getting further, until somebody mends it."""
+        return next((keeper.stuck for keeper in self._keepers if keeper.stuck), None)
+
     async def run(self, stopping: asyncio.Event) -> None:
         """Run every role until `stopping` is set; then finish what is in hand and leave.
 
