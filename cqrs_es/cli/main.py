@@ -9,7 +9,16 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
-from cqrs_es.cli import exits, following, inspecting, preparing, repairing, running, sending
+from cqrs_es.cli import (
+    exits,
+    following,
+    inspecting,
+    preparing,
+    rebuilding,
+    repairing,
+    running,
+    sending,
+)
 from cqrs_es.cli.invocation import Invocation, invocation_of
 from cqrs_es.cli.output import complain, print_text
 from cqrs_es.cli.version import version
@@ -81,6 +90,7 @@ for _verb in (
     inspecting.stream,
     following.tail,
     inspecting.outcome,
+    rebuilding.rebuild,
     repairing.republish,
 ):
     cli.command()(_verb)

@@ -20,6 +20,7 @@ from cqrs_es.cli.output import (
 from cqrs_es.cli.showing import print_outcome
 from cqrs_es.cloudevents import timestamp, to_cloudevent
 from cqrs_es.ports.broker import OutgoingEvent
+from cqrs_es.types import AggregateKey
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -262,6 +263,46 @@ def list_parked(context: typer.Context, json: JsonFlag = False) -> None:
     columns = ["projector", "aggregate", "from sequence", "attempts", "reason"]
     rows = [[m.projector, m.key, m.from_sequence, m.attempts, m.reason] for m in markers]
     print_table(columns, rows)
+
+
+@parked.command("retry")
+def retry_parked(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The view or projector.")],
+    aggregate: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--aggregate", metavar="TYPE ID", help="Only this one; else all parked."),
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Apply parked aggregates' events to a view again, in order, once the view is mended.
+
+    Exits 1 when any of them stays parked.
+
+    Example: cqrs-es parked retry account_query
+    """
+    wanted = AggregateKey(*aggregate) if aggregate else None
+
+    async def work(opened: OpenApplication) -> bool:
+        markers = [m for m in await opened.parked(name) if wanted in {None, m.key}]
+        if wanted is not None and not markers:
+            raise errors.NotFound(f"{wanted} is not parked for {name}; see `cqrs-es parked list`")
+        results = [await _retry_parked(opened, name, marker, as_json=json) for marker in markers]
+        return all(results)
+
+    raise typer.Exit(DONE if with_application(context, work) else FAILED)
+
+
+async def _retry_parked(
+    opened: OpenApplication, name: str, marker: ParkedAggregate, *, as_json: bool
+) -> bool:
+    """Retry one aggregate; return whether it has caught up."""
+    caught_up = await opened.retry_parked(name, marker)
+    if as_json:
+        print_json({"projector": name, "aggregate": str(marker.key), "parked": not caught_up})
+    else:
+        print_text(f"{marker.key} {'has caught up' if caught_up else 'failed again'}")
+    return caught_up
 
 
 def _marker_fields(marker: ParkedAggregate) -> dict[str, object]:

@@ -1,0 +1,163 @@
+"""The verb that rebuilds a view beside the live one: `rebuild`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated, Final
+
+import orjson
+import typer
+
+from cqrs_es import errors
+from cqrs_es.cli.exits import INTERRUPTED
+from cqrs_es.cli.invocation import invocation_of
+from cqrs_es.cli.output import JsonFlag, print_fields, print_json
+from cqrs_es.runtime.signals import stop_on_signals
+from cqrs_es.runtime.waiting import unless
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cqrs_es.application import Application
+    from cqrs_es.projection.rebuild import Rebuild, RebuildProgress
+    from cqrs_es.settings import Settings
+
+SECONDS_BETWEEN_LINES: Final = 1.0
+
+
+def rebuild(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The view or projector.")],
+    abort: Annotated[
+        bool, typer.Option("--abort", help="Give up a rebuild under way and drop what it filled.")
+    ] = False,
+    switch_to: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Bring generation N up to date and make it live."),
+    ] = None,
+    drop: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Drop generation N, which is not live.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Fill a view anew from the log, beside the live one, then switch to it.
+
+    Goes on where an interrupted rebuild stopped. When the view fails on an event, the live
+    one is left as it is. The old generation stays until it is dropped.
+
+    Example: cqrs-es rebuild account_query
+    """
+    if sum([abort, switch_to is not None, drop is not None]) > 1:
+        raise errors.ConfigurationError("give one of --abort, --switch-to and --drop")
+    settings, app = invocation_of(context).load()
+    done = asyncio.run(_rebuild(app, settings, name, abort=abort, switch_to=switch_to, drop=drop))
+    if done is None:
+        raise typer.Exit(INTERRUPTED)
+    if json:
+        print_json(done)
+    else:
+        print_fields(done)
+
+
+async def _rebuild(
+    app: Application,
+    settings: Settings,
+    name: str,
+    *,
+    abort: bool,
+    switch_to: int | None,
+    drop: int | None,
+) -> dict[str, object] | None:
+    """Do what is asked; return what was done, None when it was interrupted."""
+    with stop_on_signals() as stopping, ExitStack() as stack:
+        async with app.open(settings) as opened:
+            opened.projection(name)
+            rebuild = opened.rebuild(name, _display(name, stack))
+            work = _work(rebuild, abort=abort, switch_to=switch_to, drop=drop)
+            done = await unless(stopping.asked, work)
+    return None if done is None else {"view": name} | done
+
+
+async def _work(
+    rebuild: Rebuild, *, abort: bool, switch_to: int | None, drop: int | None
+) -> dict[str, object]:
+    if abort:
+        return {"dropped": await rebuild.abort()}
+    if drop is not None:
+        await rebuild.drop(drop)
+        return {"dropped": drop}
+    if switch_to is not None:
+        await rebuild.switch_to(switch_to)
+        return {"live": switch_to}
+    return {"live": await rebuild.run()}
+
+
+# --- Progress ----------------------------------------------------------------
+
+
+def _display(name: str, stack: ExitStack) -> Callable[[RebuildProgress], None]:
+    if sys.stderr.isatty():
+        return _bar(name, stack)
+    return _Lines(name).show
+
+
+def _bar(name: str, stack: ExitStack) -> Callable[[RebuildProgress], None]:
+    """Show a bar with the share done, the rate and the time left."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> str:
+            return f"{task.speed or 0:,.0f}/s"
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,}/{task.total:,} events"),
+        Rate(),
+        TimeRemainingColumn(),
+    )
+    progress = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
+    task = progress.add_task(name, total=1)
+
+    def show(state: RebuildProgress) -> None:
+        progress.update(task, completed=state.done, total=max(state.total, 1))
+
+    return show
+
+
+class _Lines:
+    """Writes one JSON line a second to stderr."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._started = self._written = time.monotonic()
+        self._first: int | None = None
+
+    def show(self, state: RebuildProgress) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = state.done
+        if now - self._written < SECONDS_BETWEEN_LINES:
+            return
+        self._written = now
+        rate = (state.done - self._first) / (now - self._started)
+        line = {
+            "view": self._name,
+            "generation": state.generation,
+            "events": state.done,
+            "of": state.total,
+            "events_per_second": round(rate),
+            "seconds_left": round((state.total - state.done) / rate, 1) if rate else None,
+        }
+        sys.stderr.write(orjson.dumps(line).decode() + "\n")

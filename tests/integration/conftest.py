@@ -1,0 +1,28 @@
+"""Fixtures for the tests of the command line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.command_line import EXAMPLE, Here, logs_put_back
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], sqlite_url: str
+) -> Iterator[Here]:
+    """Call the command line in this process, on a SQLite file that is not there yet."""
+    with logs_put_back():
+        yield Here(monkeypatch, capsys, sqlite_url)
+
+
+@pytest.fixture
+def bank(here: Here) -> Here:
+    """Call the command line in this process, on a bank that has done the example's commands."""
+    here.done("run", "--commands", str(EXAMPLE), "--until-idle")
+    return here

@@ -1,0 +1,185 @@
+"""`run`: what it does, what it prints, how it ends."""
+
+from __future__ import annotations
+
+import signal
+import uuid
+from typing import TYPE_CHECKING
+
+import orjson
+import pytest
+
+from tests.bank_data import PROJECT
+from tests.command_line import EXAMPLE, Result, cqrs_es, eventually, running
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.command_line import Here
+
+ALL = {"accepted": 26, "rejected": 6, "failed": 0, "duplicate": 1, "dead": 0}
+TROUBLE = ("--app", "tests.integration.troublesome:app")
+
+
+def lines_of(*commands: str, aggregates: int = 1) -> bytes:
+    """Write command messages for the troublesome application."""
+    messages = [
+        {
+            "id": str(uuid.uuid4()),
+            "type": command,
+            "aggregate_type": "trouble",
+            "aggregate_id": f"t{number}",
+            "payload": {},
+        }
+        for number in range(aggregates)
+        for command in commands
+    ]
+    return b"\n".join(orjson.dumps(message) for message in messages)
+
+
+def fed(tmp_path: Path, content: bytes) -> str:
+    path = tmp_path / "commands.jsonl"
+    path.write_bytes(content)
+    return str(path)
+
+
+@pytest.mark.parametrize("url", ["memory://", "sqlite"])
+def test_it_handles_a_file_and_ends(url: str, sqlite_url: str) -> None:
+    """With --until-idle it exits 0 when all is done, and prints exactly the summary."""
+    store = sqlite_url if url == "sqlite" else url
+    result = cqrs_es(
+        "run", "--commands", str(EXAMPLE), "--until-idle", "--json", CQRS_ES_STORE_URL=store
+    )
+    assert result.code == 0, result.err
+    summary = result.json
+    assert summary.pop("seconds") > 0
+    assert summary == {"commands": ALL, "events": 26}
+
+
+def test_a_file_fed_again_is_all_duplicates(bank: Here) -> None:
+    """Nothing is done twice."""
+    before = bank.done("view", "account_query", "--json").lines
+    summary = bank.done("run", "--commands", str(EXAMPLE), "--until-idle", "--json").json
+    assert summary["commands"] == dict.fromkeys(ALL, 0) | {"duplicate": 33}
+    assert summary["events"] == 0
+    assert bank.done("view", "account_query", "--json").lines == before
+
+
+def test_bad_lines_become_dead_letters_and_good_ones_go_on(here: Here, tmp_path: Path) -> None:
+    """Blank lines are skipped; what is no message is counted as dead; the last needs no newline."""
+    first, second = EXAMPLE.read_bytes().splitlines()[:2]
+    content = b"\n".join([b"{bad", b"", b"  ", first, b"[1]", b"\xff\xfe", second])
+    summary = here.done(
+        "run", "--commands", fed(tmp_path, content), "--until-idle", "--json"
+    ).json
+    assert summary["commands"] == dict.fromkeys(ALL, 0) | {"accepted": 2, "dead": 3}
+    letters = here.done("dead", "list", "--json").lines
+    assert sorted(letter["body"] for letter in letters) == ["[1]", "{bad", "\ufffd\ufffd"]
+
+
+def test_it_reads_stdin(sqlite_url: str) -> None:
+    """A file named - is stdin."""
+    result = cqrs_es(
+        "run", "--commands", "-", "--until-idle", "--json",
+        stdin=EXAMPLE.read_bytes(), CQRS_ES_STORE_URL=sqlite_url,
+    )  # fmt: skip
+    assert result.json["commands"] == ALL
+
+
+def test_what_arrives_on_stdin_is_handled_before_it_ends(sqlite_url: str) -> None:
+    """Lines are sent as they come, not when a buffer is full."""
+    first = EXAMPLE.read_bytes().splitlines()[0]
+    with running("run", "--commands", "-", CQRS_ES_STORE_URL=sqlite_url) as run:
+        assert run.process.stdin is not None
+        run.process.stdin.write(first + b"\n")
+        run.process.stdin.flush()
+        command_id = orjson.loads(first)["id"]
+        eventually(
+            lambda: cqrs_es("outcome", command_id, CQRS_ES_STORE_URL=sqlite_url).code == 0
+        )
+        run.signal(signal.SIGTERM)
+        assert run.end().code == 0
+
+
+def test_a_summary_for_people(here: Here) -> None:
+    """Without --json the outcomes, events and rows are listed."""
+    result = here.done("run", "--commands", str(EXAMPLE), "--until-idle")
+    assert "33: 26 accepted, 6 rejected, 1 duplicate" in result.out
+    assert "view account_query  4 rows" in result.out
+
+
+def test_nothing_to_do_is_done_at_once(here: Here) -> None:
+    """--until-idle without commands ends when what is there is projected."""
+    summary = here.done("run", "--until-idle", "--json").json
+    assert summary["commands"] == dict.fromkeys(ALL, 0)
+
+
+@pytest.mark.parametrize(("file", "reason"), [("/no/such", "No such file"), (".", "directory")])
+def test_a_file_that_cant_be_read_is_wrong_usage(here: Here, file: str, reason: str) -> None:
+    """It is said before anything is started."""
+    result = here("run", "--commands", file, "--until-idle")
+    assert result.code == 2
+    assert reason in result.complaint
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_cleanly(number: signal.Signals, sqlite_url: str) -> None:
+    """The first signal stops it with exit code 0."""
+    with running("run", CQRS_ES_STORE_URL=sqlite_url) as run:
+        run.wait_for("partition taken")
+        run.signal(number)
+        assert run.end().code == 0
+
+
+def test_an_interrupted_until_idle_is_told_apart(sqlite_url: str) -> None:
+    """A signal before the end gives exit code 4; running it again finishes the work."""
+    with running(
+        "run", "--commands", "-", "--until-idle", "--json", CQRS_ES_STORE_URL=sqlite_url
+    ) as run:
+        assert run.process.stdin is not None
+        run.process.stdin.write(EXAMPLE.read_bytes())  # and no end of file
+        run.process.stdin.flush()
+        run.wait_for("partition taken")
+        run.signal(signal.SIGINT)
+        result = run.end()
+    assert result.code == 4
+    assert "run it again" in result.complaint
+    assert set(result.json) == {"commands", "events", "seconds"}
+    again = cqrs_es(
+        "run", "--commands", str(EXAMPLE), "--until-idle", CQRS_ES_STORE_URL=sqlite_url
+    )
+    assert again.code == 0
+
+
+def trouble_with(command: str, sqlite_url: str, *arguments: str, **settings: str) -> Result:
+    """Run a command that takes for ever and send signals until the process ends."""
+    with running(
+        *TROUBLE, "run", "--commands", "-", *arguments, CQRS_ES_STORE_URL=sqlite_url, **settings
+    ) as run:
+        assert run.process.stdin is not None
+        run.process.stdin.write(lines_of(command) + b"\n")
+        run.process.stdin.flush()
+        eventually(lambda: "ing\n" in run.out)
+        signals = 0
+        while run.process.poll() is None:
+            run.signal(signal.SIGTERM)
+            signals += 1
+            eventually(lambda: run.process.poll() is not None or "stopped before" in run.err)
+        return run.end()
+
+
+def test_the_second_signal_cancels(sqlite_url: str) -> None:
+    """What can't be finished in time is cut short by the second signal: exit code 1."""
+    with running(
+        *TROUBLE, "run", "--commands", "-", CQRS_ES_STORE_URL=sqlite_url
+    ) as run:
+        assert run.process.stdin is not None
+        run.process.stdin.write(lines_of("Wait") + b"\n")
+        run.process.stdin.flush()
+        eventually(lambda: "waiting" in run.out)
+        run.signal(signal.SIGTERM)
+        eventually(lambda: run.process.poll() is None)
+        run.signal(signal.SIGTERM)
+        result = run.end()
+    assert result.code == 1
+    assert "stopped before all in hand was finished" in result.err
