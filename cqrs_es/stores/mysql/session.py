@@ -55,7 +55,7 @@ class MysqlSession(Session):
         self, sql: str, parameters: Sequence[Parameter] = (), *, lock: bool = False
     ) -> list[Row]:
         """Run a query, locking its rows until the transaction ends if wanted."""
-        locking = f"{sql} FOR UPDATE" if lock else sql
+        locking = f"{sql}{self.dialect.for_update}" if lock else sql
         _, rows = await self._run(self._text(locking, parameters))
         return rows
 
