@@ -30,7 +30,7 @@ CHUNK = 100
 SECONDS_PER_KILL = 0.9
 
 
-def start(database: Path, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+def start(database: Path, *arguments: str, stdin: int | None = None) -> subprocess.Popen[bytes]:
     environment = os.environ | {"CQRS_ES_STORE_URL": f"sqlite:///{database}"}
     return subprocess.Popen(
         [*CLI, *arguments],
@@ -38,7 +38,7 @@ def start(database: Path, *arguments: str, **options: Any) -> subprocess.Popen[b
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        **options,
+        stdin=stdin,
     )
 
 

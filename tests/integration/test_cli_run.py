@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import signal
 import uuid
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import orjson
 import pytest
 
-from tests.bank_data import PROJECT
-from tests.command_line import EXAMPLE, Result, cqrs_es, eventually, running
+from tests.command_line import EXAMPLE, cqrs_es, eventually, running
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
-    from tests.command_line import Here
+    from tests.command_line import Here, Running
 
 ALL = {"accepted": 26, "rejected": 6, "failed": 0, "duplicate": 1, "dead": 0}
 TROUBLE = ("--app", "tests.integration.troublesome:app")
@@ -69,9 +70,7 @@ def test_bad_lines_become_dead_letters_and_good_ones_go_on(here: Here, tmp_path:
     """Blank lines are skipped; what is no message is counted as dead; the last needs no newline."""
     first, second = EXAMPLE.read_bytes().splitlines()[:2]
     content = b"\n".join([b"{bad", b"", b"  ", first, b"[1]", b"\xff\xfe", second])
-    summary = here.done(
-        "run", "--commands", fed(tmp_path, content), "--until-idle", "--json"
-    ).json
+    summary = here.done("run", "--commands", fed(tmp_path, content), "--until-idle", "--json").json
     assert summary["commands"] == dict.fromkeys(ALL, 0) | {"accepted": 2, "dead": 3}
     letters = here.done("dead", "list", "--json").lines
     assert sorted(letter["body"] for letter in letters) == ["[1]", "{bad", "\ufffd\ufffd"]
@@ -94,9 +93,7 @@ def test_what_arrives_on_stdin_is_handled_before_it_ends(sqlite_url: str) -> Non
         run.process.stdin.write(first + b"\n")
         run.process.stdin.flush()
         command_id = orjson.loads(first)["id"]
-        eventually(
-            lambda: cqrs_es("outcome", command_id, CQRS_ES_STORE_URL=sqlite_url).code == 0
-        )
+        eventually(lambda: cqrs_es("outcome", command_id, CQRS_ES_STORE_URL=sqlite_url).code == 0)
         run.signal(signal.SIGTERM)
         assert run.end().code == 0
 
@@ -145,41 +142,108 @@ def test_an_interrupted_until_idle_is_told_apart(sqlite_url: str) -> None:
     assert result.code == 4
     assert "run it again" in result.complaint
     assert set(result.json) == {"commands", "events", "seconds"}
-    again = cqrs_es(
-        "run", "--commands", str(EXAMPLE), "--until-idle", CQRS_ES_STORE_URL=sqlite_url
-    )
+    again = cqrs_es("run", "--commands", str(EXAMPLE), "--until-idle", CQRS_ES_STORE_URL=sqlite_url)
     assert again.code == 0
 
 
-def trouble_with(command: str, sqlite_url: str, *arguments: str, **settings: str) -> Result:
-    """Run a command that takes for ever and send signals until the process ends."""
+@contextmanager
+def trouble(command: str, sqlite_url: str, says: str, **settings: str) -> Iterator[Running]:
+    """Run a command that takes for ever, and has begun."""
     with running(
-        *TROUBLE, "run", "--commands", "-", *arguments, CQRS_ES_STORE_URL=sqlite_url, **settings
+        *TROUBLE, "run", "--commands", "-", CQRS_ES_STORE_URL=sqlite_url, **settings
     ) as run:
         assert run.process.stdin is not None
         run.process.stdin.write(lines_of(command) + b"\n")
         run.process.stdin.flush()
-        eventually(lambda: "ing\n" in run.out)
-        signals = 0
-        while run.process.poll() is None:
-            run.signal(signal.SIGTERM)
-            signals += 1
-            eventually(lambda: run.process.poll() is not None or "stopped before" in run.err)
-        return run.end()
+        eventually(lambda: says in run.out)
+        yield run
 
 
 def test_the_second_signal_cancels(sqlite_url: str) -> None:
-    """What can't be finished in time is cut short by the second signal: exit code 1."""
-    with running(
-        *TROUBLE, "run", "--commands", "-", CQRS_ES_STORE_URL=sqlite_url
-    ) as run:
-        assert run.process.stdin is not None
-        run.process.stdin.write(lines_of("Wait") + b"\n")
-        run.process.stdin.flush()
-        eventually(lambda: "waiting" in run.out)
+    """What takes too long is cut short by the second signal: exit code 1."""
+    with trouble("Wait", sqlite_url, "waiting") as run:
         run.signal(signal.SIGTERM)
-        eventually(lambda: run.process.poll() is None)
+        run.wait_for('"stopping"')
         run.signal(signal.SIGTERM)
         result = run.end()
     assert result.code == 1
     assert "stopped before all in hand was finished" in result.err
+
+
+def test_the_first_signal_gives_only_so_much_time(sqlite_url: str) -> None:
+    """After the shutdown timeout what is left is cut short: exit code 1."""
+    with trouble("Wait", sqlite_url, "waiting", CQRS_ES_SHUTDOWN_TIMEOUT="0.3") as run:
+        run.signal(signal.SIGTERM)
+        result = run.end()
+    assert result.code == 1
+    assert "stopped before all in hand was finished" in result.err
+
+
+def test_the_third_signal_exits_at_once(sqlite_url: str) -> None:
+    """Even where the event loop is blocked: 128 and the signal's number."""
+    with trouble("Block", sqlite_url, "blocking") as run:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            run.signal(number)
+            pending = f"/proc/{run.process.pid}/status"
+            eventually(lambda pending=pending: _handled(pending))
+        assert run.end().code == 128 + signal.SIGTERM
+
+
+def _handled(status: str) -> bool:
+    """Tell whether a process has no signal pending, or is gone."""
+    try:
+        text = Path(status).read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return all(
+        int(line.split()[1], 16) == 0
+        for line in text.splitlines()
+        if line.startswith(("SigPnd", "ShdPnd"))
+    )
+
+
+def test_a_blocked_event_loop_ends_the_process(sqlite_url: str) -> None:
+    """After a lease's time, with the stack of what blocks it; exit code 1."""
+    with trouble("Block", sqlite_url, "blocking", CQRS_ES_LEASE_SECONDS="1") as run:
+        result = run.end()
+    assert result.code == 1
+    (line,) = [line for line in result.err.splitlines() if "event loop blocked" in line]
+    assert "time.sleep(LONG)" in orjson.loads(line)["stack"]
+
+
+def test_a_view_that_is_wrong_does_not_keep_until_idle_waiting(
+    sqlite_url: str, tmp_path: Path
+) -> None:
+    """Too many parked aggregates end the run with exit code 1, and the view's name."""
+    commands = fed(tmp_path, lines_of("Do", aggregates=30))
+    result = cqrs_es(
+        "--app", "tests.integration.troublesome:with_broken_view",
+        "run", "--commands", commands, "--until-idle",
+        CQRS_ES_STORE_URL=sqlite_url,
+    )  # fmt: skip
+    assert result.code == 1
+    assert "broken failed on events" in result.complaint
+    assert "mend the view" in result.complaint
+
+
+def test_progress_is_shown_every_second(sqlite_url: str) -> None:
+    """Where stderr is no terminal: as log lines, each a JSON object."""
+    with running(
+        "run", "--commands", "-", CQRS_ES_STORE_URL=sqlite_url, CQRS_ES_LOG_FORMAT="json"
+    ) as run:
+        assert run.process.stdin is not None
+        run.process.stdin.write(EXAMPLE.read_bytes())
+        run.process.stdin.flush()
+        run.wait_for('"progress"')
+        run.signal(signal.SIGTERM)
+        result = run.end()
+    lines = [orjson.loads(line) for line in result.err.splitlines()]
+    (progress, *_) = [line for line in lines if line["event"] == "progress"]
+    assert progress["commands"] == 33
+    assert progress["events"] == 26
+    (started,) = [line for line in lines if line["event"] == "started"]
+    assert started["roles"] == [
+        "projector:account_query", "projector:bank_totals", "relay", "worker"
+    ]  # fmt: skip
+    assert started["app"] == "worker.app:app"
+    assert started["store"] == sqlite_url

@@ -74,7 +74,7 @@ async def feed(opened: OpenApplication, bodies: list[bytes]) -> None:
 
 
 async def until_idle(supervisor: Supervisor) -> None:
-    await eventually(supervisor.idle, PATIENCE)
+    await eventually(supervisor.idle, within_seconds=PATIENCE)
 
 
 async def test_one_bad_account_of_591(store_url: str) -> None:
@@ -95,7 +95,7 @@ async def test_one_bad_account_of_591(store_url: str) -> None:
         async def one_is_parked() -> bool:
             return bool(await opened.parked("fragile"))
 
-        await eventually(one_is_parked, PATIENCE)
+        await eventually(one_is_parked, within_seconds=PATIENCE)
         (marker,) = await opened.parked("fragile")
         assert (marker.key.id, marker.from_sequence) == (bad, 3)
         assert marker.reason == "LookupError: no such column"
