@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from cqrs_es import errors, wire
@@ -76,8 +77,21 @@ class Feeder:
             return 0  # sending waits for it
 
 
-def open_commands(path: str) -> int:
+@contextmanager
+def opened_commands(path: str | None) -> Generator[int | None]:
     """Open a file to feed from, stdin for `-`; raise `ConfigurationError`."""
+    if path is None:
+        yield None
+        return
+    descriptor = _open(path)
+    try:
+        yield descriptor
+    finally:
+        if descriptor != STDIN_DESCRIPTOR:
+            os.close(descriptor)
+
+
+def _open(path: str) -> int:
     try:
         descriptor = STDIN_DESCRIPTOR if path == STDIN else os.open(path, os.O_RDONLY)
         os.read(descriptor, 0)  # a folder opens, but can't be read

@@ -50,11 +50,12 @@ def run(
     Example: cqrs-es run --commands commands.jsonl --until-idle
     """
     settings, app = invocation_of(context).load()
-    from cqrs_es.cli.feeding import open_commands
+    from cqrs_es.cli.feeding import opened_commands
     from cqrs_es.cli.service import Task, serve
 
-    source = None if commands is None else open_commands(commands)
-    report = asyncio.run(serve(app, settings, Task(commands=source, until_idle=until_idle)))
+    with opened_commands(commands) as source:
+        task = Task(commands=source, until_idle=until_idle)
+        report = asyncio.run(serve(app, settings, task))
     if json:
         print_json(_summary(report))
     else:

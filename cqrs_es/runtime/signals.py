@@ -81,4 +81,5 @@ async def run_until_stopped(
 
 async def _patience_spent(stopping: Stopping, grace_seconds: float) -> None:
     await stopping.asked.wait()
+    log.info("stopping", grace_seconds=grace_seconds)
     await within(grace_seconds, stopping.hurried.wait())

@@ -14,7 +14,7 @@ import pytest
 from tests.command_line import EXAMPLE, cqrs_es, eventually, running
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
     from tests.command_line import Here, Running
 
@@ -24,7 +24,7 @@ TROUBLE = ("--app", "tests.integration.troublesome:app")
 
 def lines_of(*commands: str, aggregates: int = 1) -> bytes:
     """Write command messages for the troublesome application."""
-    messages = [
+    messages: list[dict[str, object]] = [
         {
             "id": str(uuid.uuid4()),
             "type": command,
@@ -89,9 +89,7 @@ def test_what_arrives_on_stdin_is_handled_before_it_ends(sqlite_url: str) -> Non
     """Lines are sent as they come, not when a buffer is full."""
     first = EXAMPLE.read_bytes().splitlines()[0]
     with running("run", "--commands", "-", CQRS_ES_STORE_URL=sqlite_url) as run:
-        assert run.process.stdin is not None
-        run.process.stdin.write(first + b"\n")
-        run.process.stdin.flush()
+        run.feed(first + b"\n")
         command_id = orjson.loads(first)["id"]
         eventually(lambda: cqrs_es("outcome", command_id, CQRS_ES_STORE_URL=sqlite_url).code == 0)
         run.signal(signal.SIGTERM)
@@ -133,9 +131,7 @@ def test_an_interrupted_until_idle_is_told_apart(sqlite_url: str) -> None:
     with running(
         "run", "--commands", "-", "--until-idle", "--json", CQRS_ES_STORE_URL=sqlite_url
     ) as run:
-        assert run.process.stdin is not None
-        run.process.stdin.write(EXAMPLE.read_bytes())  # and no end of file
-        run.process.stdin.flush()
+        run.feed(EXAMPLE.read_bytes())  # and no end of file
         run.wait_for("partition taken")
         run.signal(signal.SIGINT)
         result = run.end()
@@ -147,14 +143,12 @@ def test_an_interrupted_until_idle_is_told_apart(sqlite_url: str) -> None:
 
 
 @contextmanager
-def trouble(command: str, sqlite_url: str, says: str, **settings: str) -> Iterator[Running]:
+def trouble(command: str, sqlite_url: str, says: str, **settings: str) -> Generator[Running]:
     """Run a command that takes for ever, and has begun."""
     with running(
         *TROUBLE, "run", "--commands", "-", CQRS_ES_STORE_URL=sqlite_url, **settings
     ) as run:
-        assert run.process.stdin is not None
-        run.process.stdin.write(lines_of(command) + b"\n")
-        run.process.stdin.flush()
+        run.feed(lines_of(command) + b"\n")
         eventually(lambda: says in run.out)
         yield run
 
@@ -184,15 +178,14 @@ def test_the_third_signal_exits_at_once(sqlite_url: str) -> None:
     with trouble("Block", sqlite_url, "blocking") as run:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             run.signal(number)
-            pending = f"/proc/{run.process.pid}/status"
-            eventually(lambda pending=pending: _handled(pending))
+            eventually(lambda: _handled(run.process.pid))
         assert run.end().code == 128 + signal.SIGTERM
 
 
-def _handled(status: str) -> bool:
+def _handled(process_id: int) -> bool:
     """Tell whether a process has no signal pending, or is gone."""
     try:
-        text = Path(status).read_text()
+        text = Path(f"/proc/{process_id}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return True
     return all(
@@ -231,9 +224,7 @@ def test_progress_is_shown_every_second(sqlite_url: str) -> None:
     with running(
         "run", "--commands", "-", CQRS_ES_STORE_URL=sqlite_url, CQRS_ES_LOG_FORMAT="json"
     ) as run:
-        assert run.process.stdin is not None
-        run.process.stdin.write(EXAMPLE.read_bytes())
-        run.process.stdin.flush()
+        run.feed(EXAMPLE.read_bytes())
         run.wait_for('"progress"')
         run.signal(signal.SIGTERM)
         result = run.end()
