@@ -1,0 +1,96 @@
+"""A whole service as processes of its own: started, stopped, killed, asked."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from tests.bank_data import PROJECT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+CLI = [sys.executable, "-m", "cqrs_es.cli"]
+STOP_SECONDS = 40.0
+
+
+@dataclass(slots=True)
+class Service:
+    """The processes of one application on one store and broker."""
+
+    app: str
+    store_url: str
+    broker_url: str
+    logs: Path
+    settings: dict[str, str] = field(default_factory=dict[str, str])
+    running: list[subprocess.Popen[bytes]] = field(default_factory=list[subprocess.Popen[bytes]])
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment of every process."""
+        urls = {"CQRS_ES_STORE_URL": self.store_url, "CQRS_ES_BROKER_URL": self.broker_url}
+        return (
+            os.environ
+            | {"CQRS_ES_APP": self.app, "CQRS_ES_LEASE_SECONDS": "3"}
+            | urls
+            | (self.settings)
+        )
+
+    def call(self, *arguments: str) -> str:
+        """Run a verb to its end; return what it prints."""
+        done = subprocess.run(
+            [*CLI, *arguments],
+            cwd=PROJECT,
+            env=self.environment,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout.decode()
+
+    def status(self) -> dict[str, Any]:
+        """Return what `status --json` says."""
+        found: dict[str, Any] = orjson.loads(self.call("status", "--json"))
+        return found
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start a process that runs until it is stopped."""
+        name = "-".join(argument.strip("-") for argument in arguments)
+        with (self.logs / f"{len(self.running)}-{name}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [*CLI, *arguments],
+                cwd=PROJECT,
+                env=self.environment,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+            )
+        self.running.append(process)
+        return process
+
+    def stop(self, process: subprocess.Popen[bytes]) -> int:
+        """Ask a process to stop; return its exit code."""
+        process.terminate()
+        return process.wait(STOP_SECONDS)
+
+
+@contextmanager
+def service(
+    app: str, store_url: str, broker_url: str, logs: Path, **settings: str
+) -> Iterator[Service]:
+    """Initialise a service; whatever of it still runs at the end is killed."""
+    made = Service(app, store_url, broker_url, logs, settings)
+    made.call("init")
+    try:
+        yield made
+    finally:
+        for process in made.running:
+            process.kill()
+            process.wait()
