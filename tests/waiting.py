@@ -13,10 +13,13 @@ POLL_SECONDS = 0.01
 
 
 async def eventually(
-    condition: Callable[[], Awaitable[object]], *, within_seconds: float = 10.0
+    condition: Callable[[], Awaitable[object]],
+    *,
+    within_seconds: float = 10.0,
+    every: float = POLL_SECONDS,
 ) -> None:
     """Return once the condition holds; fail the test when it does not in time."""
     deadline = time.monotonic() + within_seconds
     while not await condition():
         assert time.monotonic() < deadline, f"not so within {within_seconds} s"
-        await asyncio.sleep(POLL_SECONDS)
+        await asyncio.sleep(every)

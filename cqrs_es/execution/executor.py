@@ -88,10 +88,12 @@ class Executor:
         self._policy = policy or ExecutionPolicy()
         self._on_commit = on_commit
         self._decider = Decider(self._policy, clock.now, on_failure)
-        self._outage = Outage(clock, self._policy.patience)
+        # Two, since a store that can be read but not written to answers every look-up.
+        self._reading = Outage(clock, self._policy.patience)
+        self._writing = Outage(clock, self._policy.patience)
         self._lanes = Lanes()
         self._baselines = BaselineCache(self._policy.cached_aggregates)
-        self._loader = BaselineLoader(events, self._baselines, self._outage)
+        self._loader = BaselineLoader(events, self._baselines, self._reading)
         self._decided: list[Work] = []
         self._commands_decided = 0
         self._something_decided = asyncio.Event()
@@ -159,7 +161,7 @@ class Executor:
     @property
     def trouble(self) -> str | None:
         """Why nothing can be committed at present; None when all is well."""
-        return self._outage.reason
+        return self._writing.reason or self._reading.reason
 
     async def drain(self) -> None:
         """Wait until every command taken so far is answered."""
@@ -203,7 +205,7 @@ class Executor:
     async def _answer_known(self, works: Sequence[Work]) -> None:
         """Answer the commands that have an outcome; release aggregates with nothing left to do."""
         ids = [job.message.id for work in works for job in work.jobs]
-        known = await self._outage.wait_out(lambda: self._events.find_outcomes(ids))
+        known = await self._reading.wait_out(lambda: self._events.find_outcomes(ids))
         if not known:
             return
         for work in works:
@@ -238,12 +240,10 @@ class Executor:
         while True:
             await self._something_decided.wait()
             works = self._take_decided()
-            try:
-                await self._commit(works)
-            except errors.StoreUnavailable as exc:
-                await self._go_round_again(works, exc)
-            except Exception as exc:  # noqa: BLE001 - the callers are told, each by its future
-                self._give_up(works, exc)
+            for work in works:
+                if not work.decided:
+                    self._release(work)
+            await self._commit([work for work in works if work.decided])
 
     def _take_decided(self) -> list[Work]:
         """Take what is decided, at least one work, within the bounds of one append."""
@@ -263,22 +263,28 @@ class Executor:
         return works
 
     async def _commit(self, works: Sequence[Work]) -> None:
-        to_append = [work for work in works if work.decided]
-        for work in works:
-            if not work.decided:
-                self._release(work)
-        if not to_append:
+        """Append works, all of which are settled one way or another when this returns."""
+        if not works:
             return
         started = self._clock.monotonic()
         try:
-            results = await self._append(to_append)
+            results = await self._append(works)
         except (errors.TooLarge, errors.UndecodableRow) as exc:
-            await self._commit_in_parts(to_append, exc)
-            return
-        self._outage.over()
-        for work, result in zip(to_append, results, strict=True):
+            await self._commit_in_parts(works, exc)
+        except errors.StoreUnavailable as exc:
+            await self._go_round_again(works, exc)
+        except Exception as exc:  # noqa: BLE001 - the callers are told, each by its future
+            self._give_up(works, exc)
+        else:
+            self._conclude(works, results, started)
+
+    def _conclude(
+        self, works: Sequence[Work], results: Sequence[ChainResult], started: float
+    ) -> None:
+        self._writing.over()
+        for work, result in zip(works, results, strict=True):
             self._settle(work, result)
-        self._log_batch(to_append, started)
+        self._log_batch(works, started)
         if self._on_commit is not None:
             self._on_commit()
 
@@ -293,11 +299,12 @@ class Executor:
                 await self._commit([work])
             return
         (work,) = works
-        first, *rest = work.jobs
         if len(work.decided) == 1:
-            first.condemned = exc.message
+            work.jobs[0].condemned = exc.message
+        for job in work.jobs:
+            job.alone = True
         self._baselines.drop(work.key)
-        self._lanes.release(work.key, [first, *rest])
+        self._lanes.release(work.key, work.jobs)
 
     def _settle(self, work: Work, result: ChainResult) -> None:
         if not isinstance(result, Committed):
@@ -333,7 +340,7 @@ class Executor:
                 job.uncertain = True
             self._baselines.drop(work.key)
         try:
-            await self._outage.pause(exc)
+            await self._writing.pause(exc)
         except errors.StoreUnavailable as final:
             self._give_up(works, final)
             return
@@ -373,6 +380,8 @@ class Executor:
     def _give_up(self, works: Iterable[Work], exc: Exception) -> None:
         """Hand an error that is not the commands' own to whoever submitted them."""
         for work in works:
+            if not work.jobs:  # all were answered from the store: its aggregate is released
+                continue
             for job in work.jobs:
                 if self._in_hand.get(job.message.id) is job:
                     self._forget(job)

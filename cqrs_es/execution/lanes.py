@@ -51,7 +51,8 @@ class Lanes:
 
     def _take_from(self, key: AggregateKey, limit: int) -> list[Job]:
         queue = self._queues[key]
-        chain = [queue.popleft() for _ in range(min(limit, len(queue)))]
+        most = 1 if queue[0].alone else limit
+        chain = [queue.popleft() for _ in range(min(most, len(queue)))]
         if not queue:
             del self._queues[key]
         return chain

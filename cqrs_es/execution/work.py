@@ -24,7 +24,8 @@ class Job:
     `attempts`: how often it was tried before by processes that died of it, as
     the store counts. `retrying`: a stored outcome `failed` is to be replaced.
     `condemned`: why it must fail without being tried again. `uncertain`: it
-    was part of an append whose commit is unknown.
+    was part of an append whose commit is unknown. `alone`: it was part of one
+    that the store refused, so it is decided and appended by itself.
     """
 
     message: CommandMessage
@@ -35,6 +36,7 @@ class Job:
     condemned: str | None = None
     failures: int = 0
     uncertain: bool = False
+    alone: bool = False
     followers: list[Job] = field(default_factory=list["Job"])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
@@ -19,7 +18,6 @@ from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome, spe
 from cqrs_es.ports.broker import OutgoingCommand
 from cqrs_es.runtime.waiting import cancelled
 from cqrs_es.settings import Settings
-from cqrs_es.stores import storage_for
 from cqrs_es.testing.clock import FakeClock
 from cqrs_es.types import new_command_id, partition_of
 
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
     from cqrs_es.ports.broker import Broker, ReplyInbox
     from cqrs_es.ports.dead_letters import DeadLetter
     from cqrs_es.ports.storage import Storage
-    from cqrs_es.ports.store import StoreInfo
     from cqrs_es.ports.views import ParkedAggregate, SqlRow, SqlValue
     from cqrs_es.runtime.supervisor import Supervisor
     from cqrs_es.view import View
@@ -133,28 +130,16 @@ class TestApp:
                 await inbox.close()
 
     async def _open(self, stack: AsyncExitStack) -> OpenApplication:
-        storage = self._storage or self._make_storage(stack)
-        await storage.open()
-        info = await _initialised(storage, self._settings)
-        opened = await stack.enter_async_context(
-            self._app.open(
-                replace(self._settings, partitions=info.partitions),
-                storage=storage,
-                broker=self._broker,
-                clock=self.clock,
-                on_handler_failure=self._note_handler,
-                on_view_failure=self._note_view,
-            )
+        opening = self._app.open(
+            self._settings,
+            storage=self._storage,
+            broker=self._broker,
+            clock=self.clock,
+            initialise=True,
+            on_handler_failure=self._note_handler,
+            on_view_failure=self._note_view,
         )
-        if storage.shared:
-            await opened.initialise()
-        return opened
-
-    def _make_storage(self, stack: AsyncExitStack) -> Storage:
-        url = self._settings.store_url or "memory://"
-        storage = storage_for(url, clock=self.clock)
-        stack.push_async_callback(storage.close)
-        return storage
+        return await stack.enter_async_context(opening)
 
     async def _read_replies(self, inbox: ReplyInbox) -> None:
         while True:
@@ -310,13 +295,6 @@ class TestApp:
             raise first
         message = f"a handler raised {type(first).__name__}"
         raise RuntimeError(message) from first
-
-
-async def _initialised(storage: Storage, settings: Settings) -> StoreInfo:
-    """Initialise a store unless it is: then its number of partitions counts."""
-    with contextlib.suppress(errors.StoreNotInitialised):
-        return await storage.info()
-    return await storage.initialise(settings.partitions_or_default())
 
 
 def _partition_of(body: bytes, partitions: int) -> int:

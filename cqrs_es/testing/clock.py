@@ -44,6 +44,11 @@ class FakeClock(Clock):
         heapq.heappush(self._sleepers, (self._seconds + seconds, next(self._numbers), waking))
         await waking
 
+    @property
+    def sleepers(self) -> int:
+        """How many are asleep."""
+        return sum(not waking.done() for _, _, waking in self._sleepers)
+
     def advance(self, seconds: float) -> None:
         """Let so many seconds pass, and wake whoever slept until then.
 

@@ -1,0 +1,194 @@
+"""A store around a real one that fails when it is told to, before or after doing its work."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict, deque
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+from cqrs_es.ports.storage import Storage
+from cqrs_es.ports.store import EventStore
+from cqrs_es.ports.views import ViewStore
+
+if TYPE_CHECKING:
+    from collections.abc import (
+        AsyncGenerator,
+        Awaitable,
+        Callable,
+        Collection,
+        Mapping,
+        Sequence,
+    )
+    from datetime import datetime
+
+    from cqrs_es.ports.store import (
+        Chain,
+        ChainResult,
+        LoadedAggregate,
+        LoadRequest,
+        StoredEvent,
+        StoredOutcome,
+        StoreInfo,
+    )
+    from cqrs_es.ports.views import ParkedAggregate, SqlRow, SqlValue, ViewRow, ViewTransaction
+
+R = TypeVar("R")
+
+
+class Faults:
+    """What is to go wrong, by the name of the method: one fault, or None, for each next call."""
+
+    def __init__(self) -> None:
+        self._before: defaultdict[str, deque[Exception | None]] = defaultdict(deque)
+        self._after: defaultdict[str, deque[Exception | None]] = defaultdict(deque)
+        self.calls: defaultdict[str, int] = defaultdict(int)
+        self.refuse_append: Callable[[Sequence[Chain]], None] = lambda _: None
+
+    def before(self, method: str, *faults: Exception | None) -> None:
+        """Let the next calls fail with nothing done."""
+        self._before[method].extend(faults)
+
+    def after(self, method: str, *faults: Exception | None) -> None:
+        """Let the next calls fail with everything done."""
+        self._after[method].extend(faults)
+
+    def raise_before(self, method: str) -> None:
+        self.calls[method] += 1
+        _raise_next(self._before[method])
+
+    def raise_after(self, method: str) -> None:
+        _raise_next(self._after[method])
+
+    async def around(self, method: str, call: Callable[[], Awaitable[R]]) -> R:
+        self.raise_before(method)
+        await asyncio.sleep(0)  # as a server would, which is never as quick as memory
+        result = await call()
+        self.raise_after(method)
+        return result
+
+
+def _raise_next(faults: deque[Exception | None]) -> None:
+    fault = faults.popleft() if faults else None
+    if fault is not None:
+        raise fault
+
+
+class FaultyStorage(Storage):
+    """A real storage; its events and views fail as `faults` says.
+
+    The same inner storage may have several of these around it, as a database
+    has several clients.
+    """
+
+    def __init__(self, inner: Storage) -> None:
+        self._inner = inner
+        self.faults = Faults()
+        self.events = FaultyEvents(inner.events, self.faults)
+        self.views = FaultyViews(inner.views, self.faults)
+        self.leases = inner.leases
+        self.dead_letters = inner.dead_letters
+
+    @property
+    def durable(self) -> bool:
+        return self._inner.durable
+
+    @property
+    def shared(self) -> bool:
+        return self._inner.shared
+
+    async def open(self) -> None:
+        await self._inner.open()
+
+    async def close(self) -> None:
+        await self._inner.close()
+
+    async def initialise(self, partitions: int, *, new_epoch: bool = False) -> StoreInfo:
+        return await self._inner.initialise(partitions, new_epoch=new_epoch)
+
+    async def info(self) -> StoreInfo:
+        return await self._inner.info()
+
+
+class FaultyEvents(EventStore):
+    """An event store that fails as `faults` says; `refuse_append` is asked before each append."""
+
+    def __init__(self, inner: EventStore, faults: Faults) -> None:
+        self._inner = inner
+        self._faults = faults
+
+    async def load(self, requests: Sequence[LoadRequest]) -> list[LoadedAggregate]:
+        return await self._faults.around("load", lambda: self._inner.load(requests))
+
+    async def append(self, chains: Sequence[Chain], recorded_at: datetime) -> list[ChainResult]:
+        self._faults.refuse_append(chains)
+        return await self._faults.around("append", lambda: self._inner.append(chains, recorded_at))
+
+    async def find_outcomes(self, command_ids: Collection[str]) -> dict[str, StoredOutcome]:
+        return await self._faults.around(
+            "find_outcomes", lambda: self._inner.find_outcomes(command_ids)
+        )
+
+    async def prune_outcomes(self, before: datetime, limit: int) -> int:
+        return await self._inner.prune_outcomes(before, limit)
+
+    async def record_attempt(self, command_id: str, error: str | None = None) -> int:
+        return await self._faults.around(
+            "record_attempt", lambda: self._inner.record_attempt(command_id, error)
+        )
+
+    async def read_log(self, partition: int, after: int, limit: int) -> list[StoredEvent]:
+        return await self._faults.around(
+            "read_log", lambda: self._inner.read_log(partition, after, limit)
+        )
+
+    async def heads(self) -> Mapping[int, int]:
+        return await self._inner.heads()
+
+
+class FaultyViews(ViewStore):
+    """A view store whose transactions fail: `before` on being opened, `after` their commit."""
+
+    def __init__(self, inner: ViewStore, faults: Faults) -> None:
+        self._inner = inner
+        self._faults = faults
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncGenerator[ViewTransaction]:
+        self._faults.raise_before("transaction")
+        async with self._inner.transaction() as transaction:
+            yield transaction
+        self._faults.raise_after("transaction")
+
+    async def create_table(self, table: str, columns: str | None = None) -> None:
+        await self._inner.create_table(table, columns)
+
+    async def drop_table(self, table: str) -> None:
+        await self._inner.drop_table(table)
+
+    async def publish_table(self, name: str, table: str) -> None:
+        await self._inner.publish_table(name, table)
+
+    async def get(self, table: str, view_id: str) -> ViewRow | None:
+        return await self._inner.get(table, view_id)
+
+    async def page(self, table: str, *, after: str = "", limit: int = 100) -> list[ViewRow]:
+        return await self._inner.page(table, after=after, limit=limit)
+
+    async def query(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
+        return await self._inner.query(sql, parameters)
+
+    async def checkpoints(self, projector: str) -> dict[int, int]:
+        return await self._inner.checkpoints(projector)
+
+    async def forget(self, projector: str) -> None:
+        await self._inner.forget(projector)
+
+    async def generations(self) -> Mapping[str, int]:
+        return await self._inner.generations()
+
+    async def set_generation(self, projector: str, live: int) -> None:
+        await self._inner.set_generation(projector, live)
+
+    async def list_parked(self, projector: str | None = None) -> list[ParkedAggregate]:
+        return await self._inner.list_parked(projector)
