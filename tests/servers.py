@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
+CONFIG = Path(__file__).parent.parent / "config"
 START_SECONDS = 30.0
 STOP_SECONDS = 20.0
 
@@ -113,13 +115,12 @@ def start_mariadb(folder: Path) -> Server:
     )
     command = [
         daemon,
-        "--no-defaults",
+        f"--defaults-file={CONFIG / 'mysql.cnf'}",
         "--user=root",
         f"--datadir={data}",
         f"--socket={folder / 'mysqld.sock'}",
         f"--port={port}",
         "--bind-address=127.0.0.1",
-        "--character-set-server=utf8mb4",
     ]
     return launch(command, port, folder / "mariadbd.log")
 
@@ -128,15 +129,122 @@ def start_mariadb(folder: Path) -> Server:
 
 
 def start_redis(folder: Path, *options: str, port: int | None = None) -> Server:
-    """Start a Redis of our own that keeps nothing on disk."""
+    """Start a Redis of our own, configured as it is meant to be; `options` override that."""
     port = port or free_port()
     command = [
         installed("redis-server"),
+        str(CONFIG / "redis.conf"),
         *("--port", str(port)),
         *("--bind", "127.0.0.1"),
-        *("--save", ""),
-        *("--appendonly", "no"),
         *("--dir", str(folder)),
         *options,
     ]
     return launch(command, port, folder / "redis.log")
+
+
+# --- RabbitMQ ----------------------------------------------------------------
+
+RABBITMQ_PROGRAMS = "/usr/lib/rabbitmq/bin"  # Debian's; on PATH there are wrappers that change user
+
+
+@dataclass(frozen=True, slots=True)
+class RabbitServer:
+    """A RabbitMQ node of our own with an epmd of its own; its user is guest, password guest."""
+
+    node: Server
+    name_server: subprocess.Popen[bytes]
+    folder: Path
+    environment: dict[str, str]
+
+    @property
+    def port(self) -> int:
+        """The port that speaks AMQP."""
+        return self.node.port
+
+    @property
+    def url(self) -> str:
+        """The default virtual host."""
+        return f"amqp://guest:guest@127.0.0.1:{self.port}/"
+
+    def control(self, *arguments: str) -> str:
+        """Run `rabbitmqctl` and return what it prints."""
+        done = subprocess.run(
+            [_rabbitmq_program("rabbitmqctl"), *arguments],
+            env=self.environment,
+            check=True,
+            capture_output=True,
+            timeout=START_SECONDS,
+        )
+        return done.stdout.decode()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the Erlang machine itself, not to the script around it."""
+        os.kill(self._machine(), number)
+
+    def kill(self) -> None:
+        """End the node as a power cut would."""
+        self.signal(signal.SIGKILL)
+        self.node.process.wait(STOP_SECONDS)
+
+    def start_again(self) -> RabbitServer:
+        """Start the node that has ended again, with what it has on disk."""
+        return replace(self, node=_launch_node(self.folder, self.port, self.environment))
+
+    def stop(self) -> None:
+        """End the node and its epmd."""
+        if self.node.process.poll() is None:
+            self.signal(signal.SIGTERM)
+        self.node.stop()
+        self.name_server.terminate()
+        self.name_server.wait(STOP_SECONDS)
+
+    def _machine(self) -> int:
+        return int((self.folder / "pid").read_text())
+
+
+def start_rabbitmq(folder: Path, *settings: str) -> RabbitServer:
+    """Start a RabbitMQ of our own; `settings` are lines of its `rabbitmq.conf`."""
+    name_server_port = free_port()
+    name_server = subprocess.Popen(
+        [installed("epmd"), "-port", str(name_server_port), "-address", "127.0.0.1"]
+    )
+    (folder / "plugins").write_text("[].")
+    (folder / "rabbitmq.conf").write_text("\n".join(settings) + "\n")
+    port = free_port()
+    environment = _rabbitmq_environment(folder, port, name_server_port)
+    try:
+        node = _launch_node(folder, port, environment)
+    except BaseException:
+        name_server.terminate()
+        raise
+    return RabbitServer(node, name_server, folder, environment)
+
+
+def _launch_node(folder: Path, port: int, environment: dict[str, str]) -> Server:
+    program = _rabbitmq_program("rabbitmq-server")
+    return launch([program], port, folder / "rabbitmq.log", environment)
+
+
+def _rabbitmq_environment(folder: Path, port: int, name_server_port: int) -> dict[str, str]:
+    return os.environ | {
+        "HOME": str(folder),  # where the Erlang cookie is
+        "RABBITMQ_NODENAME": f"test{port}@localhost",
+        "RABBITMQ_NODE_PORT": str(port),
+        "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+        "RABBITMQ_DIST_PORT": str(free_port()),
+        "RABBITMQ_MNESIA_BASE": str(folder / "data"),
+        "RABBITMQ_LOG_BASE": str(folder / "logs"),
+        "RABBITMQ_LOGS": "-",
+        "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
+        "RABBITMQ_ADVANCED_CONFIG_FILE": str(folder / "advanced.config"),
+        "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "plugins"),
+        "RABBITMQ_PID_FILE": str(folder / "pid"),
+        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+        "ERL_EPMD_PORT": str(name_server_port),
+        "ERL_EPMD_ADDRESS": "127.0.0.1",
+    }
+
+
+def _rabbitmq_program(name: str) -> str:
+    path = shutil.which(name, path=RABBITMQ_PROGRAMS)
+    return path or unavailable(f"{RABBITMQ_PROGRAMS}/{name} is not installed")
