@@ -149,6 +149,10 @@ class PartitionsMismatch(ConfigurationError):
     """CQRS_ES_PARTITIONS differs from the store's; P is fixed when a store is created."""
 
 
+class EventsGone(ConfigurationError):
+    """The topic no longer holds events that were not read yet; read them from the store."""
+
+
 # --- The store refuses, and will until somebody mends it ---------------------
 
 

@@ -20,9 +20,9 @@ from cqrs_es.projection.generations import FIRST, live_name
 from cqrs_es.projection.parking import retry_parked
 from cqrs_es.projection.rebuild import Rebuild
 from cqrs_es.projection.replay import replay, stored_stream
+from cqrs_es.projection.seen import wait_until_seen
 from cqrs_es.registry import ViewDefinition
 from cqrs_es.runtime.supervisor import Process, Supervisor
-from cqrs_es.runtime.waiting import within
 from cqrs_es.types import (
     AggregateKey,
     check_aggregate_id,
@@ -47,8 +47,6 @@ C = TypeVar("C")
 E = TypeVar("E")
 A = TypeVar("A", bound="Aggregate[Any, Any, Any]")
 V = TypeVar("V", bound="View[Any]")
-
-WAIT_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,24 +223,8 @@ class OpenApplication:
 
         Raises `WaitTimeout`, and `ViewFailed` when the aggregate is parked.
         """
-        if outcome.partition is None or outcome.offset is None:
-            return
-        seen = await within(seconds, self._wait_for(name, outcome.partition, outcome.offset))
-        if seen is None:
-            message = f"{name} has not seen {outcome.partition}:{outcome.offset} in {seconds:g} s"
-            raise errors.WaitTimeout(f"{message}; is its projector running?")
-        key = AggregateKey(outcome.aggregate_type, outcome.aggregate_id)
-        for marker in await self.storage.views.list_parked(await self.table(name)):
-            if marker.key == key:
-                raise errors.ViewFailed(f"{key} is parked for {name}: {marker.reason}")
-
-    async def _wait_for(self, name: str, partition: int, offset: int) -> bool:
         self.projection(name)
-        while True:
-            checkpoints = await self.storage.views.checkpoints(await self.table(name))
-            if checkpoints.get(partition, 0) >= offset:
-                return True
-            await asyncio.sleep(WAIT_POLL_SECONDS)
+        await wait_until_seen(self.storage.views, name, outcome, seconds)
 
     def _view_definition(self, cls: type[View[Any]]) -> ViewDefinition:
         definition = self.registry.projections.get(cls.name)

@@ -15,6 +15,7 @@ from cqrs_es.ports.broker import (
     EventFeed,
     ReplyInbox,
     TopicEvent,
+    Topology,
 )
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class MemoryBroker(Broker):
         self._queues: defaultdict[int, _Queue] = defaultdict(_Queue)
         self._topic: defaultdict[int, _Stream] = defaultdict(_Stream)
         self._epoch: str | None = None
+        self._partitions: int | None = None
         self._opened: _Opened = set()
 
     @property
@@ -64,9 +66,16 @@ class MemoryBroker(Broker):
         if self._epoch not in {None, log_epoch}:
             self._empty_topic()
         self._epoch = log_epoch
+        self._partitions = partitions
         for partition in range(partitions):
             self._queues.setdefault(partition, _Queue())
             self._topic.setdefault(partition, _Stream())
+
+    async def topology(self) -> Topology | None:
+        """Return what was declared last."""
+        if self._partitions is None or self._epoch is None:
+            return None
+        return Topology(self._partitions, self._epoch)
 
     def _empty_topic(self) -> None:
         self._topic.clear()

@@ -71,6 +71,14 @@ class TopicEvent:
     body: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """What a service's queues and topic were declared for."""
+
+    partitions: int
+    log_epoch: str
+
+
 class CommandIntake(ABC):
     """The consumption of one partition of the command queue, by one process at a time."""
 
@@ -136,6 +144,10 @@ class Broker(ABC):
     @abstractmethod
     async def declare(self, partitions: int, log_epoch: str) -> None:
         """Create the topology, idempotently; a new epoch empties the topic."""
+
+    async def topology(self) -> Topology | None:
+        """Return what was declared; None before that, and where the broker can't tell."""
+        return None
 
     @abstractmethod
     async def send(self, commands: Sequence[OutgoingCommand]) -> None:

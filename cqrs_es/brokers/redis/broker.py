@@ -8,7 +8,7 @@ from cqrs_es.brokers.redis import commands as queues
 from cqrs_es.brokers.redis import replies as inboxes
 from cqrs_es.brokers.redis.connection import Names, RedisConnection
 from cqrs_es.brokers.redis.topic import RedisTopic
-from cqrs_es.ports.broker import Broker
+from cqrs_es.ports.broker import Broker, Topology
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,6 +52,14 @@ class RedisBroker(Broker):
     async def declare(self, partitions: int, log_epoch: str) -> None:
         """Create what is missing; a new epoch empties the topic."""
         await self._topic.declare(partitions, log_epoch)
+
+    async def topology(self) -> Topology | None:
+        """Read the hash `<service>:meta`."""
+        fields = await self._connection.run("HMGET", self._names.meta, "partitions", "logepoch")
+        partitions, log_epoch = fields
+        if partitions is None or log_epoch is None:
+            return None
+        return Topology(int(partitions), log_epoch.decode())
 
     async def send(self, commands: Sequence[OutgoingCommand]) -> None:
         """Add commands to their streams, all or none, so that a refusal can't reorder them."""

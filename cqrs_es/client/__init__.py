@@ -1,0 +1,19 @@
+"""What other services use: sending commands, asking for outcomes, following events."""
+
+from cqrs_es.client.asynchronous import Client
+from cqrs_es.client.commands import new_command
+from cqrs_es.client.cursors import Cursor, FileCursor, Position
+from cqrs_es.client.subscription import Event, Subscription
+from cqrs_es.client.synchronous import SyncClient, SyncSubscription
+
+__all__ = [
+    "Client",
+    "Cursor",
+    "Event",
+    "FileCursor",
+    "Position",
+    "Subscription",
+    "SyncClient",
+    "SyncSubscription",
+    "new_command",
+]

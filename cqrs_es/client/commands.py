@@ -1,0 +1,99 @@
+"""Command messages as clients make them: whole, and checked before they leave."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, cast
+
+import orjson
+
+from cqrs_es import errors, wire
+from cqrs_es.cloudevents import timestamp
+from cqrs_es.codec import to_json
+from cqrs_es.messages import NO_METADATA, CommandMessage, spec_of
+from cqrs_es.ports.broker import OutgoingCommand
+from cqrs_es.types import new_command_id, shown, utc_now
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cqrs_es.aggregate import Aggregate
+    from cqrs_es.types import JsonObject
+
+AggregateName: TypeAlias = "str | type[Aggregate[Any, Any, Any]]"
+Payload: TypeAlias = "Mapping[str, object] | None"
+
+
+class CommandOptions(TypedDict, total=False):
+    """What may be said about a command beside what it is."""
+
+    command_id: str | None
+    """A UUID; one is made unless given. Sent again with it, a command is done once."""
+    metadata: Mapping[str, str]
+    """Goes with the command into its events."""
+    expected_sequence: int | None
+    """Reject with `conflict` unless the aggregate is at this sequence."""
+
+
+def new_command(  # noqa: PLR0913 - what a command message consists of
+    aggregate: AggregateName,
+    aggregate_id: str,
+    command: object,
+    payload: Payload = None,
+    *,
+    command_id: str | None = None,
+    metadata: Mapping[str, str] = NO_METADATA,
+    expected_sequence: int | None = None,
+    reply_to: str | None = None,
+) -> CommandMessage:
+    """Make a command message to send.
+
+    Name aggregate type and command and give a payload, or give the aggregate's
+    class and a command object. In a payload, Decimals become strings. Raises
+    `InvalidMessage` for what JSON can't say; the rest is checked on sending.
+    """
+    return CommandMessage(
+        id=new_command_id() if command_id is None else command_id,
+        type=command if isinstance(command, str) else spec_of(type(command)).name,
+        aggregate_type=aggregate if isinstance(aggregate, str) else _type_of(aggregate),
+        aggregate_id=aggregate_id,
+        payload=_as_json(_content(command, payload)),
+        metadata=metadata,
+        expected_sequence=expected_sequence,
+        reply_to=reply_to,
+    )
+
+
+def _type_of(aggregate: type[Aggregate[Any, Any, Any]]) -> str:
+    name: object = getattr(aggregate, "aggregate_type", None)
+    if isinstance(name, str):
+        return name
+    message = f"{aggregate!r} is no aggregate; give its class, or its type's name as a string"
+    raise errors.InvalidMessage(message)
+
+
+def _content(command: object, payload: Payload) -> object:
+    """Return what is to be the payload: the one given, or the command object itself."""
+    if isinstance(command, str):
+        return {} if payload is None else payload
+    if payload is None:
+        return command
+    message = f"{type(command).__name__} is its own payload; leave the other one out"
+    raise errors.InvalidMessage(message)
+
+
+def _as_json(content: object) -> JsonObject:
+    try:
+        return cast("JsonObject", orjson.loads(to_json(content)))
+    except (TypeError, ValueError, NotImplementedError) as exc:
+        message = f"the payload can't be written as JSON: {shown(str(exc))}"
+        raise errors.InvalidMessage(message) from exc
+
+
+def outgoing(message: CommandMessage, partitions: int) -> OutgoingCommand:
+    """Encode a message and read it as a worker will; raise `InvalidMessage`, naming the field."""
+    try:
+        body = wire.encode_command(message, sent_at=timestamp(utc_now()))
+    except (TypeError, ValueError) as exc:
+        raise errors.InvalidMessage(f"the message is not JSON: {shown(str(exc))}") from exc
+    checked = wire.parse_command(body)
+    return OutgoingCommand(checked.key.partition(partitions), checked.id, body)

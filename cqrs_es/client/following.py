@@ -1,0 +1,203 @@
+"""Reading a log as it grows, whole and in order, whatever becomes of broker and store meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from cqrs_es import errors
+from cqrs_es.client.ordering import Ordering
+from cqrs_es.cloudevents import from_cloudevent
+from cqrs_es.execution.policy import backoff
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from cqrs_es.client.ordering import Gap
+    from cqrs_es.client.source import EventSource
+    from cqrs_es.messages import StoredEvent
+    from cqrs_es.ports.broker import EventFeed, TopicEvent
+
+log = structlog.get_logger("cqrs_es.client")
+
+CHUNK: Final = 500
+# Seconds without an event after which the log is asked what was missed.
+QUIET_SECONDS: Final = 2.0
+# How long, and how many events, are held back at a gap that only a relay can close.
+HOLD_SECONDS: Final = 60.0
+MOST_HELD: Final = 100_000
+
+
+class Follower:
+    """Puts events into `ready`, each offset of a partition once, in order, none left out.
+
+    `epoch` is the life of the log that they are of. When it changes, `ready` is
+    emptied and every partition begins again.
+    """
+
+    def __init__(
+        self, name: str, source: EventSource, epoch: str | None, reached: Mapping[int, int | None]
+    ) -> None:
+        self.epoch = epoch
+        self.ready: deque[StoredEvent] = deque()
+        self._log = log.bind(subscription=name)
+        self._source = source
+        self._order = Ordering(reached)
+        self._left_epochs: set[str] = set()
+        self._feed: EventFeed | None = None
+        self._arrived: deque[TopicEvent] = deque()
+        self._behind: set[int] = set()
+        self._reread: set[tuple[int, int]] = set()
+        self._held_since: float | None = None
+        self._failures = 0
+
+    async def open(self) -> None:
+        """Subscribe to the topic."""
+        await self._opened_feed()
+
+    async def close(self) -> None:
+        """Unsubscribe."""
+        feed, self._feed = self._feed, None
+        if feed is not None:
+            with contextlib.suppress(errors.BrokerUnavailable):
+                await feed.close()
+
+    async def get_more(self) -> None:
+        """Take one step towards more events; wait a while when a server is away.
+
+        Safe to cancel. Raises `EventsGone`, `BrokenLog`.
+        """
+        try:
+            await self._step()
+            self._failures = 0
+        except errors.Unavailable as exc:
+            if self._source.closed:
+                raise
+            self._failures += 1
+            self._log.warning("subscription waits", error=exc.message)
+            await self.close()
+            await asyncio.sleep(backoff(self._failures))
+
+    async def _step(self) -> None:
+        feed = await self._opened_feed()
+        if self._behind:
+            await self._read_store(next(iter(self._behind)))
+            return
+        self._arrived.extend(await _received(feed))
+        if self._arrived:
+            await self._take_arrived()
+        else:
+            await self._look_around()
+        await self._see_to_gaps()
+
+    async def _opened_feed(self) -> EventFeed:
+        if self._feed is None:
+            self._feed = await self._source.feed(self._order.reached)
+            await self._find_behind()
+        return self._feed
+
+    # --- From the store ------------------------------------------------------
+
+    async def _find_behind(self) -> None:
+        """Note of which partitions the store has more: the topic may never deliver it."""
+        if self._source.has_store:
+            ends = await self._source.ends()
+            self._behind = {
+                partition
+                for partition, reached in self._order.reached.items()
+                if (ends[partition] or 0) > (reached or 0)
+            }
+
+    async def _read_store(self, partition: int) -> None:
+        after = self._order.reached[partition] or 0
+        events = await self._source.read(partition, after, CHUNK)
+        self.ready.extend(self._order.offer(events))
+        if len(events) < CHUNK:
+            self._behind.discard(partition)
+
+    async def _look_around(self) -> None:
+        """After a while without events, see whether the log was started again, or has more."""
+        epoch = await self._source.log_epoch()
+        if epoch is not None and epoch != self.epoch:
+            await self._enter(epoch)
+        await self._find_behind()
+
+    # --- From the topic ------------------------------------------------------
+
+    async def _take_arrived(self) -> None:
+        while self._arrived:
+            event, epoch = from_cloudevent(self._arrived[0].body)
+            if epoch != self.epoch and await self._is_new(epoch):
+                await self._enter(epoch)
+            elif epoch == self.epoch:
+                self.ready.extend(self._order.offer([event]))
+                self._arrived.popleft()
+            else:
+                self._arrived.popleft()
+
+    async def _is_new(self, epoch: str) -> bool:
+        """Tell a new life of the log from what a queue still held of an old one."""
+        present = await self._source.log_epoch()
+        return epoch not in self._left_epochs if present is None else epoch == present
+
+    async def _enter(self, epoch: str) -> None:
+        """Begin again with another life of the log; what the topic can't repeat is kept."""
+        repeats = await self._source.topic_repeats()
+        left, self.epoch = self.epoch, epoch
+        if left is None:  # nobody could tell until now
+            return
+        self._log.warning("log started again", epoch=epoch, epoch_left=left)
+        self._left_epochs.add(left)
+        self._order = Ordering(dict.fromkeys(self._source.partitions, 0))
+        self._reread.clear()
+        self.ready.clear()
+        if repeats:
+            self._arrived.clear()
+            await self.close()
+
+    # --- Gaps ----------------------------------------------------------------
+
+    async def _see_to_gaps(self) -> None:
+        """Have what is missing read from the store, or from the topic again, or wait for it."""
+        gaps = self._order.gaps()
+        if not gaps:
+            self._held_since = None
+        elif self._source.has_store:
+            self._behind.update(gap.partition for gap in gaps)
+        elif await self._source.topic_repeats():
+            await self._read_again(gaps)
+        else:
+            self._hold(gaps[0])
+
+    async def _read_again(self, gaps: Sequence[Gap]) -> None:
+        for gap in gaps:
+            if (gap.partition, gap.first) in self._reread:
+                raise errors.EventsGone(_gone(gap))
+        self._reread.update((gap.partition, gap.first) for gap in gaps)
+        self._order.forget_held()
+        await self.close()
+
+    def _hold(self, gap: Gap) -> None:
+        now = asyncio.get_running_loop().time()
+        self._held_since = self._held_since or now
+        if now - self._held_since > HOLD_SECONDS or self._order.held > MOST_HELD:
+            again = f"run `cqrs-es republish {gap.partition} --from {gap.first}` while subscribed"
+            raise errors.EventsGone(f"{_gone(gap)}, or {again}")
+
+
+def _gone(gap: Gap) -> str:
+    missing = f"offsets {gap.first} to {gap.last} of partition {gap.partition}"
+    return f"the topic no longer holds {missing}; give the client store_url, to read them there"
+
+
+async def _received(feed: EventFeed) -> list[TopicEvent]:
+    """Wait a while for events; return those there are, or none."""
+    try:
+        async with asyncio.timeout(QUIET_SECONDS):
+            return await feed.receive(CHUNK)
+    except TimeoutError:
+        return []

@@ -1,0 +1,190 @@
+"""Following a service's events from where one was: at least once, in order per partition."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias
+
+import orjson
+
+from cqrs_es.client.cursors import Position
+from cqrs_es.client.following import Follower
+from cqrs_es.messages import Envelope, StoredEvent
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cqrs_es.client.cursors import Cursor
+    from cqrs_es.client.source import EventSource
+
+Event: TypeAlias = Envelope[dict[str, Any]]
+Begin: TypeAlias = Literal["start", "end"]
+
+# The longest that handled events go unsaved while more are at hand.
+SAVE_SECONDS: Final = 1.0
+
+
+class Subscription:
+    """A service's events, one after another, as `Client.subscribe` lends it.
+
+    An event counts as handled when the next one is asked for, or the block
+    ends without an error. How far that is, is saved to the cursor when nothing
+    more is at hand, else every second, and at the end.
+    """
+
+    def __init__(
+        self, follower: Follower, progress: Progress, types: frozenset[str] | None
+    ) -> None:
+        self._follower = follower
+        self._progress = progress
+        self._types = types
+        self._in_hand: StoredEvent | None = None
+
+    @property
+    def log_epoch(self) -> str | None:
+        """The life of the log that events are of; when it changes, all of them come again.
+
+        None before the first event, where neither broker nor store can tell.
+        """
+        return self._follower.epoch
+
+    @property
+    def offsets(self) -> Mapping[int, int]:
+        """The last offset handled of each partition, as far as they are known."""
+        return dict(self._progress.offsets)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        """Wait for the next event; there is always one more.
+
+        Safe to cancel. Raises `EventsGone` where some can no longer be had,
+        `BrokenLog` where the store has lost some.
+        """
+        self.finish()
+        await self._progress.save_if_due()
+        while (event := self._next_wanted()) is None:
+            await self._progress.save()
+            await self._follower.get_more()
+            self._progress.follow(self._follower.epoch)
+        return _envelope(event)
+
+    def finish(self) -> None:
+        """Count the event in hand as handled."""
+        event, self._in_hand = self._in_hand, None
+        if event is not None:
+            self._progress.note(event)
+
+    def _next_wanted(self) -> StoredEvent | None:
+        ready = self._follower.ready
+        while ready:
+            event = ready.popleft()
+            if self._types is None or event.event_type in self._types:
+                self._in_hand = event
+                return event
+            self._progress.note(event)
+        return None
+
+    async def close(self) -> None:
+        """Save how far it got, and unsubscribe."""
+        try:
+            await self._progress.save()
+        finally:
+            await self._follower.close()
+
+
+class Progress:
+    """How far a subscriber has handled the log, and whether its cursor knows."""
+
+    def __init__(
+        self, cursor: Cursor | None, epoch: str | None, reached: Mapping[int, int | None]
+    ) -> None:
+        self.offsets = {
+            partition: offset for partition, offset in reached.items() if offset is not None
+        }
+        self._cursor = cursor
+        self._epoch = epoch
+        self._saved = True
+        self._saved_at = _now()
+
+    def note(self, event: StoredEvent) -> None:
+        """Count an event as handled."""
+        self.offsets[event.partition] = event.offset
+        self._saved = False
+
+    def follow(self, epoch: str | None) -> None:
+        """Begin again where the log did."""
+        if epoch != self._epoch and self._epoch is not None:
+            self.offsets = dict.fromkeys(self.offsets, 0)
+            self._saved = False
+        self._epoch = epoch
+
+    async def save_if_due(self) -> None:
+        """Save, unless that was done a moment ago."""
+        if _now() - self._saved_at >= SAVE_SECONDS:
+            await self.save()
+
+    async def save(self) -> None:
+        """Save what the cursor does not know yet."""
+        if self._cursor is None or self._epoch is None or self._saved:
+            return
+        position = Position(self._epoch, dict(self.offsets))
+        self._saved, self._saved_at = True, _now()
+        try:
+            await self._cursor.save(position)
+        except BaseException:
+            self._saved = False
+            raise
+
+
+async def subscription_to(
+    name: str,
+    source: EventSource,
+    *,
+    begin: Begin,
+    cursor: Cursor | None,
+    types: frozenset[str] | None,
+) -> Subscription:
+    """Make a subscription that begins where its cursor is; at `begin` if that is new.
+
+    In another life of the log than the cursor's it begins with the first event.
+    """
+    epoch = await source.log_epoch()
+    position = await cursor.load() if cursor else None
+    if position is None:
+        reached = await _first(source, begin)
+    elif epoch in {None, position.log_epoch}:
+        epoch = position.log_epoch
+        reached = {**await _first(source, begin), **position.offsets}
+    else:
+        reached = await _first(source, "start")
+    follower = Follower(name, source, epoch, reached)
+    await follower.open()
+    return Subscription(follower, Progress(cursor, epoch, reached), types)
+
+
+async def _first(source: EventSource, begin: Begin) -> dict[int, int | None]:
+    if begin == "end":
+        return dict(await source.ends())
+    return dict.fromkeys(source.partitions, 0)
+
+
+def _envelope(event: StoredEvent) -> Event:
+    return Envelope(
+        aggregate_type=event.key.type,
+        aggregate_id=event.key.id,
+        sequence=event.sequence,
+        data=orjson.loads(event.payload),
+        event_type=event.event_type,
+        event_version=event.event_version,
+        metadata=orjson.loads(event.metadata),
+        command_id=event.command_id,
+        recorded_at=event.recorded_at,
+        partition=event.partition,
+        offset=event.offset,
+    )
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
