@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 CONFIG = Path(__file__).parent.parent / "config"
 START_SECONDS = 30.0
@@ -64,10 +64,14 @@ def free_port() -> int:
     return port
 
 
-def launch(command: Sequence[str], port: int, log: Path) -> Server:
+def launch(
+    command: Sequence[str], port: int, log: Path, environment: Mapping[str, str] | None = None
+) -> Server:
     """Start a server and wait until it accepts connections."""
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
     server = Server(process, port)
     try:
         _await_port(server, log)
