@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger("cqrs_es.projection")
 
 READ_LIMIT: Final = 500
+# A batch collides once for each row that another partition inserts first: rarely more than one.
+MOST_COLLISIONS: Final = 5
 # Not the event's fault: the store's, another process's, or the deployment's.
 _NOT_POISON: Final = (
     errors.Unavailable,
@@ -100,7 +102,7 @@ class Applier:
     async def _apply(self, events: Sequence[StoredEvent]) -> None:
         """Apply a contiguous run: at once, or one by one where one of them does not apply."""
         try:
-            await self._commit(events)
+            await self._commit_past_collisions(events)
         except _NOT_POISON:
             raise
         except Exception as exc:  # noqa: BLE001 - a view can raise anything
@@ -109,6 +111,23 @@ class Applier:
                 return
             for event in events:
                 await self._apply([event])
+
+    async def _commit_past_collisions(self, events: Sequence[StoredEvent]) -> None:
+        """Commit; again where SQL of the projector's own was refused, a few times.
+
+        Projectors look for a row and insert it where there is none: another
+        partition may do the same in between. The next try finds its row.
+        """
+        for _ in range(MOST_COLLISIONS):
+            try:
+                await self._commit(events)
+            except _NOT_POISON:
+                raise
+            except errors.StoreError as exc:
+                log.debug("projection refused", view=self._folding.name, error=exc.message)
+            else:
+                return
+        await self._commit(events)
 
     async def _commit(self, events: Sequence[StoredEvent]) -> None:
         async with self._storage.views.transaction() as transaction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections import Counter
 from decimal import Decimal
@@ -150,3 +151,18 @@ async def test_money_held_is_the_sum_of_all_balances_and_of_the_log(bank: TestAp
         assert opened == len(by_view)
         assert D(str(inflow)) - D(str(outflow)) == D(str(held))
     assert await bank.parked() == []
+
+
+async def test_partitions_that_meet_on_a_new_day_share_its_row(bank: TestApp) -> None:
+    """Each looks for the day's row and inserts it: who comes second adds to it, none is parked."""
+    accounts = [f"ACCT-{number}" for number in range(16)]
+    for account in accounts:
+        await bank.send(BankAccount, account, OpenAccount(account))
+    for day in range(1, 31):
+        metadata = {"booked_on": f"2026-11-{day:02}"}
+        sent = [bank.send(BankAccount, a, DepositMoney(D(1)), metadata=metadata) for a in accounts]
+        await asyncio.gather(*sent)
+    await bank.drain()
+    assert await bank.parked() == []
+    rows = await bank.query("SELECT day, deposits_cents FROM bank_totals WHERE deposits_cents > 0")
+    assert sorted(rows) == [(f"2026-11-{day:02}", 1600) for day in range(1, 31)]
