@@ -11,13 +11,16 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 import pytest
 import structlog
 
+from cqrs_es import wire
 from cqrs_es.cli.main import main
+from cqrs_es.messages import CommandMessage
+from cqrs_es.types import JsonObject, new_command_id
 from tests.bank_data import PROJECT
 
 if TYPE_CHECKING:
@@ -53,6 +56,25 @@ class Result:
         """The one line on stderr that says what went wrong."""
         (line,) = [line for line in self.err.splitlines() if line.startswith("cqrs-es: ")]
         return line.removeprefix("cqrs-es: ")
+
+
+def message(
+    command: str,
+    aggregate_type: str,
+    aggregate_id: str,
+    payload: dict[str, object] | None = None,
+    command_id: str | None = None,
+) -> bytes:
+    """Write a command message."""
+    return wire.encode_command(
+        CommandMessage(
+            id=command_id or new_command_id(),
+            type=command,
+            aggregate_type=aggregate_type,
+            aggregate_id=aggregate_id,
+            payload=cast("JsonObject", payload or {}),
+        )
+    )
 
 
 def environment(settings: Mapping[str, str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ import typer
 from cqrs_es import errors
 from cqrs_es.cli.exits import DONE, FAILED
 from cqrs_es.cli.invocation import invocation_of
-from cqrs_es.cli.output import JsonFlag, complain
+from cqrs_es.cli.output import JsonFlag  # noqa: TC001 - typer evaluates annotations
 from cqrs_es.cli.showing import event_writer
 from cqrs_es.execution.policy import backoff
 from cqrs_es.runtime.waiting import unless
@@ -116,8 +116,12 @@ async def _tail(app: Application, settings: Settings, selection: Selection) -> b
 
 async def _follow(opened: OpenApplication, selection: Selection) -> None:
     """Print events as they are committed, for ever."""
+    import structlog
+
+    log = structlog.get_logger("cqrs_es.cli")
     write = await event_writer(opened, as_json=selection.as_json)
     after = selection.start.after(await opened.storage.events.heads())
+    log.info("following", after={str(partition): offset for partition, offset in after.items()})
     failures = 0
     while True:
         try:
@@ -127,7 +131,7 @@ async def _follow(opened: OpenApplication, selection: Selection) -> None:
             failures = 0
         except errors.Unavailable as exc:
             failures += 1
-            complain(f"{exc.message} (waiting)")
+            log.warning("waiting for the store", error=exc.message)
         await asyncio.sleep(POLL_SECONDS + (backoff(failures) if failures else 0))
 
 

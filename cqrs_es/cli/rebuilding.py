@@ -15,7 +15,6 @@ from cqrs_es import errors
 from cqrs_es.cli.exits import INTERRUPTED
 from cqrs_es.cli.invocation import invocation_of
 from cqrs_es.cli.output import JsonFlag, print_fields, print_json
-from cqrs_es.runtime.signals import stop_on_signals
 from cqrs_es.runtime.waiting import unless
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def rebuild(
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Fill a view anew from the log, beside the live one, then switch to it.
+    """Fill a view anew beside the live one, then switch to it.
 
     Goes on where an interrupted rebuild stopped. When the view fails on an event, the live
     one is left as it is. The old generation stays until it is dropped.
@@ -72,6 +71,8 @@ async def _rebuild(
     drop: int | None,
 ) -> dict[str, object] | None:
     """Do what is asked; return what was done, None when it was interrupted."""
+    from cqrs_es.runtime.signals import stop_on_signals
+
     with stop_on_signals() as stopping, ExitStack() as stack:
         async with app.open(settings) as opened:
             opened.projection(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import uuid
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import orjson
 import pytest
 
-from tests.command_line import EXAMPLE, cqrs_es, eventually, running
+from tests.command_line import EXAMPLE, cqrs_es, eventually, message, running
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -24,18 +23,11 @@ TROUBLE = ("--app", "tests.integration.troublesome:app")
 
 def lines_of(*commands: str, aggregates: int = 1) -> bytes:
     """Write command messages for the troublesome application."""
-    messages: list[dict[str, object]] = [
-        {
-            "id": str(uuid.uuid4()),
-            "type": command,
-            "aggregate_type": "trouble",
-            "aggregate_id": f"t{number}",
-            "payload": {},
-        }
+    return b"\n".join(
+        message(command, "trouble", f"t{number}")
         for number in range(aggregates)
         for command in commands
-    ]
-    return b"\n".join(orjson.dumps(message) for message in messages)
+    )
 
 
 def fed(tmp_path: Path, content: bytes) -> str:

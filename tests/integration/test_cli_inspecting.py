@@ -1,0 +1,255 @@
+"""`status`, `view`, `stream`, `tail`, `outcome`: what they print, for programs and for people."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cqrs_es.cli.inspecting import column_names
+from tests.command_line import EXAMPLE, eventually, message, running
+
+if TYPE_CHECKING:
+    from tests.command_line import Here
+
+FIRST = "0192f0c4-5b7a-7000-8000-000000000001"
+REJECTED = "0192f0c4-5b7a-7000-8000-000000000019"
+ADA = [
+    "AccountOpened",
+    "CustomerDepositedMoney",
+    "CustomerWithdrewCash",
+    "CustomerWroteCheck",
+    "CustomerDepositedMoney",
+    "CustomerWroteCheck",
+    "CustomerWithdrewCash",
+]
+
+
+# --- status ------------------------------------------------------------------
+
+
+def test_status(bank: Here) -> None:
+    """Heads, marks and checkpoints are strings; nobody works on an embedded store at rest."""
+    assert bank.done("status", "--json").json == {
+        "partitions": [
+            {
+                "partition": 0,
+                "head": "26",
+                "relay": "26",
+                "projectors": {"account_query": "26", "bank_totals": "26"},
+            }
+        ],
+        "members": [],
+        "leases": [],
+        "dead_letters": 0,
+        "parked": 0,
+    }
+
+
+def test_status_names_who_works_on_what(here: Here, sqlite_url: str) -> None:
+    """Beside a process that runs, its members and leases are listed."""
+    with running("run", CQRS_ES_STORE_URL=sqlite_url) as run:
+        eventually(lambda: run.err.count("partition taken") == 4)
+        found = here.done("status", "--json").json
+        text = here.done("status").out
+    roles = ["projector:account_query", "projector:bank_totals", "relay", "worker"]
+    assert [member["role"] for member in found["members"]] == roles
+    assert [(lease["role"], lease["partition"]) for lease in found["leases"]] == [
+        (role, 0) for role in roles
+    ]
+    assert all(role in text for role in roles)
+
+
+def test_status_for_people(bank: Here) -> None:
+    """A table of partitions, one of members, and the counts."""
+    lines = bank.done("status").out.splitlines()
+    assert lines[0].split() == ["partition", "head", "relay", "account_query", "bank_totals"]
+    assert lines[1].split() == ["0", "26", "26", "26", "26"]
+    assert lines[-2:] == ["dead letters  0", "parked        0"]
+
+
+# --- view --------------------------------------------------------------------
+
+
+def test_one_row_is_its_payload(bank: Here) -> None:
+    """With an id: the payload itself (C12)."""
+    row = bank.done("view", "account_query", "ada", "--json").json
+    assert row["account_id"] == "ada"
+    assert row["balance"] == "1123.72"
+    assert row["ledger"][2] == {"description": "1170", "amount": "256.28"}
+
+
+def test_all_rows_one_a_line(bank: Here) -> None:
+    """Without an id: id, version and payload of each, by id."""
+    rows = bank.done("view", "account_query", "--json").lines
+    assert [set(row) for row in rows] == [{"view_id", "version", "payload"}] * 4
+    balances = {row["view_id"]: row["payload"]["balance"] for row in rows}
+    assert list(balances.items()) == [
+        ("ada", "1123.72"), ("ben", "0.00"), ("chloe", "445.51"), ("dmitri", "0.00")
+    ]  # fmt: skip
+
+
+def test_a_projector_of_its_own_columns(bank: Here) -> None:
+    """Its rows by its columns: the money held is the sum of all balances."""
+    rows = bank.done("view", "bank_totals", "--json").lines
+    assert set(rows[0]) == {
+        "day", "accounts", "deposits_cents", "withdrawals_cents", "checks_cents", "held_cents"
+    }  # fmt: skip
+    assert [row["day"] for row in rows] == sorted(row["day"] for row in rows)
+    assert sum(row["held_cents"] for row in rows) == 112372 + 44551
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("account_query", "eve"), 1, "no row 'eve'"),
+        (("nothing",), 1, "there is no view 'nothing'; the application's are account_query"),
+        (("bank_totals", "2026-11-02"), 2, "leave the id out"),
+    ],
+)
+def test_a_view_or_row_that_is_not_there(
+    bank: Here, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    """What is missing is named."""
+    result = bank("view", *arguments)
+    assert (result.code, result.out) == (code, "")
+    assert words in result.complaint
+
+
+def test_a_view_for_people(bank: Here) -> None:
+    """One row as indented JSON, all rows as a table, without colours in a file."""
+    assert '"balance": "1123.72",' in bank.done("view", "account_query", "ada").out
+    table = bank.done("view", "account_query").out.splitlines()
+    assert table[0].split() == ["view_id", "version", "payload"]
+    assert len(table) == 5
+    assert "\x1b" not in "".join(table)
+
+
+def test_the_columns_of_a_definition() -> None:
+    """Types with commas, keys and constraints are no columns."""
+    definition = "a VARCHAR(3) NOT NULL, b DECIMAL(10, 2),\n c INT, PRIMARY KEY (a, c), UNIQUE (b)"
+    assert column_names(definition) == ["a", "b", "c"]
+
+
+# --- stream and tail ---------------------------------------------------------
+
+
+def test_a_stream_is_an_aggregates_events(bank: Here) -> None:
+    """One CloudEvent a line, as on the topic (CONTRACT §4)."""
+    events = bank.done("stream", "account", "ada", "--json").lines
+    assert [event["type"] for event in events] == ADA
+    epoch = bank.done("init", "--json").json["logepoch"]
+    first = events[1]
+    assert first.pop("time").endswith("Z")
+    assert first == {
+        "specversion": "1.0",
+        "id": "account/ada/2",
+        "source": "/bank",
+        "type": "CustomerDepositedMoney",
+        "subject": "ada",
+        "datacontenttype": "application/json",
+        "data": {"amount": "1000", "balance": "1000"},
+        "aggregatetype": "account",
+        "aggregatesequence": "2",
+        "eventversion": "1.0",
+        "partition": 0,
+        "offset": "2",
+        "logepoch": epoch,
+        "partitionkey": "account/ada",
+        "commandid": first["commandid"],
+        "metadata": first["metadata"],
+    }
+
+
+@pytest.mark.parametrize("name", [("account", "Ada"), ("Account", "ada"), ("account", "nobody")])
+def test_no_such_stream(bank: Here, name: tuple[str, str]) -> None:
+    """An aggregate without events is not found: exit code 1."""
+    result = bank("stream", *name)
+    assert (result.code, result.out) == (1, "")
+    assert "there is no aggregate" in result.complaint
+
+
+def followed(url: str, *arguments: str, until: int) -> list[Any]:
+    """Tail until so many events are there, then stop it by a signal."""
+    with running("tail", "--json", *arguments, CQRS_ES_STORE_URL=url) as tail:
+        eventually(lambda: tail.out.count("\n") >= until)
+        tail.signal(signal.SIGTERM)
+        result = tail.end()
+    assert result.code == 0, result.err
+    return result.lines
+
+
+def test_tail_from_the_start(bank: Here, sqlite_url: str) -> None:
+    """Every event of the log, in order; a signal ends it with exit code 0."""
+    del bank  # it has filled the log
+    events = followed(sqlite_url, "--from", "start", until=26)
+    assert [event["offset"] for event in events] == [str(n) for n in range(1, 27)]
+
+
+def test_tail_from_an_offset_of_one_type(bank: Here, sqlite_url: str) -> None:
+    """From that offset on, it included; other types are left out."""
+    del bank  # it has filled the log
+    checks = followed(sqlite_url, "--from", "0:6", "--type", "CustomerWroteCheck", until=5)
+    assert [event["data"]["check_number"] for event in checks] == [
+        "1171", "2001", "2002", "3001", "4001"
+    ]  # fmt: skip
+
+
+def test_tail_shows_what_comes(bank: Here, sqlite_url: str) -> None:
+    """From the end on, unless said otherwise: only what is committed later."""
+    with running("tail", "--json", CQRS_ES_STORE_URL=sqlite_url) as tail:
+        tail.wait_for("following")
+        bank.done("run", "--commands", str(EXAMPLE), "--until-idle")  # duplicates: nothing new
+        opening = message("OpenAccount", "account", "zoe", {"account_id": "zoe"})
+        with running("run", "--commands", "-", CQRS_ES_STORE_URL=sqlite_url) as run:
+            run.feed(opening + b"\n")
+            eventually(lambda: "\n" in tail.out)
+        tail.signal(signal.SIGINT)
+        result = tail.end()
+    assert result.code == 0
+    assert [event["id"] for event in result.lines] == ["account/zoe/1"]
+
+
+@pytest.mark.parametrize(
+    ("where", "words"), [("middle", "not 'middle'"), ("9:1", "there is no partition 9")]
+)
+def test_tail_from_nowhere(bank: Here, where: str, words: str) -> None:
+    """A place that is none is wrong usage."""
+    result = bank("tail", "--from", where)
+    assert result.code == 2
+    assert words in result.complaint
+
+
+# --- outcome -----------------------------------------------------------------
+
+
+def test_an_outcome(bank: Here) -> None:
+    """The object of CONTRACT §3; the id in any case (D3)."""
+    for command_id in (FIRST, FIRST.upper()):
+        assert bank.done("outcome", command_id, "--json").json == {
+            "command_id": FIRST,
+            "status": "accepted",
+            "aggregate_type": "account",
+            "aggregate_id": "ada",
+            "sequence": 1,
+            "partition": 0,
+            "offset": "1",
+            "events": [{"type": "AccountOpened", "sequence": 1}],
+            "error": None,
+            "duplicate": False,
+        }
+
+
+def test_a_rejection_for_people(bank: Here) -> None:
+    """Looking up succeeds, whatever the outcome was."""
+    text = bank.done("outcome", REJECTED).out
+    assert "rejected" in text
+    assert "invalid_command" in text
+
+
+@pytest.mark.parametrize(("command_id", "code"), [(FIRST.replace("1", "2"), 1), ("mine", 2)])
+def test_no_such_outcome(bank: Here, command_id: str, code: int) -> None:
+    """An unknown id is not found, what is no id is wrong usage."""
+    result = bank("outcome", command_id)
+    assert (result.code, result.out) == (code, "")

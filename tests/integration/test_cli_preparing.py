@@ -1,0 +1,172 @@
+"""`init`, `check`, `settings`, `--help`, `--version`: before anything runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cqrs_es.cli.explaining import MEANINGS
+from tests.bank_data import PROJECT
+from tests.command_line import cqrs_es, environment
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.command_line import Here
+
+VERBS = [
+    "run", "worker", "relay", "projector", "init", "check", "settings", "send", "status", "view",
+    "stream", "tail", "outcome", "rebuild", "republish", "dead", "parked",
+]  # fmt: skip
+
+
+# --- init --------------------------------------------------------------------
+
+
+def test_init_is_idempotent(here: Here) -> None:
+    """The second time it finds what the first one made."""
+    first = here.done("init", "--json").json
+    assert set(first) == {"partitions", "logepoch", "schema_version"}
+    assert here.done("init", "--json").json == first
+
+
+def test_init_begins_a_new_epoch(bank: Here) -> None:
+    """--new-epoch renews the log's id and resets the relay's mark; events and views stay."""
+    before = bank.done("init", "--json").json
+    after = bank.done("init", "--new-epoch", "--json").json
+    assert after["logepoch"] != before["logepoch"]
+    (partition,) = bank.done("status", "--json").json["partitions"]
+    assert (partition["head"], partition["relay"]) == ("26", "0")
+    bank.done("run", "--until-idle")
+    (partition,) = bank.done("status", "--json").json["partitions"]
+    assert (partition["relay"], partition["projectors"]["account_query"]) == ("26", "26")
+
+
+def test_a_server_store_has_to_be_initialised(mysql_url: str) -> None:
+    """Without `init` a verb says so, exit code 2; afterwards all is there, P = 16."""
+    refused = cqrs_es("status", CQRS_ES_STORE_URL=mysql_url)
+    assert refused.code == 2
+    assert "cqrs-es init" in refused.complaint
+    assert cqrs_es("check", CQRS_ES_STORE_URL=mysql_url).code == 2
+    made = cqrs_es("init", "--json", CQRS_ES_STORE_URL=mysql_url)
+    assert made.json["partitions"] == 16
+    assert cqrs_es("check", CQRS_ES_STORE_URL=mysql_url).code == 0
+    found = cqrs_es("status", "--json", CQRS_ES_STORE_URL=mysql_url)
+    assert len(found.json["partitions"]) == 16
+
+
+# --- check -------------------------------------------------------------------
+
+
+def findings(here: Here, *arguments: str, code: int = 0) -> dict[str, Any]:
+    result = here(*arguments, "check", "--json")
+    assert result.code == code, result.out
+    return {finding["check"]: finding for finding in result.lines}
+
+
+def test_check_before_the_first_run(here: Here) -> None:
+    """A SQLite file that is not made yet is no fault."""
+    found = findings(here)
+    assert list(found) == ["definitions", "aggregate account", "store", "views", "broker"]
+    assert all(finding["ok"] for finding in found.values())
+    assert "not made yet" in found["store"]["detail"]
+    assert "DepositMoney" in found["aggregate account"]["detail"]
+
+
+def test_check_after_it(bank: Here) -> None:
+    """Schema, partitions and views are read."""
+    found = findings(bank)
+    assert found["store"]["detail"] == "schema 1, 1 partitions"
+    assert found["views"]["detail"] == "2 with their tables"
+
+
+def test_check_names_a_broker_that_is_away(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other findings are there all the same; exit code 3; no password is shown."""
+    monkeypatch.setenv("CQRS_ES_BROKER_URL", "redis://user:secret@127.0.0.1:1/0")
+    result = here("check", "--json")
+    assert result.code == 3
+    assert [finding["check"] for finding in result.lines if not finding["ok"]] == ["broker"]
+    assert "secret" not in result.out + result.err
+
+
+def test_check_names_services_that_cant_be_made(here: Here, tmp_path: Path) -> None:
+    """Handlers could not run: exit code 2."""
+    (tmp_path / "mine.py").write_text(
+        "from tests.integration.troublesome import Trouble\n"
+        "from cqrs_es.application import Application\n"
+        "app = Application('mine')\n"
+        "app.aggregate(Trouble, services=lambda context: 1 / 0)\n"
+    )
+    result = cqrs_es("--app", "mine:app", "check", "--json", cwd=tmp_path)
+    assert result.code == 2
+    (bad,) = [finding for finding in result.lines if not finding["ok"]]
+    assert bad["check"] == "aggregate trouble"
+    assert "ZeroDivisionError" in bad["detail"]
+    assert here.done("check").out.startswith("check")
+
+
+# --- settings, help, version -------------------------------------------------
+
+
+def test_every_setting_is_explained(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With value, default and meaning; passwords are masked."""
+    monkeypatch.setenv("CQRS_ES_BROKER_URL", "amqp://me:se?cr/et@host:5672/v")
+    monkeypatch.setenv("CQRS_ES_BATCH_SIZE", "7")
+    explained = {one["name"]: one for one in here.done("settings", "--json").lines}
+    assert len(explained) == len(MEANINGS) == 15
+    assert explained["CQRS_ES_BATCH_SIZE"]["value"] == 7
+    assert explained["CQRS_ES_BATCH_SIZE"]["default"] == 500
+    assert explained["CQRS_ES_BROKER_URL"]["value"] == "amqp://me:***@host:5672/v"
+    assert "CQRS_ES_SHUTDOWN_TIMEOUT" in here.done("settings").out
+
+
+def test_help_names_every_verb(here: Here) -> None:
+    """Each on a line of its own, not cut short."""
+    text = here.done("--help").out
+    listed = text[text.index("Commands:") :].splitlines()[1:]
+    assert [line.split()[0] for line in listed[: len(VERBS)]] == VERBS
+    assert "..." not in "".join(listed[: len(VERBS)])
+    assert "cqrs-es settings" in text
+    assert here("nothing").code == here().code == 2
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_explains_itself(here: Here, verb: str) -> None:
+    """What it does, and an example."""
+    text = here.done(verb, "--help").out
+    assert f"Example: cqrs-es {verb}" in text or "Commands:" in text
+
+
+def test_help_works_without_settings_and_application(tmp_path: Path) -> None:
+    """Whoever is lost can ask."""
+    assert cqrs_es("run", "--help", cwd=tmp_path, CQRS_ES_NONSENSE="1").code == 0
+
+
+def test_help_is_quick() -> None:
+    """It loads no store, broker, log or table library."""
+    script = (
+        "import sys\n"
+        "from cqrs_es.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'structlog', 'rich', 'redis', 'aiomysql', 'sqlite3', 'cqrs_es.application'}\n"
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=PROJECT, env=environment({}),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_version(here: Here) -> None:
+    """That of the installed distribution."""
+    try:
+        expected = metadata.version("cqrs-es")
+    except metadata.PackageNotFoundError:
+        expected = "unknown"
+    assert here.done("--version").out == f"cqrs-es {expected}\n"

@@ -1,0 +1,147 @@
+"""`dead …`, `parked …`, `republish`."""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+import redis
+
+from tests.command_line import EXAMPLE, message
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.command_line import Here
+
+UNKNOWN = "0192f0c4-5b7a-7000-8000-00000000aaaa"
+BAD = b"{bad \x1b[31m"
+
+
+@pytest.fixture
+def troubled(here: Here, tmp_path: Path) -> Here:
+    """Bring about two dead letters: an unknown command, and a line that is no message."""
+    unknown = message("CloseAccount", "account", "ada", command_id=UNKNOWN)
+    file = tmp_path / "commands.jsonl"
+    file.write_bytes(b"\n".join([unknown, BAD, *EXAMPLE.read_bytes().splitlines()]))
+    summary = here.done("run", "--commands", str(file), "--until-idle", "--json").json
+    assert (summary["commands"]["failed"], summary["commands"]["dead"]) == (1, 1)
+    return here
+
+
+def letters(here: Here) -> dict[str, Any]:
+    return {letter["reason"][:15]: letter for letter in here.done("dead", "list", "--json").lines}
+
+
+def test_dead_list(troubled: Here) -> None:
+    """One object a line, with everything that is known."""
+    found = letters(troubled)
+    assert set(found) == {"unknown_command", "message is not "}
+    unknown = found["unknown_command"]
+    assert unknown["id"] == UNKNOWN
+    assert orjson.loads(unknown["body"])["type"] == "CloseAccount"
+    assert unknown["source"] == "commands"
+    assert unknown["attempts"] == 1
+    assert found["message is not "]["body"] == BAD.decode()
+    assert troubled.done("status", "--json").json["dead_letters"] == 2
+
+
+def test_dead_letters_for_people_hold_no_escapes(troubled: Here) -> None:
+    """What a terminal would obey is shown as a code."""
+    letter_id = letters(troubled)["message is not "]["id"]
+    shown = troubled.done("dead", "show", letter_id).out
+    assert "{bad \\x1b[31m" in shown
+    assert "\x1b" not in shown + troubled.done("dead", "list").out
+
+
+def test_dead_show(troubled: Here) -> None:
+    """The same object by its id; another id is not found."""
+    assert (
+        troubled.done("dead", "show", UNKNOWN, "--json").json
+        == letters(troubled)["unknown_command"]
+    )
+    missing = troubled("dead", "show", str(uuid.uuid4()))
+    assert missing.code == 1
+    assert "there is no dead letter" in missing.complaint
+
+
+def test_dead_retry_of_what_is_still_wrong(troubled: Here) -> None:
+    """The outcome of each is printed; those that stay make the exit code 1."""
+    result = troubled("dead", "retry", "--all", "--json")
+    assert result.code == 1
+    assert [outcome["status"] for outcome in result.lines] == ["failed"]
+    assert "not JSON" in result.complaint
+    assert len(letters(troubled)) == 2
+
+
+def test_dead_retry_with_newer_code(troubled: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that knows the command accepts it, and the letter is gone (D11)."""
+    monkeypatch.setenv("CQRS_ES_SERVICE", "bank")
+    newer = ("--app", "tests.integration.newer_bank:app")
+    result = troubled.done(*newer, "dead", "retry", UNKNOWN, "--json")
+    assert result.json["status"] == "accepted"
+    assert result.json["events"] == [{"type": "AccountClosed", "sequence": 8}]
+    assert set(letters(troubled)) == {"message is not "}
+    assert troubled.done("outcome", UNKNOWN, "--json").json["status"] == "accepted"
+
+
+def test_dead_drop(troubled: Here) -> None:
+    """By id, or all; the failed outcome stays."""
+    dropped = troubled.done("dead", "drop", UNKNOWN, "--json").json
+    assert dropped == {"id": UNKNOWN, "dropped": True}
+    assert troubled("dead", "drop", UNKNOWN).code == 1
+    troubled.done("dead", "drop", "--all")
+    assert letters(troubled) == {}
+    assert troubled.done("outcome", UNKNOWN, "--json").json["status"] == "failed"
+
+
+@pytest.mark.parametrize("verb", ["retry", "drop"])
+@pytest.mark.parametrize("which", [(), (UNKNOWN, "--all")])
+def test_which_letters_must_be_said(here: Here, verb: str, which: tuple[str, ...]) -> None:
+    """Neither none nor both: wrong usage."""
+    assert here("dead", verb, *which).code == 2
+
+
+def test_parked_list(here: Here, tmp_path: Path) -> None:
+    """One object a line for each aggregate that a view fails on."""
+    file = tmp_path / "commands.jsonl"
+    file.write_bytes(b"\n".join(message("Do", "trouble", name) for name in ("a", "b")))
+    app = ("--app", "tests.integration.troublesome:with_broken_view")
+    summary = here.done(*app, "run", "--commands", str(file), "--until-idle")
+    assert "parked       2" in summary.out
+    parked = here.done(*app, "parked", "list", "--json").lines
+    assert [(p["aggregate_type"], p["aggregate_id"], p["from_sequence"]) for p in parked] == [
+        ("trouble", "a", 1), ("trouble", "b", 1)
+    ]  # fmt: skip
+    assert {p["reason"] for p in parked} == {"ValueError: this view is wrong"}
+    assert here.done(*app, "status", "--json").json["parked"] == 2
+
+
+def test_republish_needs_a_broker_that_lasts(bank: Here) -> None:
+    """What is published to a broker in memory reaches nobody: exit code 2."""
+    assert "broker in memory" in bank("republish", "0", "--from", "1").complaint
+
+
+def test_republish_fills_a_topic_that_lost_everything(
+    bank: Here, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Redis what comes before is published too: entry ids have no holes."""
+    monkeypatch.setenv("CQRS_ES_BROKER_URL", redis_url)
+    done = bank.done("republish", "0", "--from", "20", "--json").json
+    assert done == {"partition": 0, "from": "20", "to": "26"}
+    with redis.Redis.from_url(redis_url) as client:  # pyright: ignore[reportUnknownMemberType]
+        entries = client.xrange("bank:events:0")
+    assert entries is not None
+    assert [entry_id for entry_id, _ in entries] == [f"{n}-0".encode() for n in range(1, 27)]
+
+
+@pytest.mark.parametrize(("partition", "offset", "code"), [("0", "27", 1), ("7", "1", 2)])
+def test_republish_what_is_not_there(
+    bank: Here, redis_url: str, monkeypatch: pytest.MonkeyPatch, partition: str, offset: str,
+    code: int,
+) -> None:  # fmt: skip
+    """Beyond the head is not found, a partition that there is not is wrong usage."""
+    monkeypatch.setenv("CQRS_ES_BROKER_URL", redis_url)
+    assert bank("republish", partition, "--from", offset).code == code
