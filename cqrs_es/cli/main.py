@@ -29,13 +29,10 @@ PROGRAM: Final = "cqrs-es"
 cli = typer.Typer(
     name=PROGRAM,
     no_args_is_help=True,
-    rich_markup_mode=None,  # plain help, a third of a second sooner
+    rich_markup_mode=None,  # plain help, and a tenth of a second sooner
     pretty_exceptions_enable=False,  # they print variables, and so secrets
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=(
-        "Settings are environment variables, CQRS_ES_STORE_URL for one: `cqrs-es settings` "
-        "lists them with their values, defaults and meaning."
-    ),
+    epilog="Settings are environment variables: `cqrs-es settings` explains them all.",
 )
 
 

@@ -196,6 +196,23 @@ def test_a_blocked_event_loop_ends_the_process(sqlite_url: str) -> None:
     assert "time.sleep(LONG)" in orjson.loads(line)["stack"]
 
 
+def test_a_frozen_process_goes_on(here: Here, sqlite_url: str) -> None:
+    """One that was stopped as a whole for longer than a lease takes its partitions again."""
+
+    def leases() -> int:
+        return len(here.done("status", "--json").json["leases"])
+
+    with running("run", CQRS_ES_STORE_URL=sqlite_url, CQRS_ES_LEASE_SECONDS="1") as run:
+        run.wait_for("partition taken")
+        eventually(lambda: leases() == 4)
+        run.signal(signal.SIGSTOP)
+        eventually(lambda: leases() == 0)
+        run.signal(signal.SIGCONT)
+        eventually(lambda: leases() == 4)
+        run.signal(signal.SIGTERM)
+        assert run.end().code == 0
+
+
 def test_a_view_that_is_wrong_does_not_keep_until_idle_waiting(
     sqlite_url: str, tmp_path: Path
 ) -> None:
