@@ -29,7 +29,8 @@ STATEMENT_SECONDS: Final = 30.0
 MIGRATION_SECONDS: Final = 600.0
 """Adopting a large table copies it."""
 CLOSE_SECONDS: Final = 2.0
-_MIGRATION_LOCK: Final = "CONCAT('cqrs-es:', MD5(DATABASE()))"
+# At most 64 characters; MySQL 9.6 has no MD5 any more.
+_MIGRATION_LOCK: Final = "CONCAT('cqrs-es:', LEFT(SHA2(DATABASE(), 256), 40))"
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +193,13 @@ async def _prepare(session: MysqlSession, limits: Limits) -> None:
     await session.execute(f"SET SESSION {', '.join(_settings(dialect, limits))}")
 
 
+# MySQL warns unless the last three go with strictness.
+STRICT: Final = (
+    "STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION,"
+    "NO_ZERO_DATE,NO_ZERO_IN_DATE,ERROR_FOR_DIVISION_BY_ZERO"
+)
+
+
 def _settings(dialect: Dialect, limits: Limits) -> list[str]:
     # READ COMMITTED, since under REPEATABLE READ what is read after a lock was granted
     # may be older than the lock.
@@ -203,7 +211,7 @@ def _settings(dialect: Dialect, limits: Limits) -> list[str]:
         f"{idling} = {limits.idle}",
         f"innodb_lock_wait_timeout = {limits.lock_wait}",
         f"lock_wait_timeout = {limits.lock_wait}",
-        "sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'",
+        f"sql_mode = '{STRICT}'",
         "time_zone = '+00:00'",
         "sql_notes = 0",  # "the table is there already" is no warning
     ]
