@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from cqrs_es.settings import LogFormat, LogLevel
 
+# What a reader looks for first.
+_FIRST: Final = ("timestamp", "level", "logger", "event")
 _CREDENTIALS: Final = re.compile(r"(?<=://)([^\s/:@]*):\S*@")
 
 
@@ -81,7 +83,8 @@ def _console() -> Processor:
 
 
 def _to_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
-    return orjson.dumps(event, default=repr, option=orjson.OPT_NON_STR_KEYS).decode()
+    first = {name: event.pop(name) for name in _FIRST if name in event}
+    return orjson.dumps({**first, **event}, default=repr, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
 def _add_logger_name(logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
