@@ -14,7 +14,7 @@ import orjson
 from tests.bank_data import PROJECT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
     from pathlib import Path
 
 CLI = [sys.executable, "-m", "cqrs_es.cli"]
@@ -84,7 +84,7 @@ class Service:
 @contextmanager
 def service(
     app: str, store_url: str, broker_url: str, logs: Path, **settings: str
-) -> Iterator[Service]:
+) -> Generator[Service]:
     """Initialise a service; whatever of it still runs at the end is killed."""
     made = Service(app, store_url, broker_url, logs, settings)
     made.call("init")

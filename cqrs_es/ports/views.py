@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from cqrs_es.types import AggregateKey
 
 
-
 @dataclass(frozen=True, slots=True)
 class ViewRow:
     """One row of a view; `version` counts its writes from 1, `payload` is JSON."""

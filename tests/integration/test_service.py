@@ -41,7 +41,7 @@ def partition_of(message: dict[str, Any]) -> int:
 
 
 def send(client: redis.Redis, name: str, messages: Iterable[dict[str, Any]]) -> None:
-    with client.pipeline(transaction=False) as pipeline:
+    with client.pipeline(transaction=False) as pipeline:  # pyright: ignore[reportUnknownMemberType]
         for message in messages:
             stream = f"{name}:commands:{partition_of(message)}"
             pipeline.xadd(stream, {"command": orjson.dumps(message)})
@@ -306,7 +306,7 @@ def test_redis_is_flushed(bank: Service, client: redis.Redis) -> None:
     send(client, "bank", [message("DepositMoney", a, {"amount": "5"}) for a in accounts])
     until(lambda: projected(bank), "projectors lag behind")
     until(lambda: sum(map(len, topic(client, "bank").values())) == 60, "not published")
-    client.flushall()
+    client.execute_command("FLUSHALL")  # pyright: ignore[reportUnknownMemberType]
     send(client, "bank", [message("DepositMoney", a, {"amount": "1"}) for a in accounts])
     until(lambda: queued(client, "bank") == 0, "commands remain queued")
     until(lambda: sum(map(len, topic(client, "bank").values())) == 90, "not published again")
