@@ -92,8 +92,9 @@ class LiveDisplay(Display):
 
     def __init__(self, supervisor: Supervisor) -> None:
         super().__init__(supervisor)
-        console = Console(stderr=True, highlight=False)
-        self._live = Live(console=console, auto_refresh=False, transient=True)
+        # Log lines pass through this console: it must not break them.
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._live = Live(console=self._console, auto_refresh=False, transient=True)
 
     def _showing(self) -> Live:
         return self._live
@@ -104,7 +105,8 @@ class LiveDisplay(Display):
             f"{look.commands:,} commands ({rate:,.0f}/s)  {look.events:,} events  lag {lag}"
         )
         for trouble in look.troubles:
-            text.append(f"\n{printable(trouble)}", style="yellow")
+            line = printable(trouble)[: self._console.width - 1]
+            text.append(f"\n{line}", style="yellow")
         self._live.update(text, refresh=True)
 
 
