@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cqrs_es import errors
-from cqrs_es.ports.broker import OutgoingCommand, OutgoingReply
+from cqrs_es.ports.broker import OutgoingCommand, OutgoingReply, Topology
 from tests.contract.brokers import (
     EPOCH,
     NEW_EPOCH,
@@ -455,6 +455,16 @@ async def test_a_closed_inbox_is_dead(broker: Broker) -> None:
 
 
 # --- The broker itself -------------------------------------------------------
+
+
+async def test_what_was_declared_can_be_read_back(server: BrokerServer) -> None:
+    """A sender learns P and the epoch from the broker; before they are declared, nothing."""
+    broker = await server.open()
+    assert await broker.topology() is None
+    await broker.declare(PARTITIONS, EPOCH)
+    assert await broker.topology() == Topology(PARTITIONS, EPOCH)
+    await broker.declare(PARTITIONS, NEW_EPOCH)
+    assert await (await server.open()).topology() == Topology(PARTITIONS, NEW_EPOCH)
 
 
 async def test_closing_a_broker_ends_what_waits_on_it(server: BrokerServer) -> None:
