@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import os
 import threading
 from collections.abc import Collection, Coroutine, Generator, Iterable
@@ -43,6 +44,10 @@ class Bridge:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise errors.BrokerUnavailable(
+                "the client was closed meanwhile; open it again"
+            ) from None
         except BaseException:
             future.cancel()
             raise
@@ -135,7 +140,12 @@ class SyncClient:
             bridge.close()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self._opened().run(work)
+        try:
+            bridge = self._opened()
+        except errors.ConfigurationError:
+            work.close()
+            raise
+        return bridge.run(work)
 
     def _opened(self) -> Bridge:
         if self._bridge is None:
