@@ -20,11 +20,14 @@ class _Adapter:
     extra: str | None = None
 
 
+_AMQP = _Adapter("cqrs_es.brokers.amqp", "amqp")
 _REDIS = _Adapter("cqrs_es.brokers.redis", "redis")
 _ADAPTERS = {
     "memory": _Adapter("cqrs_es.brokers.memory"),
     "redis": _REDIS,
     "rediss": _REDIS,
+    "amqp": _AMQP,
+    "amqps": _AMQP,
 }
 
 

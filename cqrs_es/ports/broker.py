@@ -157,6 +157,14 @@ class Broker(ABC):
     async def open_intake(self, partition: int, consumer: str) -> CommandIntake:
         """Begin to consume a partition of the command queue; the caller holds its lease."""
 
+    async def open_dead_intake(self, consumer: str) -> CommandIntake | None:
+        """Begin to consume the commands that the broker itself gave up; None if it never does.
+
+        The deliveries' `headers` say why as `reason`. Settle each only once it is kept elsewhere.
+        """
+        del consumer
+        return None
+
     @abstractmethod
     async def publish(self, partition: int, log_epoch: str, events: Sequence[OutgoingEvent]) -> int:
         """Publish contiguous events of a partition; return the last offset the topic confirmed.

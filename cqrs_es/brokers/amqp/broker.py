@@ -1,0 +1,190 @@
+"""The broker port, kept with RabbitMQ."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import TYPE_CHECKING
+
+from amqp.exceptions import NotFound, PreconditionFailed
+
+from cqrs_es import errors
+from cqrs_es.brokers.amqp import commands as queues
+from cqrs_es.brokers.amqp import replies as inboxes
+from cqrs_es.brokers.amqp import topic, topology
+from cqrs_es.brokers.amqp.address import Address
+from cqrs_es.brokers.amqp.reconnecting import Connections
+from cqrs_es.ports.broker import Broker
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from cqrs_es.ports.broker import (
+        CommandIntake,
+        EventFeed,
+        OutgoingCommand,
+        OutgoingEvent,
+        OutgoingReply,
+        ReplyInbox,
+    )
+
+
+def connect(url: str, *, service: str, event_retention: int) -> AmqpBroker:
+    """Make the broker for a URL; raises `SettingsError` for one that can't be used.
+
+    `event_retention` is not for an exchange, which retains nothing.
+    """
+    del event_retention
+    return AmqpBroker(Address.of(url), service=service)
+
+
+class AmqpBroker(Broker):
+    """Commands, topic and replies of one service on a RabbitMQ server."""
+
+    def __init__(self, address: Address, *, service: str) -> None:
+        self._names = topology.Names(service)
+        self._connections = Connections(address, service)
+        self._intakes: dict[int, queues.AmqpIntake] = {}
+        self._partitions: int | None = None
+
+    @property
+    def durable(self) -> bool:
+        """Always: the server outlives this process."""
+        return True
+
+    async def open(self) -> None:
+        """Reach the server."""
+        self._connections.allow()
+        await self._connections.consuming()
+        await self._connections.publishing()
+
+    async def close(self) -> None:
+        """Drop both connections; intakes, feeds and inboxes end with `BrokerUnavailable`."""
+        await self._connections.close()
+
+    async def declare(self, partitions: int, log_epoch: str) -> None:
+        """Create what is missing; raises `ConfigurationError` for what is there but differs.
+
+        An exchange holds no events, so a new epoch has nothing to empty:
+        subscribers see it in the events.
+        """
+        del log_epoch
+        bridge = await self._connections.consuming()
+        wanted = topology.topology(self._names, partitions)
+        try:
+            await bridge.on_channel(partial(topology.declare, wanted=wanted))
+        except errors.BrokerUnavailable as exc:
+            raise _differs(exc) from exc.__cause__
+        self._partitions = partitions
+
+    async def send(self, commands: Sequence[OutgoingCommand]) -> None:
+        """Publish commands; raises when one was refused, though later ones may have landed."""
+        publishers = await self._connections.publishing()
+        messages = [queues.outgoing(self._names, command) for command in commands]
+        receipt = await publishers.commands.publish(messages)
+        if receipt.refusal is not None:
+            message = f"RabbitMQ refused a command: {receipt.refusal}; make room, then send again"
+            raise errors.BrokerUnavailable(message)
+
+    async def open_intake(self, partition: int, consumer: str) -> CommandIntake:
+        """Begin to consume a partition, once the server makes this the active consumer."""
+        del consumer
+        bridge = await self._connections.consuming()
+        before = self._intakes.pop(partition, None)
+        if before is not None:
+            await before.displace()
+        intake = await queues.open_intake(bridge, self._names, partition)
+        self._intakes[partition] = intake
+        return intake
+
+    async def open_dead_intake(self, consumer: str) -> CommandIntake | None:
+        """Begin to consume the service's queue of commands that could not be delivered."""
+        del consumer
+        return await queues.open_dead_intake(await self._connections.consuming(), self._names)
+
+    async def publish(self, partition: int, log_epoch: str, events: Sequence[OutgoingEvent]) -> int:
+        """Publish events, each as often as it is given; the server can't tell an epoch."""
+        del log_epoch
+        publishers = await self._connections.publishing()
+        messages = [topic.outgoing(self._names, partition, event) for event in events]
+        receipt = await publishers.events.publish(messages)
+        if receipt.refusal is not None and not receipt.confirmed:
+            message = f"RabbitMQ refused an event: {receipt.refusal}; look at the queues bound to "
+            raise errors.BrokerUnavailable(f"{message}{self._names.events}")
+        return events[receipt.confirmed - 1].offset
+
+    async def topic_end(self, partition: int) -> int | None:
+        """Return None: an exchange holds nothing."""
+        del partition
+        return None
+
+    async def subscribe(self, after: Mapping[int, int]) -> EventFeed:
+        """Receive these partitions' events from now on; what was before is in the store."""
+        bridge = await self._connections.consuming()
+        return await topic.subscribe(bridge, self._names, list(after))
+
+    async def reply(self, replies: Sequence[OutgoingReply]) -> None:
+        """Publish outcomes to the queues of their senders."""
+        publishers = await self._connections.publishing()
+        if publishers.bridge.blocked:  # nobody's acknowledgement is to wait for that
+            message = "RabbitMQ takes no messages for want of memory or disk; replies are dropped"
+            raise errors.BrokerUnavailable(message)
+        await publishers.replies.publish(
+            [inboxes.outgoing(self._names, reply) for reply in replies]
+        )
+
+    async def open_replies(self, reply_to: str) -> ReplyInbox:
+        """Begin to receive a sender's replies."""
+        bridge = await self._connections.consuming()
+        return await inboxes.open_inbox(bridge, self._names, reply_to)
+
+    # --- Depth -----------------------------------------------------------------
+
+    async def queue_depth(self) -> Mapping[int, int]:
+        """Return what waits in the queues, and what this process has of them unsettled.
+
+        What other processes have and did not settle is not counted.
+        """
+        return {
+            partition: await self._waiting(partition) + await self._held(partition)
+            for partition in range(await self._known_partitions())
+        }
+
+    async def _waiting(self, partition: int) -> int:
+        bridge = await self._connections.consuming()
+        queue = self._names.queue(partition)
+        return await bridge.on_channel(partial(topology.check_queue, name=queue))
+
+    async def _held(self, partition: int) -> int:
+        """Count what is unsettled here, also what was on its way when the queue was asked."""
+        intake = self._intakes.get(partition)
+        if intake is None or intake.closed:
+            return 0
+        await intake.catch_up()
+        return intake.held
+
+    async def _known_partitions(self) -> int:
+        """Find out how many partitions there are, where this process did not declare them."""
+        if self._partitions is None:
+            self._partitions = await self._count_partitions() or None
+        return self._partitions or 0
+
+    async def _count_partitions(self) -> int:
+        for partition in itertools.count():
+            try:
+                await self._waiting(partition)
+            except errors.BrokerUnavailable as exc:
+                if isinstance(exc.__cause__, NotFound):
+                    return partition
+                raise
+        raise AssertionError  # the count has no end
+
+
+def _differs(exc: errors.BrokerUnavailable) -> errors.CqrsError:
+    """Return the error for a declaration that failed."""
+    if not isinstance(exc.__cause__, PreconditionFailed):
+        return exc
+    return errors.ConfigurationError(
+        f"RabbitMQ has a queue or exchange of that name that is declared in another way"
+        f" ({exc.__cause__}); delete it when it is empty, then run `cqrs-es init` again"
+    )

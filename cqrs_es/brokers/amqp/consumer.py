@@ -1,0 +1,170 @@
+"""A channel that consumes one queue, into a buffer on the event loop's side."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from cqrs_es import errors
+
+if TYPE_CHECKING:
+    from cqrs_es.brokers.amqp.bridge import Bridge
+    from cqrs_es.brokers.amqp.interfaces import Channel, Connection, IncomingMessage
+
+PrepareQueue: TypeAlias = "Callable[[Channel], str]"
+"""Make sure of a queue on a channel, and name it; for the bridge's thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A message as the server delivered it; `tag` counts the channel's deliveries."""
+
+    tag: int
+    body: bytes
+    routing_key: str
+    properties: Mapping[str, Any]
+    flagged: bool
+
+    @property
+    def redelivered(self) -> bool:
+        """Whether the message was out before, received or not."""
+        return self.flagged or bool(self.headers.get("x-delivery-count"))
+
+    @property
+    def headers(self) -> Mapping[Any, Any]:
+        """What its sender or the server noted, unchecked."""
+        found: Mapping[Any, Any] = self.properties.get("application_headers") or {}
+        return found
+
+
+class Consumer:
+    """The consumption of a queue; unacknowledged messages go back when it ends, in order."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+        self._channel: Channel | None = None
+        self._buffer: deque[Arrived] = deque()
+        self._changed = asyncio.Event()
+        self._why_ended: Callable[[], Exception] | None = None
+        bridge.when_ended(self._bridge_ended)
+
+    @classmethod
+    async def open(cls, bridge: Bridge, prepare: PrepareQueue, prefetch: int) -> Consumer:
+        """Begin to consume; at most `prefetch` messages are out at any time."""
+        consumer = cls(bridge)
+        try:
+            await bridge.call(partial(consumer._begin, prepare, prefetch))
+        except BaseException:
+            consumer.abandon()
+            raise
+        return consumer
+
+    @property
+    def buffered(self) -> int:
+        """How many messages have arrived that nobody has received."""
+        return len(self._buffer)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing can be received or acknowledged any more."""
+        return self._why_ended is not None
+
+    def check(self) -> None:
+        """Raise why the consumption ended, if it did."""
+        if self._why_ended is not None:
+            raise self._why_ended()
+
+    async def receive(self, limit: int) -> list[Arrived]:
+        """Wait for messages; return at least one, at most `limit`. Safe to cancel."""
+        while True:
+            self.check()
+            if self._buffer:
+                count = min(limit, len(self._buffer))
+                return [self._buffer.popleft() for _ in range(count)]
+            self._changed.clear()
+            await self._changed.wait()
+
+    def acknowledge(self, tag: int, *, multiple: bool = False) -> None:
+        """Settle a delivery, with `multiple` also all before it."""
+        self._bridge.post(partial(self._acknowledge, tag, multiple))
+
+    async def catch_up(self) -> None:
+        """Return when everything has arrived that the server had sent before this was called."""
+        await self._bridge.call(self._round_trip)
+
+    async def close(self) -> None:
+        """Close the channel: a nack would put messages back in another order."""
+        self.end(_closed)
+        with contextlib.suppress(errors.BrokerUnavailable):
+            await self._bridge.call(self._close)
+
+    def abandon(self) -> None:
+        """Close without waiting for it."""
+        self.end(_closed)
+        self._bridge.post(self._close)
+
+    def end(self, why: Callable[[], Exception]) -> None:
+        """Let receives raise from now on; only the first reason counts."""
+        if self._why_ended is None:
+            self._why_ended = why
+        self._buffer.clear()
+        self._changed.set()
+        self._bridge.forget(self._bridge_ended)
+
+    def _bridge_ended(self) -> None:
+        self.end(self._bridge.error)
+
+    def _arrive(self, arrived: Arrived) -> None:
+        if not self.ended:
+            self._buffer.append(arrived)
+            self._changed.set()
+
+    # --- The bridge's thread ---------------------------------------------------
+
+    def _begin(self, prepare: PrepareQueue, prefetch: int, connection: Connection) -> None:
+        channel = self._channel = connection.channel()
+        channel.on_closed = self._lost
+        queue = prepare(channel)
+        channel.basic_qos(0, prefetch, False)  # noqa: FBT003 - per consumer, not global: 540
+        channel.basic_consume(queue, callback=self._take, on_cancel=self._cancelled)
+
+    def _take(self, message: IncomingMessage) -> None:
+        info = message.delivery_info
+        arrived = Arrived(
+            info["delivery_tag"],
+            message.body or b"",
+            info["routing_key"],
+            message.properties,
+            flagged=info["redelivered"],
+        )
+        self._bridge.hand_over(partial(self._arrive, arrived))
+
+    def _lost(self, error: Exception) -> None:
+        self._bridge.hand_over(partial(self.end, partial(self._bridge.error, error)))
+
+    def _cancelled(self, _tag: str) -> None:
+        """Note that the server stopped the consumption: the queue was deleted, or moves."""
+        error = errors.BrokerUnavailable("the queue is gone or moves; open another intake or feed")
+        self._bridge.hand_over(partial(self.end, lambda: error))
+
+    def _acknowledge(self, tag: int, multiple: bool, _: Connection) -> None:  # noqa: FBT001 - as the driver has it
+        # On another channel the tag would be another's, or an error that closes it.
+        if self._channel is not None and self._channel.is_open:
+            self._channel.basic_ack(tag, multiple)
+
+    def _round_trip(self, _: Connection) -> None:
+        if self._channel is not None and self._channel.is_open:
+            self._channel.flow(True)  # noqa: FBT003 - asks for what is so already
+
+    def _close(self, _: Connection) -> None:
+        if self._channel is not None:
+            self._channel.close()
+
+
+def _closed() -> Exception:
+    return errors.BrokerUnavailable("this was closed; open another")

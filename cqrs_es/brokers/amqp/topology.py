@@ -1,0 +1,164 @@
+"""What exists on a RabbitMQ server for a service, as CONTRACT §2 to §4 lay it down.
+
+Redeclaring something with other arguments is refused by the server, so what
+exists is said here and nowhere else; everybody but `init` only checks that it
+is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from cqrs_es.brokers.amqp.interfaces import Channel
+
+Arguments = Mapping[str, Any]
+
+# RabbitMQ counts deliveries, also of messages that were only near the one that
+# killed its consumer; the framework's own count, far below this, is of attempts.
+# Not -1: 3.10 takes that for "none". Not absent: 4.0 then gives up at 20.
+DELIVERY_LIMIT: Final = 1_000_000
+FEED_LENGTH: Final = 10_000  # events that wait for a slow projector, which reads older ones itself
+REPLIES_LENGTH: Final = 1_000  # per sender
+REPLIES_EXPIRY_MS: Final = 3_600_000  # unused; a lost reply is had again by resending
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The names of a service's exchanges and queues."""
+
+    service: str
+
+    @property
+    def commands(self) -> str:
+        """The exchange that commands are sent to, with the partition as routing key."""
+        return f"{self.service}.commands"
+
+    def queue(self, partition: int) -> str:
+        """Name the queue of a partition's commands."""
+        return f"{self.service}.commands.{partition}"
+
+    @property
+    def dead(self) -> str:
+        """The queue, and its exchange, of commands that the broker could not deliver."""
+        return f"{self.service}.commands.dead"
+
+    @property
+    def events(self) -> str:
+        """The exchange that events are published to."""
+        return f"{self.service}.events"
+
+    def feed(self, subscriber: str) -> str:
+        """Name the queue of one subscriber, for as long as it is connected."""
+        return f"{self.service}.feeds.{subscriber}"
+
+    def replies(self, reply_to: str) -> str:
+        """Name the queue of the replies to one sender."""
+        return f"{self.service}.replies.{reply_to}"
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A durable exchange."""
+
+    name: str
+    type: str
+    arguments: Arguments = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """A durable queue, bound to one exchange."""
+
+    name: str
+    exchange: str
+    routing_key: str
+    arguments: Arguments
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Everything that a service has on the server for good, in an order to declare it in."""
+
+    exchanges: tuple[Exchange, ...]
+    queues: tuple[Queue, ...]
+
+
+def topology(names: Names, partitions: int) -> Topology:
+    """Return what exists for a service with so many partitions."""
+    return Topology(
+        exchanges=(
+            Exchange(names.dead, "fanout"),
+            Exchange(names.commands, "direct", {"alternate-exchange": names.dead}),
+            Exchange(names.events, "topic"),
+        ),
+        queues=(
+            Queue(names.dead, names.dead, "", _QUORUM),
+            *(_command_queue(names, partition) for partition in range(partitions)),
+        ),
+    )
+
+
+_QUORUM: Final = {"x-queue-type": "quorum", "x-delivery-limit": DELIVERY_LIMIT}
+
+
+def _command_queue(names: Names, partition: int) -> Queue:
+    arguments = {
+        **_QUORUM,
+        "x-single-active-consumer": True,
+        "x-overflow": "reject-publish",  # at-least-once dead-lettering asks for it
+        "x-dead-letter-exchange": "",
+        "x-dead-letter-routing-key": names.dead,
+        "x-dead-letter-strategy": "at-least-once",
+    }
+    return Queue(names.queue(partition), names.commands, str(partition), arguments)
+
+
+# --- Declaring; for a bridge's thread ------------------------------------------
+
+
+def declare(channel: Channel, wanted: Topology) -> None:
+    """Create what is missing; raises `PreconditionFailed` where something else has the name."""
+    for exchange in wanted.exchanges:
+        channel.exchange_declare(
+            exchange.name,
+            exchange.type,
+            durable=True,
+            auto_delete=False,
+            arguments=dict(exchange.arguments),
+        )
+    for queue in wanted.queues:
+        arguments = dict(queue.arguments)
+        channel.queue_declare(queue.name, durable=True, auto_delete=False, arguments=arguments)
+        channel.queue_bind(queue.name, queue.exchange, queue.routing_key)
+
+
+def check_queue(channel: Channel, name: str) -> int:
+    """Return how many messages wait in a queue; raises `NotFound`, which closes the channel."""
+    waiting: int = channel.queue_declare(name, passive=True).message_count
+    return waiting
+
+
+def declare_feed(channel: Channel, names: Names, subscriber: str, partitions: list[int]) -> str:
+    """Create a subscriber's queue, which is gone when its connection or consumer is."""
+    queue = names.feed(subscriber)
+    arguments = {"x-max-length": FEED_LENGTH, "x-overflow": "drop-head"}
+    channel.queue_declare(queue, exclusive=True, auto_delete=True, arguments=arguments)
+    for partition in partitions:
+        channel.queue_bind(queue, names.events, f"*.*.{partition}")
+    return queue
+
+
+def declare_replies(channel: Channel, names: Names, reply_to: str) -> str:
+    """Create the queue of a sender's replies, or empty it; it expires when it is not used."""
+    queue = names.replies(reply_to)
+    arguments = {
+        "x-max-length": REPLIES_LENGTH,
+        "x-overflow": "drop-head",
+        "x-expires": REPLIES_EXPIRY_MS,
+    }
+    channel.queue_declare(queue, durable=True, auto_delete=False, arguments=arguments)
+    channel.queue_purge(queue)
+    return queue
