@@ -74,22 +74,21 @@ def command_id_of(body: bytes) -> str | None:
 
 def _parse_object(body: bytes, max_bytes: int) -> JsonObject:
     if len(body) > max_bytes:
-        message = f"message has {len(body)} bytes, over the limit of {max_bytes}"
-        raise errors.InvalidMessage(message)
+        reason = f"message has {len(body)} bytes, over the limit of {max_bytes}"
+        raise errors.InvalidMessage(reason)
     try:
-        message = orjson.loads(body)
+        message: Json = orjson.loads(body)
     except orjson.JSONDecodeError as exc:
         reason = f"message is not JSON in UTF-8: {exc.msg} at character {exc.pos}"
         raise errors.InvalidMessage(reason) from exc
+    may_nest = body.count(b"{") + body.count(b"[") > MAX_NESTING
+    if may_nest and nests_deeper_than(message, MAX_NESTING):
+        reason = f"message nests deeper than {MAX_NESTING} levels"
+        raise errors.InvalidMessage(reason)
     if not isinstance(message, dict):
         reason = f"message must be a JSON object, not {shown(message)}"
         raise errors.InvalidMessage(reason)
-    parsed = cast("JsonObject", message)
-    may_nest = body.count(b"{") + body.count(b"[") > MAX_NESTING
-    if may_nest and nests_deeper_than(parsed, MAX_NESTING):
-        reason = f"message nests deeper than {MAX_NESTING} levels"
-        raise errors.InvalidMessage(reason)
-    return parsed
+    return message
 
 
 def nests_deeper_than(value: Json, limit: int) -> bool:

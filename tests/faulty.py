@@ -137,6 +137,9 @@ class FaultyEvents(EventStore):
             "record_attempt", lambda: self._inner.record_attempt(command_id, error)
         )
 
+    async def forget_attempts(self, command_ids: Collection[str]) -> None:
+        await self._inner.forget_attempts(command_ids)
+
     async def read_log(self, partition: int, after: int, limit: int) -> list[StoredEvent]:
         return await self._faults.around(
             "read_log", lambda: self._inner.read_log(partition, after, limit)

@@ -73,10 +73,13 @@ class TopicEvent:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """What a service's queues and topic were declared for."""
+    """What a service's queues and topic were declared for.
+
+    `log_epoch` is None where the broker can't tell.
+    """
 
     partitions: int
-    log_epoch: str
+    log_epoch: str | None
 
 
 class CommandIntake(ABC):
@@ -145,9 +148,9 @@ class Broker(ABC):
     async def declare(self, partitions: int, log_epoch: str) -> None:
         """Create the topology, idempotently; a new epoch empties the topic."""
 
+    @abstractmethod
     async def topology(self) -> Topology | None:
-        """Return what was declared; None before that, and where the broker can't tell."""
-        return None
+        """Return what was declared, also by another process; None before that."""
 
     @abstractmethod
     async def send(self, commands: Sequence[OutgoingCommand]) -> None:

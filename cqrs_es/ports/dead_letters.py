@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class DeadLetter:
     """A message that nobody could decide, and why.
 
-    `id` is the command's id where the message has a valid one, else the start
-    of `body_hash`. `body` is cut at the limit for messages; `body_hash`
+    `id` is the command's id where the message has a valid one that no other
+    letter has, else the start of `body_hash`. `body` is cut at the limit for messages; `body_hash`
     (SHA-256, hex) and `body_length` are of the whole.
     """
 

@@ -174,6 +174,10 @@ class EventStore(ABC):
         """Count an attempt at a command durably; return how many there are now."""
 
     @abstractmethod
+    async def forget_attempts(self, command_ids: Collection[str]) -> None:
+        """Delete what was counted; ids that were not attempted are no error."""
+
+    @abstractmethod
     async def read_log(self, partition: int, after: int, limit: int) -> list[StoredEvent]:
         """Read up to `limit` events of a partition above offset `after`, ascending.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
@@ -84,7 +84,11 @@ class CommandWorker:
             await intake.close()
 
     async def bury(self, delivery: Delivery, reason: str) -> None:
-        """Put a message that no outcome is possible for among the dead letters."""
+        """Put a message that no outcome is possible for among the dead letters.
+
+        Where the id that it bears has a letter already, of a command that
+        failed perhaps, that one stays, and this one goes by its content.
+        """
         letter = DeadLetter.of(
             delivery.body,
             reason=reason,
@@ -94,8 +98,11 @@ class CommandWorker:
             command_id=wire.command_id_of(delivery.body),
             headers=delivery.headers,
         )
-        outage = Outage(self.clock, None)
-        await outage.wait_out(lambda: self.storage.dead_letters.add(letter))
+        outage, letters = Outage(self.clock, None), self.storage.dead_letters
+        known = await outage.wait_out(lambda: letters.get(letter.id))
+        if known is not None and known.body_hash != letter.body_hash:
+            letter = replace(letter, id=letter.body_hash[:32])
+        await outage.wait_out(lambda: letters.add(letter))
         self.dead += 1
         log.warning("message buried", dead_letter=letter.id, reason=reason)
 
@@ -122,6 +129,7 @@ class _InHand:
     delivery: Delivery
     message: CommandMessage | None = None
     answer: Answer | None = None
+    attempted: bool = False
 
 
 class _Consumer:
@@ -185,7 +193,7 @@ class _Consumer:
         if attempts > MOST_LONE_ATTEMPTS:
             condemned = f"the process died at {attempts} attempts to handle the command"
         answer = self._worker.executor.submit(message, attempts=attempts, condemned=condemned)
-        in_hand = _InHand(delivery, message, answer)
+        in_hand = _InHand(delivery, message, answer, attempted=attempts > 0)
         self._in_hand += 1
         answer.add_done_callback(lambda _: self._note_done(in_hand))
         return in_hand
@@ -193,6 +201,9 @@ class _Consumer:
     # --- Settling ------------------------------------------------------------
 
     def _note_done(self, in_hand: _InHand) -> None:
+        if in_hand.answer is not None and not in_hand.answer.cancelled():
+            # Where all of a batch fail of one cause only the first is raised: note them all.
+            in_hand.answer.exception()
         self._done.append(in_hand)
         self._something_done.set()
 
@@ -202,6 +213,7 @@ class _Consumer:
             await self._something_done.wait()
             self._something_done.clear()
             done = [self._done.popleft() for _ in range(len(self._done))]
+            await self._forgive(done)
             self._raise_troubles(done)
             await self._reply([item for item in done if item.message and item.message.reply_to])
             await self._intake.settle([item.delivery for item in done])
@@ -214,12 +226,24 @@ class _Consumer:
         async with self._some_settled:
             await self._some_settled.wait_for(lambda: self._in_hand == 0)
 
+    async def _forgive(self, done: Sequence[_InHand]) -> None:
+        """Uncount attempts that ended in trouble: the process has not died of those commands."""
+        ids = [
+            item.message.id
+            for item in done
+            if item.attempted and item.message is not None and _trouble_of(item) is not None
+        ]
+        if not ids:
+            return
+        outage = Outage(self._worker.clock, None)
+        await outage.wait_out(lambda: self._worker.storage.events.forget_attempts(ids))
+
     @staticmethod
     def _raise_troubles(done: Sequence[_InHand]) -> None:
         """Give the partition up where a command got no outcome; it stays in the queue."""
         for item in done:
-            if item.answer is not None and not item.answer.cancelled():
-                item.answer.result()
+            if (trouble := _trouble_of(item)) is not None:
+                raise trouble
 
     async def _reply(self, items: Sequence[_InHand]) -> None:
         replies = [_reply_for(item.message, item.answer) for item in items]
@@ -230,6 +254,13 @@ class _Consumer:
             await self._worker.broker.reply(wanted)
         except errors.BrokerUnavailable as exc:
             log.warning("replies lost", replies=len(wanted), error=exc.message)
+
+
+def _trouble_of(item: _InHand) -> BaseException | None:
+    """Return why a command got no outcome, None when it got one."""
+    if item.answer is None or item.answer.cancelled():
+        return None
+    return item.answer.exception()
 
 
 def _reply_for(message: CommandMessage | None, answer: Answer | None) -> OutgoingReply | None:

@@ -119,6 +119,17 @@ async def test_g9_concurrent_attempts(storage: Storage) -> None:
     assert sorted(counts) == list(range(1, 11))
 
 
+async def test_g9_attempts_are_forgotten(storage: Storage) -> None:
+    """Counting starts again for those named, and goes on for others."""
+    first, second, unknown = new_command_id(), new_command_id(), new_command_id()
+    for command_id in (first, first, second):
+        await storage.events.record_attempt(command_id)
+    await storage.events.forget_attempts([first, unknown])
+    await storage.events.forget_attempts([])
+    assert await storage.events.record_attempt(first) == 1
+    assert await storage.events.record_attempt(second) == 2
+
+
 async def test_g9_attempts_are_no_outcome(storage: Storage) -> None:
     """A command that was only attempted has no outcome and may commit."""
     command = accepted(account_in(0), 0, events(1), attempted=True)

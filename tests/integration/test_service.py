@@ -306,7 +306,7 @@ def test_redis_is_flushed(bank: Service, client: redis.Redis) -> None:
     send(client, "bank", [message("DepositMoney", a, {"amount": "5"}) for a in accounts])
     until(lambda: projected(bank), "projectors lag behind")
     until(lambda: sum(map(len, topic(client, "bank").values())) == 60, "not published")
-    client.execute_command("FLUSHALL")  # pyright: ignore[reportUnknownMemberType]
+    client.flushall()  # pyright: ignore[reportUnknownMemberType]
     send(client, "bank", [message("DepositMoney", a, {"amount": "1"}) for a in accounts])
     until(lambda: queued(client, "bank") == 0, "commands remain queued")
     until(lambda: sum(map(len, topic(client, "bank").values())) == 90, "not published again")

@@ -137,6 +137,11 @@ class MemoryEvents(EventStore):
         self._attempts[command_id] = _Attempts(count, error)
         return count
 
+    async def forget_attempts(self, command_ids: Collection[str]) -> None:
+        """Delete what was counted."""
+        for command_id in command_ids:
+            self._attempts.pop(command_id, None)
+
     async def read_log(self, partition: int, after: int, limit: int) -> list[StoredEvent]:
         """Read up to `limit` events of a partition above offset `after`."""
         events = self._partition(partition)

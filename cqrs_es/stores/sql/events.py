@@ -85,6 +85,11 @@ class SqlEvents(EventStore):
             lambda session: outcomes.count_attempt(session, command_id, error)
         )
 
+    async def forget_attempts(self, command_ids: Collection[str]) -> None:
+        """Delete what was counted."""
+        ids = sorted(command_ids)
+        await self._database.run(lambda session: outcomes.forget_attempts(session, ids))
+
     async def read_log(self, partition: int, after: int, limit: int) -> list[StoredEvent]:
         """Read up to `limit` events of a partition above offset `after`, or `BrokenLog`."""
         return await self._database.read(

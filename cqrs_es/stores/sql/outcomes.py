@@ -71,6 +71,6 @@ async def count_attempt(session: Session, command_id: str, error: str | None) ->
 
 
 async def forget_attempts(session: Session, command_ids: Sequence[str]) -> None:
-    """Delete the attempts at commands that have an outcome now."""
+    """Delete the attempts at commands, in the order given."""
     for ids in chunks(command_ids):
         await session.execute(_DELETE_ATTEMPTS + marks(len(ids)), ids)
