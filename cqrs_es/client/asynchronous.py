@@ -37,7 +37,7 @@ class Client:
 
     With `store_url`, the service's own store, outcomes can be looked up, views
     waited for, and events read that the topic no longer holds. `partitions` is
-    needed, and has to be right, where neither broker nor store can tell it.
+    needed, and has to be right, while neither broker nor store can tell it.
     A broker or storage given in place of a URL stays open afterwards.
     """
 

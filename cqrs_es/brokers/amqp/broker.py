@@ -14,7 +14,7 @@ from cqrs_es.brokers.amqp import replies as inboxes
 from cqrs_es.brokers.amqp import topic, topology
 from cqrs_es.brokers.amqp.address import Address
 from cqrs_es.brokers.amqp.reconnecting import Connections
-from cqrs_es.ports.broker import Broker
+from cqrs_es.ports.broker import Broker, Topology
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -76,6 +76,11 @@ class AmqpBroker(Broker):
         except errors.BrokerUnavailable as exc:
             raise _differs(exc) from exc.__cause__
         self._partitions = partitions
+
+    async def topology(self) -> Topology | None:
+        """Count the queues; the server knows no epoch."""
+        partitions = await self._known_partitions()
+        return Topology(partitions, None) if partitions else None
 
     async def send(self, commands: Sequence[OutgoingCommand]) -> None:
         """Publish commands; raises when one was refused, though later ones may have landed."""

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from amqp import spec
@@ -50,8 +51,18 @@ class _Channel(pyamqp.Channel):
 
     def send_method(self, *args: Any, **options: Any) -> Any:
         """Send, and wait where asked to; raises the `ChannelError` that closed the channel."""
-        try:
+        with self._saying_why():
             return super().send_method(*args, **options)
+
+    def wait(self, *args: Any, **options: Any) -> Any:
+        """Wait for an answer; raises as `send_method` does. Some methods call it by themselves."""
+        with self._saying_why():
+            return super().wait(*args, **options)
+
+    @contextmanager
+    def _saying_why(self) -> Generator[None]:
+        try:
+            yield
         except RecoverableConnectionError:
             if self.closed_by is None:
                 raise
