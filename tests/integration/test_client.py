@@ -19,7 +19,7 @@ from cqrs_es.messages import Status
 from cqrs_es.settings import Settings
 from cqrs_es.types import new_command_id
 from domain.account import BankAccount, DepositMoney, OpenAccount
-from tests.contract.brokers import PARTITIONS, SERVICE, serving
+from tests.contract.brokers import EPOCH, PARTITIONS, SERVICE, serving
 from tests.servers import start_redis
 from tests.waiting import eventually
 from worker.app import app
@@ -44,8 +44,9 @@ class Bank:
     opened: OpenApplication
     store_url: str
 
-    async def client(self, stack: AsyncExitStack, *, store: bool = False) -> Client:
-        """Connect as another service would."""
+    async def client(self, stack: AsyncExitStack, *, store: bool | None = None) -> Client:
+        """Connect as another service would; with the store where the topic keeps nothing."""
+        store = not self.server.keeps_events if store is None else store
         client = Client(
             broker=await self.server.open(),
             service=SERVICE,
@@ -58,7 +59,10 @@ class Bank:
         return bool(sum((await self.broker.queue_depth()).values()))
 
 
-@pytest.fixture(params=["memory", "fakeredis", "redis"])
+KEEPING_EVENTS = ["memory", "fakeredis", "redis"]
+
+
+@pytest.fixture(params=[*KEEPING_EVENTS, "amqp"])
 async def server(request: pytest.FixtureRequest) -> AsyncIterator[BrokerServer]:
     async with serving(request.param, request) as server:
         yield server
@@ -325,8 +329,9 @@ async def test_a_view_that_nobody_keeps(idle: Bank, stack: AsyncExitStack) -> No
         await client.wait_for_view("account_query", outcome, 0.1)
 
 
-async def test_without_the_store_it_can_not_be_asked(client: Client) -> None:
+async def test_without_the_store_it_can_not_be_asked(idle: Bank, stack: AsyncExitStack) -> None:
     """The message says what is missing."""
+    client = await idle.client(stack, store=False)
     with pytest.raises(errors.ConfigurationError, match="give the client store_url"):
         await client.outcome(new_command_id())
 
@@ -427,6 +432,7 @@ async def test_impatience_loses_nothing(client: Client) -> None:
     assert [event.sequence for event in taken] == list(range(1, 91))
 
 
+@pytest.mark.parametrize("server", KEEPING_EVENTS, indirect=True)
 async def test_what_the_topic_has_dropped(idle: Bank, stack: AsyncExitStack) -> None:
     """Without the store a subscriber is told what is missing; with the store it misses nothing."""
     without, having = await idle.client(stack), await idle.client(stack, store=True)
@@ -469,8 +475,16 @@ async def test_a_service_that_is_not_there(server: BrokerServer) -> None:
     broker = await server.open()
     with pytest.raises(errors.ConfigurationError, match=r"`cqrs-es init` it, or give partitions="):
         await Client(broker=broker, service=SERVICE).open()
+
+
+@pytest.mark.parametrize("server", KEEPING_EVENTS, indirect=True)
+async def test_a_service_that_is_not_there_yet(server: BrokerServer) -> None:
+    """Told the number of partitions, a client may send to a service that is still to come."""
+    broker = await server.open()
     async with Client(broker=broker, service=SERVICE, partitions=PARTITIONS) as client:
         await client.send("account", "A1", "OpenAccount", {"account_id": "A1"})
+        await broker.declare(PARTITIONS, EPOCH)
+        assert sum((await broker.queue_depth()).values()) == 1
 
 
 async def test_a_wrong_number_of_partitions(idle: Bank) -> None:
