@@ -11,7 +11,7 @@ import pymysql
 import pytest
 import redis
 
-from tests.servers import start_mariadb, start_redis
+from tests.servers import RabbitServer, start_mariadb, start_rabbitmq, start_redis
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,3 +90,18 @@ def redis_url(redis_server: str) -> str:
     with redis.Redis.from_url(redis_server) as client:  # pyright: ignore[reportUnknownMemberType]
         client.execute_command("FLUSHALL")  # pyright: ignore[reportUnknownMemberType]
     return redis_server
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitServer]:
+    """Run a RabbitMQ server; tests use services of different names on it."""
+    server = start_rabbitmq(tmp_path_factory.mktemp("rabbitmq"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def amqp_url(request: pytest.FixtureRequest) -> str:
+    """Name a RabbitMQ server by its URL."""
+    given = os.environ.get("CQRS_ES_TEST_AMQP_URL")
+    return given or request.getfixturevalue("rabbitmq").url

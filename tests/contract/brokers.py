@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import uuid
 from abc import ABC, abstractmethod
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import fakeredis
 from redis.asyncio import Redis
 
 from cqrs_es.brokers import broker_for
+from cqrs_es.brokers.amqp import AmqpBroker, driver
+from cqrs_es.brokers.amqp.address import Address
+from cqrs_es.brokers.amqp.commands import PREFETCH
+from cqrs_es.brokers.amqp.topology import Names, topology
 from cqrs_es.brokers.memory import MemoryBroker
 from cqrs_es.brokers.redis import RedisBroker
 from cqrs_es.brokers.redis.connection import RedisConnection
 from cqrs_es.ports.broker import OutgoingCommand, OutgoingEvent
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, Generator, Sequence
 
     import pytest
 
+    from cqrs_es.brokers.amqp.interfaces import Channel
     from cqrs_es.ports.broker import Broker, CommandIntake, Delivery, EventFeed, TopicEvent
 
 SERVICE = "bank"
@@ -30,7 +36,25 @@ RETENTION = 100
 
 
 class BrokerServer(ABC):
-    """An empty broker server."""
+    """An empty broker server.
+
+    `keeps_events`: the topic is a stream, which can be read from any offset and
+    knows its end and its epoch. An exchange keeps nothing: it passes on to
+    whoever is bound at the moment, as often as it is told to.
+
+    `tells_pushed`: what an intake did not return from `receive` counts as never
+    delivered. A broker that pushes can't tell it from what was handled.
+
+    `settles_late`: what an intake received can be settled after another took
+    over. A broker that binds deliveries to a channel has taken them back by then.
+
+    `most_unsettled`: how many commands an intake gets before it settles some.
+    """
+
+    keeps_events = True
+    tells_pushed = True
+    settles_late = True
+    most_unsettled = 1_000_000
 
     def __init__(self) -> None:
         self._opened = AsyncExitStack()
@@ -49,6 +73,13 @@ class BrokerServer(ABC):
     async def close(self) -> None:
         """Close every connection that was opened."""
         await self._opened.aclose()
+
+    def let_die(self, broker: Broker) -> None:
+        """End the process that a connection stands for, without a word to anybody.
+
+        There is nothing to do where the server does not know its clients.
+        """
+        del broker
 
 
 class MemoryServer(BrokerServer):
@@ -100,6 +131,50 @@ class RealRedisServer(AnyRedisServer):
         return broker_for(self.url, service=SERVICE, event_retention=RETENTION)
 
 
+class RabbitMqServer(BrokerServer):
+    """A service of its own on a RabbitMQ server."""
+
+    keeps_events = False
+    tells_pushed = False
+    settles_late = False
+    most_unsettled = PREFETCH
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.url = url
+        self.service = f"test-{uuid.uuid4().hex[:12]}"
+        self.names = Names(self.service)
+
+    def connection(self) -> Broker:
+        return AmqpBroker(Address.of(self.url), service=self.service)
+
+    def let_die(self, broker: Broker) -> None:
+        assert isinstance(broker, AmqpBroker)
+        for connection in (broker._connections._consuming, broker._connections._publishing):
+            if connection._bridge is not None:
+                connection._bridge.cut("the process was killed")
+
+    @contextmanager
+    def channel(self) -> Generator[Channel]:
+        """Lend a channel for doing what other programs do."""
+        connection = driver.connect(Address.of(self.url), "test")
+        try:
+            yield connection.channel()
+            connection.close()
+        finally:
+            connection.collect()
+
+    async def close(self) -> None:
+        """Close what was opened, and drop what was declared."""
+        await super().close()
+        declared = topology(self.names, PARTITIONS)
+        with self.channel() as channel:
+            for queue in declared.queues:
+                channel.queue_delete(queue.name)
+            for exchange in declared.exchanges:
+                channel.exchange_delete(exchange.name)
+
+
 @asynccontextmanager
 async def serving(kind: str, request: pytest.FixtureRequest) -> AsyncGenerator[BrokerServer]:
     """Give a test an empty server, and drop what it opened when it ends."""
@@ -116,6 +191,8 @@ def _server(kind: str, request: pytest.FixtureRequest) -> BrokerServer:
             return MemoryServer()
         case "fakeredis":
             return FakeRedisServer()
+        case "amqp":
+            return RabbitMqServer(request.getfixturevalue("amqp_url"))
         case _:
             return RealRedisServer(request.getfixturevalue("redis_url"))
 
@@ -144,6 +221,16 @@ async def take(intake: CommandIntake, count: int) -> list[Delivery]:
     while len(taken) < count:
         taken += await intake.receive(count - len(taken))
     return taken
+
+
+async def work_off(intake: CommandIntake, count: int) -> list[Delivery]:
+    """Receive so many commands, and settle them as they come."""
+    worked_off: list[Delivery] = []
+    while len(worked_off) < count:
+        received = await intake.receive(count - len(worked_off))
+        await intake.settle(received)
+        worked_off += received
+    return worked_off
 
 
 def events(first: int, last: int) -> list[OutgoingEvent]:
