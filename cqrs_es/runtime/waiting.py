@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -34,7 +33,12 @@ async def within(seconds: float, work: Coroutine[Any, Any, T]) -> T | None:
 
 
 async def cancelled(task: asyncio.Task[Any]) -> None:
-    """Cancel a task and wait until it has ended, whatever it ends with."""
+    """Cancel a task and wait until it has ended, whatever it ends with.
+
+    A cancellation of the caller gets through: awaiting the task itself, one
+    could not tell it from the task's own.
+    """
     task.cancel()
-    with contextlib.suppress(asyncio.CancelledError, Exception):
-        await task
+    await asyncio.wait([task])
+    if not task.cancelled():
+        task.exception()  # noted, or the event loop complains
