@@ -77,7 +77,7 @@ def _parse_object(body: bytes, max_bytes: int) -> JsonObject:
         reason = f"message has {len(body)} bytes, over the limit of {max_bytes}"
         raise errors.InvalidMessage(reason)
     try:
-        message: Json = orjson.loads(body)
+        message = orjson.loads(body)
     except orjson.JSONDecodeError as exc:
         reason = f"message is not JSON in UTF-8: {exc.msg} at character {exc.pos}"
         raise errors.InvalidMessage(reason) from exc
@@ -88,7 +88,7 @@ def _parse_object(body: bytes, max_bytes: int) -> JsonObject:
     if not isinstance(message, dict):
         reason = f"message must be a JSON object, not {shown(message)}"
         raise errors.InvalidMessage(reason)
-    return message
+    return cast("JsonObject", message)
 
 
 def nests_deeper_than(value: Json, limit: int) -> bool:

@@ -1,0 +1,154 @@
+"""The command worker when things go wrong that are no fault of the commands (DESIGN G1, G9)."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import orjson
+import pytest
+
+from cqrs_es import errors
+from cqrs_es.brokers import broker_for
+from cqrs_es.messages import Status
+from cqrs_es.ports.broker import OutgoingCommand
+from cqrs_es.stores import storage_for
+from cqrs_es.testing import FakeClock, TestApp
+from cqrs_es.types import AggregateKey, new_command_id
+from tests.contract.building import accepted, chain, commit, event
+from tests.faulty import FaultyStorage
+from tests.samples import Add, Counter, counting_app
+from tests.waiting import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+
+@pytest.fixture
+def storage() -> FaultyStorage:
+    return FaultyStorage(storage_for("memory://"))
+
+
+@pytest.fixture
+async def t(storage: FaultyStorage) -> AsyncIterator[TestApp]:
+    async with TestApp(counting_app(), storage=storage) as app:
+        yield app
+
+
+def added(n: int, **fields: object) -> bytes:
+    """Write a message as another program would."""
+    message = {
+        "id": new_command_id(),
+        "type": "Add",
+        "aggregate_type": "counter",
+        "aggregate_id": "A",
+        "payload": {"n": n},
+    }
+    return orjson.dumps(message | fields)
+
+
+async def let_time_pass(t: TestApp, rounds: int) -> None:
+    """Go through so many waits of whoever waits for a retry."""
+    for _ in range(rounds):
+
+        async def waited() -> bool:
+            return t.clock.advance_to_next(within=10.0)
+
+        await eventually(waited)
+
+
+async def test_a_store_that_refuses_condemns_no_command(t: TestApp, storage: FaultyStorage) -> None:
+    """The commands stay in the queue and are accepted, in order, once the store takes them."""
+    storage.faults.before("append", *[errors.StoreError()] * 12)
+    await t.enqueue(*(added(n) for n in range(5)))
+    await t.drain()
+    assert await t.dead_letters() == []
+    assert [e.data.n for e in await t.events(Counter, "A")] == list(range(5))
+
+
+@pytest.mark.parametrize("error", [errors.StoreFull(), errors.StoreReadOnly()])
+async def test_a_full_disk_condemns_no_command(
+    error: errors.StoreError,
+) -> None:
+    """However often the service is started and ends of it, the commands are still in the queue."""
+    clock = FakeClock()
+    storage = FaultyStorage(storage_for("memory://", clock=clock))
+    broker = broker_for("memory://", service="tests")
+    await broker.send([OutgoingCommand(0, "", added(n)) for n in range(5)])
+    for _ in range(5):
+        storage.faults.before("append", error)
+        with pytest.raises(ExceptionGroup):
+            async with TestApp(counting_app(), storage=storage, broker=broker, clock=clock) as t:
+                await t.drain()
+        clock.advance(3600.0)  # until the leases of that process have expired
+    async with TestApp(counting_app(), storage=storage, broker=broker, clock=clock) as t:
+        await t.drain()
+        assert await t.dead_letters() == []
+        assert [e.data.n for e in await t.events(Counter, "A")] == list(range(5))
+
+
+async def test_a_store_locked_for_long_condemns_no_command(
+    t: TestApp, storage: FaultyStorage
+) -> None:
+    """Also when patience with it is spent again and again."""
+    storage.faults.before("append", *[errors.StoreLocked()] * 60)
+    await t.enqueue(*(added(n) for n in range(5)))
+    await t.drain()
+    assert await t.dead_letters() == []
+    assert [e.data.n for e in await t.events(Counter, "A")] == list(range(5))
+
+
+async def test_d10_events_of_newer_code_fail_no_command(t: TestApp, storage: FaultyStorage) -> None:
+    """The command waits, for as long as it takes, and the process says why."""
+    key = AggregateKey("counter", "A")
+    newer = event(1, "Multiplied")
+    await commit(storage, replace(chain(key, 0, accepted(key, 0, [newer])), partition=0))
+    command_id = new_command_id()
+    await t.enqueue(added(1, id=command_id))
+    await let_time_pass(t, 20)
+    assert await t.outcome(command_id) is None
+    assert await t.dead_letters() == []
+
+
+async def test_a_very_deep_array_is_buried(t: TestApp) -> None:
+    """It is JSON, and deep enough to break what would show it to somebody."""
+    await t.enqueue(b"[" * 1000 + b"]" * 1000, added(1))
+    await t.drain()
+    assert len(await t.dead_letters()) == 1
+    assert [e.data.n for e in await t.events(Counter, "A")] == [1]
+
+
+async def test_a_broken_message_does_not_replace_a_failed_command(t: TestApp) -> None:
+    """What failed can still be decided again when somebody reuses its id for nonsense."""
+    command_id = new_command_id()
+    failed = added(1, id=command_id, type="Unheard")
+    await t.enqueue(failed)
+    await t.drain()
+    await t.enqueue(added(1, id=command_id, payload=None))
+    await t.drain()
+    assert failed in [letter.body for letter in await t.dead_letters()]
+    assert len(await t.dead_letters()) == 2
+
+
+async def test_a_lost_reply_is_had_again_by_resending(t: TestApp) -> None:
+    """The second reply says what the first would have, and that it is a duplicate."""
+    first = await t.send(Counter, "A", Add(1))
+    again = await t.send(Counter, "A", Add(1), command_id=first.command_id)
+    assert again.duplicate
+    assert (again.status, again.events) == (Status.ACCEPTED, first.events)
+
+
+async def test_replies_that_fail_hold_up_nothing(
+    t: TestApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands are settled although nobody can be answered."""
+
+    async def unavailable(*_: object) -> None:
+        await asyncio.sleep(0)
+        raise errors.BrokerUnavailable
+
+    monkeypatch.setattr(t.opened.process.broker, "reply", unavailable)
+    await t.enqueue(*(added(n, reply_to=t.reply_to) for n in range(5)))
+    await t.drain()
+    assert len(await t.events(Counter, "A")) == 5
