@@ -20,13 +20,16 @@ async def crash() -> int:
     raise ValueError(message)
 
 
-async def linger() -> None:
+async def linger(ended: asyncio.Event | None = None) -> int:
     """Take a while to be cancelled."""
     try:
         await asyncio.Event().wait()
     finally:
         for _ in range(5):
             await asyncio.sleep(0)
+        if ended is not None:
+            ended.set()
+    return 42
 
 
 async def test_unless_returns_what_the_work_returns() -> None:
@@ -42,10 +45,10 @@ async def test_unless_raises_what_the_work_raises() -> None:
 
 async def test_unless_stops() -> None:
     """The work is cancelled, and has ended when it returns."""
-    stopping = asyncio.Event()
+    stopping, ended = asyncio.Event(), asyncio.Event()
     stopping.set()
-    await unless(stopping, linger())
-    assert await unless(stopping, answer()) is None
+    assert await unless(stopping, linger(ended)) is None
+    assert ended.is_set()
 
 
 async def test_within_its_time() -> None:
