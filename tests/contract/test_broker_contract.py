@@ -72,11 +72,15 @@ async def test_receive_returns_at_most_what_was_asked_for(broker: Broker) -> Non
     """A receive is bounded, and the next goes on where it ended, settled or not."""
     intake = await broker.open_intake(0, "a")
     await send(broker, 1, 2, 3, 4, 5)
-    first = await intake.receive(2)
-    await intake.settle(first)
-    assert bodies(first) == ["1", "2"]
-    assert bodies(await intake.receive(2)) == ["3", "4"]
-    assert bodies(await intake.receive(2)) == ["5"]
+    received = await intake.receive(2)
+    await intake.settle(received)
+    sizes = [len(received)]
+    while len(received) < 5:
+        more = await intake.receive(2)
+        sizes.append(len(more))
+        received += more
+    assert set(sizes) <= {1, 2}
+    assert bodies(received) == ["1", "2", "3", "4", "5"]
 
 
 async def test_partitions_are_apart(broker: Broker) -> None:
@@ -198,7 +202,8 @@ async def test_an_old_owner_may_settle_what_it_did(server: BrokerServer, broker:
         with pytest.raises(errors.LeaseLost):
             await old.settle(taken[:1])
     left = ["2"] if server.settles_late else ["1", "2"]
-    assert bodies(await (await broker.open_intake(0, "newer")).receive(10)) == left
+    newer = await broker.open_intake(0, "newer")
+    assert bodies(await take(newer, len(left))) == left
 
 
 async def test_a_cancelled_receive_takes_nothing(broker: Broker) -> None:
