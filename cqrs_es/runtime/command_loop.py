@@ -19,6 +19,7 @@ from cqrs_es import errors, wire
 from cqrs_es.execution.outage import Outage
 from cqrs_es.ports.broker import OutgoingReply
 from cqrs_es.ports.dead_letters import DeadLetter
+from cqrs_es.runtime.dead_import import import_dead_letters
 from cqrs_es.runtime.isolation import Isolation
 from cqrs_es.runtime.waiting import unless
 
@@ -74,10 +75,12 @@ class CommandWorker:
                 consumer = _Consumer(self, intake)
                 settling = group.create_task(consumer.settle_forever())
                 pruning = group.create_task(self._prune_forever(lease.partition))
+                importing = group.create_task(self._import_dead_letters(lease))
                 await unless(stopping, consumer.take_forever())
                 await consumer.drain()
                 settling.cancel()
                 pruning.cancel()
+                importing.cancel()
         except* errors.CqrsError as group_of_errors:
             raise _first(group_of_errors) from None
         finally:
@@ -105,6 +108,11 @@ class CommandWorker:
         await outage.wait_out(lambda: letters.add(letter))
         self.dead += 1
         log.warning("message buried", dead_letter=letter.id, reason=reason)
+
+    async def _import_dead_letters(self, lease: Lease) -> None:
+        """Fetch what the broker gave up; whoever holds partition 0 does it."""
+        if lease.partition == 0:
+            await import_dead_letters(self.broker, self.clock, lease.owner, self.bury)
 
     async def _prune_forever(self, partition: int) -> None:
         """Forget old outcomes in small chunks; whoever holds partition 0 does it."""
