@@ -59,8 +59,9 @@ class TestApp:
     Time is `clock`, which stands still until it is advanced, but for the waits
     before retries, which end at once. A `HANDLER_TIMEOUT` counts real seconds.
 
-    What a handler or a view raises unexpectedly is raised again by the next
-    `send`, `drain`, or the end of the block, unless inside `expect_failures`.
+    What a handler raises unexpectedly is raised again by `send`; that, and what
+    a view raises, by `drain` and by the end of the block. Not so within
+    `expect_failures`.
     """
 
     __test__: ClassVar[bool] = False  # its name would make pytest collect it
@@ -86,7 +87,8 @@ class TestApp:
         self._opened: OpenApplication | None = None
         self._supervisor: Supervisor | None = None
         self._replies: defaultdict[str, deque[Outcome]] = defaultdict(deque)
-        self._failures: list[BaseException] = []
+        self._handler_failures: list[BaseException] = []
+        self._view_failures: list[BaseException] = []
         self._expected: list[BaseException] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._stack = AsyncExitStack()
@@ -108,7 +110,7 @@ class TestApp:
         """Stop cleanly, then raise what failed; at once when the test has failed already."""
         await self._stack.__aexit__(exc_type, exc, traceback)
         if exc is None:
-            self._raise_failures()
+            self._raise_failures(self._handler_failures, self._view_failures)
 
     @asynccontextmanager
     async def _running(self) -> AsyncGenerator[None]:
@@ -169,7 +171,7 @@ class TestApp:
         """Enqueue a command as a sender does, and return the outcome that comes as a reply.
 
         Raises `InvalidMessage` for what no message may hold, `WaitTimeout` when
-        no reply comes, and what a handler or view raised unexpectedly.
+        no reply comes, and what a handler raised unexpectedly.
         """
         message = CommandMessage(
             id=command_id or new_command_id(),
@@ -203,14 +205,14 @@ class TestApp:
             return bool(replies)
 
         await self._until(arrived, f"no reply to {command_id}")
-        self._raise_failures()
+        self._raise_failures(self._handler_failures)
         return replies.popleft()
 
     async def drain(self) -> None:
         """Wait until every command is handled and every event published and projected."""
         assert self._supervisor is not None  # noqa: S101 - `opened` raises before that
         await self._until(self._supervisor.idle, "the application does not come to rest")
-        self._raise_failures()
+        self._raise_failures(self._handler_failures, self._view_failures)
 
     async def _until(self, condition: Callable[[], Awaitable[bool]], problem: str) -> None:
         """Wait for a condition; whoever waits for a retry meanwhile need not wait."""
@@ -273,24 +275,29 @@ class TestApp:
             self._expected = before
 
     def _note_handler(self, message: CommandMessage, exc: BaseException) -> None:
-        self._note(exc, f"raised by the handler of {message.type} for {message.key}")
+        where = f"raised by the handler of {message.type} for {message.key}"
+        self._note(exc, where, self._handler_failures)
 
     def _note_view(self, event: StoredEvent, exc: Exception) -> None:
-        self._note(exc, f"raised by a view on {event.key}/{event.sequence}, {event.event_type}")
+        where = f"raised by a view on {event.key}/{event.sequence}, {event.event_type}"
+        self._note(exc, where, self._view_failures)
 
-    def _note(self, exc: BaseException, where: str) -> None:
+    def _note(self, exc: BaseException, where: str, failures: list[BaseException]) -> None:
         if self._expected is not None:
             self._expected.append(exc)
             return
         exc.add_note(where)
-        self._failures.append(exc)
+        failures.append(exc)
 
-    def _raise_failures(self) -> None:
+    @staticmethod
+    def _raise_failures(*kinds: list[BaseException]) -> None:
         """Raise the first failure there was; the others are most likely retries of it."""
-        if not self._failures:
+        every = [failure for failures in kinds for failure in failures]
+        for failures in kinds:
+            failures.clear()
+        if not every:
             return
-        first, *_ = self._failures
-        self._failures.clear()
+        first = every[0]
         if isinstance(first, Exception):
             raise first
         message = f"a handler raised {type(first).__name__}"
