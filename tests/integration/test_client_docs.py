@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -9,11 +10,22 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
+import pytest
+
+from cqrs_es.brokers.amqp import driver
+from cqrs_es.brokers.amqp.address import Address
+from cqrs_es.brokers.amqp.topology import Names, topology
 from tests.bank_data import PROJECT
 from tests.command_line import environment
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 PAGE = PROJECT / "docs" / "clients.md"
+RABBITMQ = "## With nothing but RabbitMQ"
 EXAMPLE = PROJECT / "examples" / "send_and_follow.py"
 TIMEOUT_SECONDS = 100.0
 ANYTHING = "…"
@@ -67,7 +79,8 @@ def run(script: str, folder: Path) -> str:
         try:
             code = shell.wait(TIMEOUT_SECONDS)
         finally:
-            os.killpg(shell.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                os.killpg(shell.pid, signal.SIGKILL)
             shell.wait()
     assert code == 0, f"{path.read_text()}\n{log.read_text()}"
     return path.read_text()
@@ -78,11 +91,42 @@ def on_the_path(variables: dict[str, str]) -> dict[str, str]:
     return {**variables, "PATH": f"{Path(sys.executable).parent}:{variables['PATH']}"}
 
 
-def test_the_page_prints_what_it_says(redis_url: str, tmp_path: Path) -> None:
-    """Every block, one after another, on a Redis server and a SQLite file."""
-    page = PAGE.read_text().replace("redis://localhost:6379/0", redis_url)
+def test_redis_prints_what_the_page_says(redis_url: str, tmp_path: Path) -> None:
+    """Every block up to RabbitMQ, one after another, on a Redis server and a SQLite file."""
+    page, _, _ = PAGE.read_text().partition(RABBITMQ)
+    check(page.replace("redis://localhost:6379/0", redis_url), tmp_path)
+
+
+def test_rabbitmq_prints_what_the_page_says(bank_amqp_url: str, tmp_path: Path) -> None:
+    """Every block from there on, on a RabbitMQ server and another SQLite file."""
+    _, _, page = PAGE.read_text().partition(RABBITMQ)
+    address = urlsplit(bank_amqp_url).netloc.rpartition("@")[2]
+    page = page.replace("amqp://guest:guest@localhost:5672/", bank_amqp_url)
+    check(page.replace("localhost:5672", address), tmp_path)
+
+
+@pytest.fixture
+def bank_amqp_url(amqp_url: str) -> Iterator[str]:
+    """Name a RabbitMQ server that has nothing of the bank, nor will have."""
+    forget_the_bank(amqp_url)
+    yield amqp_url
+    forget_the_bank(amqp_url)
+
+
+def forget_the_bank(url: str) -> None:
+    connection = driver.connect(Address.of(url), "test")
+    channel = connection.channel()
+    declared = topology(Names("bank"), 16)
+    for queue in declared.queues:
+        channel.queue_delete(queue.name)
+    for exchange in declared.exchanges:
+        channel.exchange_delete(exchange.name)
+    connection.close()
+
+
+def check(page: str, folder: Path) -> None:
     every = blocks(page)
-    printed = run("".join(block.script for block in every), tmp_path).split(f"{END}\n")
+    printed = run("".join(block.script for block in every), folder).split(f"{END}\n")
     assert len(printed) == len(every) + 1
     for block, output in zip(every, printed, strict=False):
         block.check(output)
