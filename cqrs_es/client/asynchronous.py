@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Final, Self, Unpack
+from typing import TYPE_CHECKING, Self, Unpack
 
 from cqrs_es import errors
 from cqrs_es.brokers import broker_for
 from cqrs_es.client.commands import AggregateName, CommandOptions, Payload, new_command, outgoing
 from cqrs_es.client.replies import Replies
+from cqrs_es.client.sending import Sender
 from cqrs_es.client.source import EventSource
 from cqrs_es.client.subscription import Begin, Subscription, subscription_to
 from cqrs_es.execution.policy import backoff
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from cqrs_es.messages import CommandMessage, Outcome
     from cqrs_es.ports.broker import Broker, OutgoingCommand
     from cqrs_es.ports.storage import Storage
-
-SENT_AT_ONCE: Final = 500
 
 
 class Client:
@@ -59,6 +58,7 @@ class Client:
         self._closes_broker = broker is None
         self._closes_storage = storage is None
         self._wanted_partitions = partitions
+        self._sender = Sender(self._broker)
         self._replies = Replies(self._broker)
         self._source: EventSource | None = None
         self._closing = AsyncExitStack()
@@ -90,6 +90,7 @@ class Client:
             partitions = await self._partitions()
             self._source = EventSource(self._broker, self._storage, partitions)
             stack.push_async_callback(self._replies.close)
+            stack.push_async_callback(self._sender.close)
             self._closing = stack.pop_all()
 
     async def _partitions(self) -> int:
@@ -146,13 +147,12 @@ class Client:
         """
         partitions = len(self._opened().partitions)
         commands = [outgoing(message, partitions) for message in messages]
-        for start in range(0, len(commands), SENT_AT_ONCE):
-            await self._enqueue(commands[start : start + SENT_AT_ONCE])
+        await self._enqueue(commands)
         return [command.command_id for command in commands]
 
     async def _enqueue(self, commands: Sequence[OutgoingCommand]) -> None:
         try:
-            await self._broker.send(commands)
+            await self._sender.send(commands)
         except errors.BrokerUnavailable as exc:
             ids = commands[0].command_id + (" and others" if len(commands) > 1 else "")
             message = f"{ids} may have arrived all the same, and may be sent again by the same id"

@@ -1,0 +1,121 @@
+"""Sending in batches that come from concurrency: what is asked for meanwhile goes together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from cqrs_es.ports.broker import Broker, OutgoingCommand
+
+SENT_AT_ONCE: Final = 500
+BYTES_AT_ONCE: Final = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Asked:
+    """Commands that somebody waits to have sent."""
+
+    commands: Sequence[OutgoingCommand]
+    sent: asyncio.Future[None]
+
+
+class Sender:
+    """Hands commands to the broker in the order they come, one batch at a time."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._asked: deque[_Asked] = deque()
+        self._sending: asyncio.Task[None] | None = None
+
+    async def send(self, commands: Sequence[OutgoingCommand]) -> None:
+        """Return when the broker has them; raises `BrokerUnavailable` when it may have some.
+
+        After a batch that failed none of the later ones is sent, so that
+        sending all again leaves them in order.
+        """
+        for portion in _portions(commands):
+            await self._send(portion)
+
+    async def _send(self, commands: Sequence[OutgoingCommand]) -> None:
+        asked = _Asked(commands, asyncio.get_running_loop().create_future())
+        self._asked.append(asked)
+        if self._sending is None:
+            self._sending = asyncio.create_task(self._send_all())
+        await asked.sent
+
+    async def _send_all(self) -> None:
+        while batch := self._next_batch():
+            error = await self._try_to_send(batch)
+            for asked in batch:
+                _settle(asked.sent, error)
+        self._sending = None
+
+    def _next_batch(self) -> list[_Asked]:
+        """Take what fits; what nobody waits for any more stays unsent."""
+        batch: list[_Asked] = []
+        room = _Room()
+        while self._asked:
+            if self._asked[0].sent.done():
+                self._asked.popleft()
+            elif room.takes(self._asked[0].commands):
+                batch.append(self._asked.popleft())
+            else:
+                break
+        return batch
+
+    async def _try_to_send(self, batch: Sequence[_Asked]) -> Exception | None:
+        try:
+            await self._broker.send([command for asked in batch for command in asked.commands])
+        except Exception as exc:  # noqa: BLE001 - whatever it is, those who wait are told
+            return exc
+        return None
+
+    async def close(self) -> None:
+        """Finish what was asked for."""
+        if self._sending is not None:
+            await self._sending
+
+
+class _Room:
+    """What still fits into a batch; an empty one takes anything."""
+
+    def __init__(self) -> None:
+        self._commands = 0
+        self._bytes = 0
+
+    def takes(self, commands: Sequence[OutgoingCommand]) -> bool:
+        """Make room for commands, unless there is not enough."""
+        count = self._commands + len(commands)
+        size = self._bytes + sum(len(command.body) for command in commands)
+        if self._commands and (count > SENT_AT_ONCE or size > BYTES_AT_ONCE):
+            return False
+        self._commands, self._bytes = count, size
+        return True
+
+
+def _portions(commands: Sequence[OutgoingCommand]) -> Iterator[list[OutgoingCommand]]:
+    """Cut commands into batches."""
+    portion: list[OutgoingCommand] = []
+    room = _Room()
+    for command in commands:
+        if not room.takes([command]):
+            yield portion
+            portion, room = [], _Room()
+            room.takes([command])
+        portion.append(command)
+    if portion:
+        yield portion
+
+
+def _settle(sent: asyncio.Future[None], error: Exception | None) -> None:
+    if sent.done():
+        return
+    if error is None:
+        sent.set_result(None)
+    else:
+        sent.set_exception(error)
