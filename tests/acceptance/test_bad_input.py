@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
 
-from cqrs_es.settings import Settings
 from cqrs_es.testing import TestApp
 from cqrs_es.types import new_command_id
 from tests.raw import deposit, opened, raw, sent
@@ -18,10 +18,12 @@ from worker.app import app as bank
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from cqrs_es.settings import Settings
+
 
 @pytest.fixture
-async def t(store_url: str) -> AsyncIterator[TestApp]:
-    async with TestApp(bank, settings=Settings(store_url=store_url, partitions=1)) as app:
+async def t(where: Settings) -> AsyncIterator[TestApp]:
+    async with TestApp(bank, settings=where) as app:
         await sent(app, opened())
         yield app
 
@@ -163,14 +165,14 @@ def counter(name: str, payload: dict[str, Any]) -> dict[str, Any]:
     return raw(name, payload, aggregate_type="counter", aggregate_id="c")
 
 
-async def test_a_handler_that_never_returns(store_url: str) -> None:
+async def test_a_handler_that_never_returns(where: Settings) -> None:
     """It is ended at its deadline and fails; the next command of its aggregate goes on."""
 
     async def for_ever() -> None:
         await asyncio.Event().wait()
 
     services = Services({"slow": for_ever})
-    settings = Settings(store_url=store_url, partitions=1, handler_timeout=0.02)
+    settings = replace(where, handler_timeout=0.02)
     async with TestApp(counting_app(services), settings=settings) as t:
         slow, good = counter("AddAfterCall", {"name": "slow", "n": 1}), counter("Add", {"n": 2})
         with t.expect_failures():
@@ -182,16 +184,15 @@ async def test_a_handler_that_never_returns(store_url: str) -> None:
         assert "CQRS_ES_HANDLER_TIMEOUT" in failed.error.message
 
 
-async def test_state_changed_without_an_event(store_url: str) -> None:
+async def test_state_changed_without_an_event(where: Settings) -> None:
     """It is accepted with no events, and the change leaves no trace."""
-    settings = Settings(store_url=store_url, partitions=1)
-    async with TestApp(counting_app(), settings=settings) as t:
+    async with TestApp(counting_app(), settings=where) as t:
         assert (await sent(t, counter("Tamper", {"n": 99}))).events == ()
         assert (await sent(t, counter("AddUpTo", {"n": 1, "limit": 1}))).accepted
         assert (await t.opened.load(Counter, "c")).state.total == 1
 
 
-async def test_a_service_that_fails_once(store_url: str) -> None:
+async def test_a_service_that_fails_once(where: Settings) -> None:
     """The command is tried again and accepted; nothing is left to repair."""
     failures = [ConnectionRefusedError()]
 
@@ -199,8 +200,7 @@ async def test_a_service_that_fails_once(store_url: str) -> None:
         if failures:
             raise failures.pop()
 
-    settings = Settings(store_url=store_url, partitions=1)
-    async with TestApp(counting_app(Services({"flaky": flaky})), settings=settings) as t:
+    async with TestApp(counting_app(Services({"flaky": flaky})), settings=where) as t:
         with t.expect_failures():
             outcome = await sent(t, counter("AddAfterCall", {"name": "flaky", "n": 1}))
         assert outcome.accepted

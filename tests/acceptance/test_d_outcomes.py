@@ -11,7 +11,6 @@ import pytest
 
 from cqrs_es import Aggregate, command, event, wire
 from cqrs_es.application import Application
-from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
 from cqrs_es.testing import TestApp
 from cqrs_es.types import new_command_id
@@ -21,10 +20,7 @@ from worker.app import app as bank
 
 if TYPE_CHECKING:
     from cqrs_es import Outcome
-
-
-def on(url: str) -> Settings:
-    return Settings(store_url=url, partitions=1)
+    from cqrs_es.settings import Settings
 
 
 def counter(name: str, payload: dict[str, Any], **fields: Any) -> dict[str, Any]:
@@ -42,9 +38,9 @@ async def letters(t: TestApp) -> list[str]:
 # --- D1: each row of CONTRACT §3 ----------------------------------------------
 
 
-async def test_d1_accepted_with_and_without_events(store_url: str) -> None:
+async def test_d1_accepted_with_and_without_events(where: Settings) -> None:
     """A command that is done is accepted, also one that yields nothing."""
-    async with TestApp(counting_app(), settings=on(store_url)) as t:
+    async with TestApp(counting_app(), settings=where) as t:
         done = await sent(t, counter("AddEach", {"numbers": [1, 2]}))
         assert code(done) == ("accepted", None)
         assert (done.sequence, done.partition, done.offset) == (2, 0, 2)
@@ -55,9 +51,9 @@ async def test_d1_accepted_with_and_without_events(store_url: str) -> None:
         assert await letters(t) == []
 
 
-async def test_d1_rejections(store_url: str) -> None:
+async def test_d1_rejections(where: Settings) -> None:
     """Rules, expectations and payloads reject; nothing becomes a dead letter."""
-    async with TestApp(bank, settings=on(store_url)) as t:
+    async with TestApp(bank, settings=where) as t:
         await sent(t, opened())
         rule = await sent(t, raw("WithdrawMoney", {"amount": "1", "atm_id": "x"}))
         assert code(rule) == ("rejected", "funds_not_available")
@@ -70,9 +66,9 @@ async def test_d1_rejections(store_url: str) -> None:
         assert await letters(t) == []
 
 
-async def test_d1_failures(store_url: str) -> None:
+async def test_d1_failures(where: Settings) -> None:
     """What can't be decided fails, with a dead letter."""
-    async with TestApp(counting_app(), settings=on(store_url)) as t:
+    async with TestApp(counting_app(), settings=where) as t:
         unknown = raw("Nonsense", aggregate_type="counter", aggregate_id="c")
         foreign = raw("Add", {"n": 1}, aggregate_type="ghost", aggregate_id="c")
         crashing = counter("AddThenCrash", {"n": 1})
@@ -87,7 +83,7 @@ async def test_d1_failures(store_url: str) -> None:
         assert await t.opened.events(Counter, "c") == []
 
 
-async def test_d1_too_large_a_result(store_url: str) -> None:
+async def test_d1_too_large_a_result(where: Settings) -> None:
     """An event over the limit fails its command alone."""
 
     @command
@@ -108,7 +104,7 @@ async def test_d1_too_large_a_result(store_url: str) -> None:
 
     app = Application("tests")
     app.aggregate(dataclass(Speaker))
-    settings = replace(on(store_url), max_event_bytes=10_000)
+    settings = replace(where, max_event_bytes=10_000)
     async with TestApp(app, settings=settings) as t:
         large = raw("Say", {"text": "x" * 50}, aggregate_type="speaker")
         small = raw("Say", {"text": "x"}, aggregate_type="speaker")
@@ -117,9 +113,9 @@ async def test_d1_too_large_a_result(store_url: str) -> None:
         assert await letters(t) == [large["id"]]
 
 
-async def test_d1_no_envelope_no_outcome(store_url: str) -> None:
+async def test_d1_no_envelope_no_outcome(where: Settings) -> None:
     """A message that breaks the envelope's rules has no outcome, only a dead letter."""
-    async with TestApp(bank, settings=on(store_url)) as t:
+    async with TestApp(bank, settings=where) as t:
         message = opened()
         del message["payload"]
         await t.enqueue(orjson.dumps(message))
@@ -131,9 +127,9 @@ async def test_d1_no_envelope_no_outcome(store_url: str) -> None:
 # --- D2 to D7, D11 -------------------------------------------------------------
 
 
-async def test_d2_an_id_is_for_one_content(store_url: str) -> None:
+async def test_d2_an_id_is_for_one_content(where: Settings) -> None:
     """The same id with another amount is refused, and the stored outcome stays."""
-    async with TestApp(bank, settings=on(store_url)) as t:
+    async with TestApp(bank, settings=where) as t:
         await sent(t, opened())
         first = deposit("10")
         accepted = await sent(t, first)
@@ -144,18 +140,18 @@ async def test_d2_an_id_is_for_one_content(store_url: str) -> None:
         assert again == replace(accepted, duplicate=True)
 
 
-async def test_d3_ids_ignore_case(store_url: str) -> None:
+async def test_d3_ids_ignore_case(where: Settings) -> None:
     """An id in upper case is the same id."""
-    async with TestApp(bank, settings=on(store_url)) as t:
+    async with TestApp(bank, settings=where) as t:
         first = opened()
         await sent(t, first)
         again = await sent(t, first | {"id": first["id"].upper()})
         assert (again.command_id, again.duplicate) == (first["id"], True)
 
 
-async def test_d4_expected_sequence(store_url: str) -> None:
+async def test_d4_expected_sequence(where: Settings) -> None:
     """It is compared once; what was accepted stays accepted."""
-    async with TestApp(bank, settings=on(store_url)) as t:
+    async with TestApp(bank, settings=where) as t:
         for message in (opened(), deposit("1"), deposit("1")):
             await sent(t, message)
         fits = deposit("5", expected_sequence=3)
@@ -166,14 +162,14 @@ async def test_d4_expected_sequence(store_url: str) -> None:
         assert await sent(t, fits) == replace(accepted, duplicate=True)
 
 
-async def test_d5_dead_retry_after_mending(store_url: str) -> None:
+async def test_d5_dead_retry_after_mending(where: Settings) -> None:
     """A failed command whose cause is gone is accepted, and its dead letter is gone."""
 
     async def down() -> None:
         raise ConnectionRefusedError
 
     services = Services({"bank": down})
-    async with TestApp(counting_app(services), settings=on(store_url)) as t:
+    async with TestApp(counting_app(services), settings=where) as t:
         message = counter("AddAfterCall", {"name": "bank", "n": 3})
         with t.expect_failures():
             assert code(await sent(t, message)) == ("failed", "internal_error")
@@ -188,9 +184,9 @@ async def test_d5_dead_retry_after_mending(store_url: str) -> None:
 
 
 @pytest.mark.parametrize("reply_to", ["bank:events:0", "../x", "x" * 65, ""])
-async def test_d6_reply_to_names_nothing_else(store_url: str, reply_to: str) -> None:
+async def test_d6_reply_to_names_nothing_else(where: Settings, reply_to: str) -> None:
     """A `reply_to` outside its alphabet refuses the command and touches nothing."""
-    async with TestApp(bank, settings=on(store_url)) as t:
+    async with TestApp(bank, settings=where) as t:
         message = opened() | {"reply_to": reply_to}
         await t.enqueue(orjson.dumps(message))
         await t.drain()
@@ -199,9 +195,9 @@ async def test_d6_reply_to_names_nothing_else(store_url: str, reply_to: str) -> 
         assert (await t.opened.storage.events.heads())[0] == 0
 
 
-async def test_d7_the_next_command_sees_nothing_of_a_crash(store_url: str) -> None:
+async def test_d7_the_next_command_sees_nothing_of_a_crash(where: Settings) -> None:
     """Two commands in one batch: the second is decided on what the first left behind, nothing."""
-    async with TestApp(counting_app(), settings=on(store_url)) as t:
+    async with TestApp(counting_app(), settings=where) as t:
         bad = counter("AddThenCrash", {"n": 100})
         good = counter("AddUpTo", {"n": 1, "limit": 1})
         with t.expect_failures():
@@ -212,7 +208,7 @@ async def test_d7_the_next_command_sees_nothing_of_a_crash(store_url: str) -> No
         assert only.data == Added(1)
 
 
-async def test_d11_a_deploy_that_knows_the_command(store_url: str) -> None:
+async def test_d11_a_deploy_that_knows_the_command(where: Settings) -> None:
     """An unknown command is decided by `dead retry` once the code knows it."""
 
     @command
@@ -228,26 +224,26 @@ async def test_d11_a_deploy_that_knows_the_command(store_url: str) -> None:
 
     older = Application("tests")
     older.aggregate(dataclass(Before))
-    storage = storage_for(store_url)
+    storage = storage_for(where.store_url or "")
     await storage.open()
     message = counter("Add", {"n": 4})
-    async with TestApp(older, settings=on(store_url), storage=storage) as t:
+    async with TestApp(older, settings=where, storage=storage) as t:
         assert code(await sent(t, message)) == ("failed", "unknown_command")
-    async with TestApp(counting_app(), settings=on(store_url), storage=storage) as t:
+    async with TestApp(counting_app(), settings=where, storage=storage) as t:
         assert code(await t.opened.retry_dead_letter(message["id"])) == ("accepted", None)
         assert await letters(t) == []
         assert (await t.opened.load(Counter, "c")).state.total == 4
     await storage.close()
 
 
-async def test_b18_one_id_a_hundred_times(store_url: str) -> None:
+async def test_b18_one_id_a_hundred_times(where: Settings) -> None:
     """A hundred messages with one id through two executors: one set of events, 99 duplicates."""
-    storage = storage_for(store_url)
+    storage = storage_for(where.store_url or "")
     await storage.open()
     message = wire.parse_command(orjson.dumps(counter("Add", {"n": 1})))
     async with (
-        counting_app().open(on(store_url), storage=storage, initialise=True) as a,
-        counting_app().open(on(store_url), storage=storage) as b,
+        counting_app().open(where, storage=storage, initialise=True) as a,
+        counting_app().open(where, storage=storage) as b,
     ):
         outcomes = await asyncio.gather(
             *(worker.submit(message) for _ in range(50) for worker in (a, b))
