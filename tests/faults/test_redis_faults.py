@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from datetime import timedelta
-from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from cqrs_es import errors
 from cqrs_es.brokers import broker_for
 from cqrs_es.brokers.redis import connection
-from cqrs_es.types import utc_now
+from tests.certificates import self_signed
 from tests.contract.brokers import EPOCH, PARTITIONS, bodies, events, send, take
 from tests.servers import free_port, start_redis
 
@@ -140,7 +134,7 @@ async def test_a_password_opens_and_is_never_shown(tmp_path: Path) -> None:
 
 async def test_tls(tmp_path: Path) -> None:
     """`rediss://` encrypts, and trusts only certificates that it can verify."""
-    certificate, key = _self_signed(tmp_path)
+    certificate, key = self_signed(tmp_path)
     port = free_port()
     tls = ("--tls-port", str(port), "--tls-cert-file", certificate, "--tls-key-file", key)
     server = start_redis(tmp_path, *tls, "--tls-auth-clients", "no")
@@ -158,30 +152,3 @@ async def test_tls(tmp_path: Path) -> None:
         await strict.close()
     finally:
         server.stop()
-
-
-def _self_signed(folder: Path) -> tuple[str, str]:
-    """Make a certificate for 127.0.0.1 that vouches for itself."""
-    certificate, key = folder / "redis.crt", folder / "redis.key"
-    private = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "redis")])
-    now = utc_now()
-    signed = (
-        x509.CertificateBuilder(name, name, private.public_key(), x509.random_serial_number())
-        .not_valid_before(now - timedelta(minutes=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False
-        )
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(private, hashes.SHA256())
-    )
-    certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-    key.write_bytes(
-        private.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return str(certificate), str(key)

@@ -1,0 +1,73 @@
+"""A network between a client and a server that can be reset, stalled and healed."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+
+class Proxy:
+    """Passes bytes on between whoever connects to `port` and a server."""
+
+    def __init__(self, server_port: int) -> None:
+        self._server_port = server_port
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self.port = 0
+
+    def stall(self) -> None:
+        """Keep what is sent from now on, both ways, without a word."""
+        self._flowing.clear()
+
+    def heal(self) -> None:
+        """Pass on what was kept, and what comes."""
+        self._flowing.set()
+
+    def reset(self) -> None:
+        """Cut every connection the hard way."""
+        for writer in self._writers:
+            sock: socket.socket = writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+            writer.transport.abort()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Connect a client with the server until either leaves."""
+        there = await asyncio.open_connection("127.0.0.1", self._server_port)
+        self._writers |= {writer, there[1]}
+        try:
+            async with asyncio.TaskGroup() as both_ways:
+                both_ways.create_task(self._pass_on(reader, there[1]))
+                both_ways.create_task(self._pass_on(there[0], writer))
+        finally:
+            self._writers -= {writer, there[1]}
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while received := await reader.read(65_536):
+                await self._flowing.wait()
+                writer.write(received)
+                await writer.drain()
+        except OSError:
+            return
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def proxy_to(server_port: int) -> AsyncGenerator[Proxy]:
+    """Run a proxy in front of a server."""
+    proxy = Proxy(server_port)
+    listener = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
+    proxy.port = listener.sockets[0].getsockname()[1]
+    try:
+        yield proxy
+    finally:
+        proxy.heal()
+        listener.close()
+        proxy.reset()
