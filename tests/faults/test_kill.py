@@ -23,15 +23,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KILLS = int(os.environ.get("CQRS_ES_TEST_KILLS", "8"))
-LONGEST_LIFE = 4.0  # seconds: about what a whole run takes
+COMMANDS = 9566
+# Of those that will be killed: the next has to wait so long before it may go on.
+LEASE_SECONDS = 1.0
 RUN = [sys.executable, "-m", "cqrs_es.cli", "run", "--until-idle", "--json", "--commands"]
 EVENTS = """
     SELECT aggregate_type, aggregate_id, sequence, event_type, event_version, payload
     FROM events ORDER BY aggregate_type, aggregate_id, sequence"""
 
 
-def start(database: Path, commands: Path) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"CQRS_ES_STORE_URL": f"sqlite:///{database}"}
+def start(database: Path, commands: Path, **settings: str) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"CQRS_ES_STORE_URL": f"sqlite:///{database}"} | settings
     return subprocess.Popen(
         [*RUN, str(commands)],
         cwd=PROJECT,
@@ -57,6 +59,21 @@ def rows(database: Path, sql: str) -> list[tuple[Any, ...]]:
         connection.close()
 
 
+def commands_done(database: Path) -> int:
+    """Count the outcomes there are; none before the tables are there."""
+    try:
+        ((count,),) = rows(database, "SELECT COUNT(*) FROM command_outcomes")
+    except sqlite3.OperationalError:
+        return 0
+    return int(count)
+
+
+def wait_for_commands(database: Path, goal: int, process: subprocess.Popen[bytes]) -> None:
+    while commands_done(database) < goal:
+        assert process.poll() is None
+        time.sleep(0.002)  # a look disturbs the process: not all the time
+
+
 def balances(database: Path) -> dict[str, Decimal]:
     found = rows(database, "SELECT view_id, payload FROM account_query")
     return {view_id: Decimal(orjson.loads(payload)["balance"]) for view_id, payload in found}
@@ -79,21 +96,24 @@ def test_kills_at_random_instants(tmp_path: Path) -> None:
     seed = int(os.environ.get("CQRS_ES_TEST_SEED", random.randrange(2**32)))
     log.warning("CQRS_ES_TEST_SEED=%s", seed)
     instants = random.Random(seed)
-    killed = 0
-    for _ in range(KILLS):
-        process = start(stormy, commands)
-        time.sleep(instants.uniform(0.3, LONGEST_LIFE))
-        killed += process.poll() is None
+    done: list[int] = []
+    # Some lives end before their first command, others amid the work; none after it.
+    for goal in sorted(max(0, instants.randrange(-1000, COMMANDS - 500)) for _ in range(KILLS)):
+        process = start(stormy, commands, CQRS_ES_LEASE_SECONDS=str(LEASE_SECONDS))
+        wait_for_commands(stormy, goal, process)
+        time.sleep(instants.uniform(0, 0.1 if goal else 1.5))
         process.kill()
         process.communicate()
-    assert killed > 0
+        done.append(commands_done(stormy))
+    log.warning("killed after %s commands", done)
+    assert any(0 < count < COMMANDS for count in done)
     last = run_to_end(stormy, commands)
-    assert last["commands"]["accepted"] + last["commands"]["duplicate"] == 9566
+    assert last["commands"]["accepted"] + last["commands"]["duplicate"] == COMMANDS
     assert rows(stormy, EVENTS) == rows(calm, EVENTS)
     assert balances(stormy) == balances(calm) == bank_balances(folder)
     assert money_held(stormy) == sum(bank_balances(folder).values())
     assert first["commands"] == {
-        "accepted": 9566,
+        "accepted": COMMANDS,
         "rejected": 0,
         "failed": 0,
         "duplicate": 0,
@@ -108,6 +128,6 @@ def test_the_same_file_again_changes_nothing(tmp_path: Path) -> None:
     run_to_end(database, commands)
     before = rows(database, EVENTS), balances(database), money_held(database)
     again = run_to_end(database, commands)
-    assert again["commands"]["duplicate"] == 9566
+    assert again["commands"]["duplicate"] == COMMANDS
     assert again["events"] == 0
     assert (rows(database, EVENTS), balances(database), money_held(database)) == before
