@@ -4,12 +4,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+# `.ci/unpack-mysql FOLDER` fetches one on a Debian that has none.
+MYSQLD ?= mysqld
+MYSQL_SUITES := tests/contract tests/acceptance tests/integration/test_mysql_store.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test test-mysql check format clean
 
 help:  ## show what can be made
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.installed  ## run the bank on a fresh SQLite file: commands in, views out
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
@@ -18,6 +21,9 @@ demo: $(VENV)/.installed  ## run the bank on a fresh SQLite file: commands in, v
 
 test: $(VENV)/.installed  ## run every test; those without their server are skipped
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-mysql: $(VENV)/.installed  ## run the store's suites on MySQL itself: MYSQLD=program, or CQRS_ES_TEST_MYSQL_URL
+	CI=true CQRS_ES_TEST_MYSQLD=$(MYSQLD) $(BIN)/pytest $(MYSQL_SUITES) -k mysql $(PYTEST_ARGS)
 
 check: $(VENV)/.installed  ## style, types and layers
 	$(BIN)/ruff check

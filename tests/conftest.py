@@ -11,41 +11,60 @@ import pymysql
 import pytest
 import redis
 
-from tests.servers import RabbitServer, start_mariadb, start_rabbitmq, start_redis
+from tests.servers import RabbitServer, start_mariadb, start_mysql, start_rabbitmq, start_redis
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
 STORES = ("memory", "sqlite", "mysql")
+MYSQL_VERSION = pytest.StashKey[str]()
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say which database server it was: MySQL and MariaDB differ."""
+    if MYSQL_VERSION in config.stash:
+        terminalreporter.write_line(f"MySQL store: on {config.stash[MYSQL_VERSION]}")
 
 
 @pytest.fixture(scope="session")
 def mysql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Name a MySQL or MariaDB server by its URL, without a database."""
-    given = os.environ.get("CQRS_ES_TEST_MYSQL_URL")
+    given, program = (os.environ.get(f"CQRS_ES_TEST_{name}") for name in ("MYSQL_URL", "MYSQLD"))
     if given:
         yield given
         return
-    server = start_mariadb(tmp_path_factory.mktemp("mariadb"))
+    folder = tmp_path_factory.mktemp("mysql")
+    server = start_mysql(folder, program) if program else start_mariadb(folder)
     yield f"mysql://root@127.0.0.1:{server.port}/"
     server.stop()
 
 
+@pytest.fixture(scope="session")
+def mysql_version(mysql_server: str, pytestconfig: pytest.Config) -> str:
+    """Tell the server's version; MariaDB says that it is one."""
+    [(version,)] = _run_on(mysql_server, "SELECT VERSION()")
+    pytestconfig.stash[MYSQL_VERSION] = str(version)
+    return str(version)
+
+
 @pytest.fixture
-def mysql_url(mysql_server: str) -> Iterator[str]:
+def mysql_url(mysql_server: str, mysql_version: str) -> Iterator[str]:
     """Make an empty database and name it by its URL; it is dropped after the test.
 
     Its default character set is the one of a bare MariaDB, which can't hold
     most ids: tables have to name theirs.
     """
+    del mysql_version  # it is only noted
     name = f"cqrs_es_test_{uuid.uuid4().hex}"
     _run_on(mysql_server, f"CREATE DATABASE {name} CHARACTER SET latin1")
     yield urlunsplit(urlsplit(mysql_server)._replace(path=f"/{name}"))
     _run_on(mysql_server, f"DROP DATABASE {name}")
 
 
-def _run_on(server_url: str, statement: str) -> None:
+def _run_on(server_url: str, statement: str) -> list[tuple[object, ...]]:
     url = urlsplit(server_url)
     connection = pymysql.connect(
         host=url.hostname,
@@ -55,6 +74,7 @@ def _run_on(server_url: str, statement: str) -> None:
     )
     with connection, connection.cursor() as cursor:
         cursor.execute(statement)
+        return list(cursor.fetchall())
 
 
 @pytest.fixture

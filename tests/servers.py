@@ -129,6 +129,36 @@ def start_mariadb(folder: Path) -> Server:
     return launch(command, port, folder / "mariadbd.log")
 
 
+# --- MySQL itself ------------------------------------------------------------
+
+
+def start_mysql(folder: Path, program: str) -> Server:
+    """Start a MySQL of our own by its `mysqld`; its user is root, without a password."""
+    daemon = installed(program)
+    version = subprocess.run([daemon, "--version"], check=True, capture_output=True, text=True)
+    if "mariadb" in version.stdout.lower():  # Debian's mysqld is a link to it
+        unavailable(f"{daemon} is a MariaDB: {version.stdout.strip()}")
+    data, port = f"--datadir={folder / 'data'}", free_port()
+    subprocess.run(
+        [daemon, "--no-defaults", "--initialize-insecure", "--user=root", data],
+        check=True,
+        capture_output=True,
+    )
+    command = [
+        daemon,
+        f"--defaults-file={CONFIG / 'mysql.cnf'}",
+        "--user=root",
+        data,
+        f"--socket={folder / 'mysqld.sock'}",
+        f"--pid-file={folder / 'mysqld.pid'}",
+        f"--port={port}",
+        "--bind-address=127.0.0.1",
+        "--secure-file-priv=NULL",
+        "--mysqlx=OFF",
+    ]
+    return launch(command, port, folder / "mysqld.log")
+
+
 # --- Redis -------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _NO_SUCH_TABLE: Final = 1146
 _CHECK_FAILED: Final = 4025  # on MariaDB a JSON column is text with a check
+_NESTED_TOO_DEEP: Final = 3157  # MySQL says so itself
 _CLIENT_CODES: Final = range(2000, 3000)  # raised by the driver, not sent by the server
 
 _ERRORS: Final[Mapping[int, type[errors.CqrsError]]] = {
@@ -35,7 +36,6 @@ _ERRORS: Final[Mapping[int, type[errors.CqrsError]]] = {
     1153: errors.TooLarge,  # over max_allowed_packet
     1301: errors.TooLarge,
     1406: errors.TooLarge,  # too long for the column
-    3157: errors.TooLarge,  # JSON nested too deep
     1040: errors.StoreUnavailable,  # too many connections
     1053: errors.StoreUnavailable,  # shutting down
     1203: errors.StoreUnavailable,  # too many connections of this user
@@ -86,8 +86,8 @@ def _error_by_text(code: int, text: str) -> errors.CqrsError:
     missing = _TABLE.search(text)
     if code == _NO_SUCH_TABLE and missing and missing[1] in FRAMEWORK_NAMES:
         return errors.StoreNotInitialised()
-    if code == _CHECK_FAILED and _JSON_COLUMN.search(text):
-        message = "the JSON is nested deeper than MariaDB takes; yield flatter events"
+    if code == _NESTED_TOO_DEEP or (code == _CHECK_FAILED and _JSON_COLUMN.search(text)):
+        message = "the JSON is nested deeper than the server takes; yield flatter events"
         return errors.TooLarge(message)
     return errors.StoreError(f"the database refused the statement: ({code}) {text}")
 
