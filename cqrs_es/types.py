@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import unicodedata
@@ -93,6 +94,7 @@ def parse_command_id(text: str) -> str:
     return text.lower()
 
 
+@functools.lru_cache(maxsize=1024)
 def check_name(text: str, what: str) -> None:
     """Refuse a service, aggregate type, command or event name that CONTRACT §1 does not allow."""
     if not NAME.fullmatch(text):

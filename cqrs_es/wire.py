@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Final, cast
 
@@ -148,7 +149,10 @@ def check_metadata(value: Json) -> Mapping[str, str]:
         reason = f"metadata has {len(value)} entries, over the limit of {MAX_METADATA_ENTRIES}"
         raise errors.InvalidMessage(reason)
     for key, item in value.items():
-        _check_metadata_entry(key, item)
+        _check_metadata_key(key)
+        if not isinstance(item, str):
+            reason = f"metadata.{key} must be a string, not {shown(item)}"
+            raise errors.InvalidMessage(reason)
     size = sum(len(key.encode()) + len(str(item).encode()) for key, item in value.items())
     if size > MAX_METADATA_BYTES:
         reason = f"metadata has {size} bytes, over the limit of {MAX_METADATA_BYTES}"
@@ -156,12 +160,10 @@ def check_metadata(value: Json) -> Mapping[str, str]:
     return cast("dict[str, str]", value)
 
 
-def _check_metadata_entry(key: str, item: Json) -> None:
+@functools.lru_cache(maxsize=1024)
+def _check_metadata_key(key: str) -> None:
     if not METADATA_KEY.fullmatch(key):
         reason = f"metadata key {shown(key)} must match {METADATA_KEY.pattern}"
-        raise errors.InvalidMessage(reason)
-    if not isinstance(item, str):
-        reason = f"metadata.{key} must be a string, not {shown(item)}"
         raise errors.InvalidMessage(reason)
 
 

@@ -20,6 +20,7 @@ from cqrs_es.execution.executor import Counts
 from cqrs_es.execution.policy import backoff
 from cqrs_es.projection.generations import live_name
 from cqrs_es.registry import ViewDefinition
+from cqrs_es.runtime.garbage import collect_less_often
 from cqrs_es.runtime.signals import run_until_stopped, stop_on_signals
 from cqrs_es.runtime.supervisor import known_roles
 from cqrs_es.runtime.waiting import unless
@@ -66,6 +67,7 @@ class Report:
 
 async def serve(app: Application, settings: Settings, task: Task) -> Report:
     """Run a process's roles until a signal, or until idle; report what became of it."""
+    collect_less_often()
     with stop_on_signals() as stopping:
         service = Service(app, settings, task, stopping)
         async with watched(settings.lease_seconds):

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 import inspect
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+import types
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+)
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from cqrs_es import errors
@@ -43,14 +52,15 @@ async def run_handler(
 
 
 async def _drive(result: AsyncIterator[Any] | Awaitable[Any], happen: OnEvent) -> None:
-    if isinstance(result, AsyncIterator):
-        async with contextlib.AsyncExitStack() as stack:
-            if isinstance(result, AsyncGenerator):  # end it here, not when it is collected
-                stack.push_async_callback(cast("AsyncGenerator[Any]", result).aclose)
-            async for event in result:
-                happen(event)
-    else:
+    if not isinstance(result, AsyncIterator):
         _apply_all(await result, happen)
+        return
+    try:
+        async for event in result:
+            happen(event)
+    finally:
+        if isinstance(result, AsyncGenerator):  # end it here, not when it is collected
+            await cast("AsyncGenerator[Any]", result).aclose()
 
 
 def _apply_all(result: object, happen: OnEvent) -> None:
@@ -63,14 +73,41 @@ def _apply_all(result: object, happen: OnEvent) -> None:
         happen(event)
 
 
-async def _within(seconds: float | None, work: Awaitable[None]) -> None:
-    """Await under a deadline; tell our time-out from one that the handler raised itself."""
+async def _within(seconds: float | None, work: Coroutine[Any, Any, None]) -> None:
+    """Await under a deadline; tell our time-out from one that the handler raised itself.
+
+    The deadline is set where the work first waits for something: most handlers
+    never do, and a timer costs as much as deciding a simple command.
+    """
+    try:
+        first = work.send(None)
+    except StopIteration:
+        return
     deadline = asyncio.timeout(seconds)
     try:
         async with deadline:
-            await work
+            await _rest_of(work, first)
     except TimeoutError as exc:
         if deadline.expired():
             message = f"the handler took longer than {seconds} s (CQRS_ES_HANDLER_TIMEOUT)"
             raise errors.HandlerTimeout(message) from exc
         raise
+
+
+@types.coroutine
+def _rest_of(work: Coroutine[Any, Any, None], waits_for: object) -> Generator[Any, Any, None]:
+    """Await a coroutine that was begun by hand and now waits for something [PEP 380]."""
+    while True:
+        try:
+            answer = yield waits_for
+        except GeneratorExit:
+            work.close()
+            raise
+        except BaseException as exc:  # noqa: BLE001 - it is the work's own to handle
+            step = functools.partial[object](work.throw, exc)
+        else:
+            step = functools.partial[object](work.send, answer)
+        try:
+            waits_for = step()
+        except StopIteration:
+            return

@@ -158,10 +158,11 @@ class _Draft:
 
     def _outcome_exists(self, chain: Chain) -> bool:
         """Whether a command of the chain has an outcome, here or earlier in this append."""
-        ids = [command.outcome.command_id for command in chain.commands]
-        if len(set(ids)) < len(ids) or not self.taken.isdisjoint(ids):
+        ids = {command.outcome.command_id for command in chain.commands}
+        if len(ids) < len(chain.commands) or not self.taken.isdisjoint(ids):
             return True
-        return any(self._stands_in_the_way(command) for command in chain.commands)
+        known = ids & self.state.outcomes.keys()
+        return bool(known) and any(map(self._stands_in_the_way, chain.commands))
 
     def _stands_in_the_way(self, command: DecidedCommand) -> bool:
         known = self.state.outcomes.get(command.outcome.command_id)
