@@ -237,13 +237,14 @@ class RabbitServer:
 
 
 def start_rabbitmq(folder: Path, *settings: str) -> RabbitServer:
-    """Start a RabbitMQ of our own; `settings` are lines of its `rabbitmq.conf`."""
+    """Start a RabbitMQ of our own, configured as it is meant to be; `settings` override lines."""
     name_server_port = free_port()
     name_server = subprocess.Popen(
         [installed("epmd"), "-port", str(name_server_port), "-address", "127.0.0.1"]
     )
     (folder / "plugins").write_text("[].")
-    (folder / "rabbitmq.conf").write_text("\n".join(settings) + "\n")
+    configuration = (CONFIG / "rabbitmq.conf").read_text()
+    (folder / "rabbitmq.conf").write_text("\n".join([configuration, *settings, ""]))
     port = free_port()
     environment = _rabbitmq_environment(folder, port, name_server_port)
     try:

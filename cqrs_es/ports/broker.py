@@ -136,6 +136,11 @@ class Broker(ABC):
     def durable(self) -> bool:
         """Whether messages outlive this process."""
 
+    @property
+    def trouble(self) -> str | None:
+        """Why the server takes no messages for now, where it says so by itself; else None."""
+        return None
+
     @abstractmethod
     async def open(self) -> None:
         """Connect. Raises `BrokerUnavailable` when that can't be done now."""

@@ -33,12 +33,15 @@ if TYPE_CHECKING:
     from cqrs_es.ports.clock import Clock
     from cqrs_es.ports.leases import Lease
     from cqrs_es.ports.storage import Storage
+    from cqrs_es.runtime.leases import Assignment
 
 log = structlog.get_logger("cqrs_es.worker")
 
 # A command that the process died of so often, alone, fails: the batch it first
 # came in is one death more.
 MOST_LONE_ATTEMPTS: Final = 2
+# After so long without an error an intake is as good as one that had something to do.
+CALM_SECONDS: Final = 1.0
 PRUNE_CHUNK: Final = 1000
 PRUNE_EVERY_SECONDS: Final = 60.0
 
@@ -67,24 +70,33 @@ class CommandWorker:
         self._retention = timedelta(days=retention_days)
         self.dead = 0
 
-    async def run_partition(self, lease: Lease, stopping: asyncio.Event) -> None:
+    async def run_partition(self, assignment: Assignment) -> None:
         """Consume a partition until stopped, then settle what is in hand."""
+        lease = assignment.lease
         intake = await self.broker.open_intake(lease.partition, lease.owner)
         try:
             async with asyncio.TaskGroup() as group:
-                consumer = _Consumer(self, intake)
+                consumer = _Consumer(self, intake, assignment)
                 settling = group.create_task(consumer.settle_forever())
                 pruning = group.create_task(self._prune_forever(lease.partition))
                 importing = group.create_task(self._import_dead_letters(lease))
-                await unless(stopping, consumer.take_forever())
+                calming = group.create_task(self._note_calm(assignment))
+                await unless(assignment.stopping, consumer.take_forever())
                 await consumer.drain()
                 settling.cancel()
                 pruning.cancel()
                 importing.cancel()
+                calming.cancel()
         except* errors.CqrsError as group_of_errors:
             raise _first(group_of_errors) from None
         finally:
             await intake.close()
+
+    async def _note_calm(self, assignment: Assignment) -> None:
+        """Note that all is well after a while: in an empty queue nothing else shows it."""
+        if assignment.trouble is not None:
+            await self.clock.sleep(CALM_SECONDS)
+            assignment.went_well()
 
     async def bury(self, delivery: Delivery, reason: str) -> None:
         """Put a message that no outcome is possible for among the dead letters.
@@ -143,9 +155,12 @@ class _InHand:
 class _Consumer:
     """One partition's deliveries, from the intake to their settlement."""
 
-    def __init__(self, worker: CommandWorker, intake: CommandIntake) -> None:
+    def __init__(
+        self, worker: CommandWorker, intake: CommandIntake, assignment: Assignment
+    ) -> None:
         self._worker = worker
         self._intake = intake
+        self._assignment = assignment
         self._in_hand = 0
         self._done: deque[_InHand] = deque()
         self._something_done = asyncio.Event()
@@ -225,6 +240,7 @@ class _Consumer:
             self._raise_troubles(done)
             await self._reply([item for item in done if item.message and item.message.reply_to])
             await self._intake.settle([item.delivery for item in done])
+            self._assignment.went_well()
             async with self._some_settled:
                 self._in_hand -= len(done)
                 self._some_settled.notify_all()

@@ -25,7 +25,7 @@ ROUNDS_PER_LEASE: Final = 4
 # A lease is given up this part of its length after it was last renewed.
 SAFE_PART_OF_LEASE: Final = 0.8
 
-PartitionRunner: TypeAlias = "Callable[[Lease, asyncio.Event], Awaitable[None]]"
+PartitionRunner: TypeAlias = "Callable[[Assignment], Awaitable[None]]"
 
 
 def fair_share(members: Sequence[Member], owner: str, partitions: int) -> int:
@@ -43,20 +43,29 @@ def fair_share(members: Sequence[Member], owner: str, partitions: int) -> int:
 
 
 @dataclass(slots=True, eq=False)
-class _Running:
-    """A partition at work: ask it to stop by the event, or cancel its task."""
+class Assignment:
+    """A partition to work on until `stopping` is set, by a lease; its task can be cancelled.
+
+    `trouble` says why there is no progress. Whoever works on it takes that back.
+    """
 
     lease: Lease
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
+    trouble: str | None = None
+
+    def went_well(self) -> None:
+        """Note progress, or that there is nothing to be done: the trouble is over."""
+        self.trouble = None
 
 
 class LeaseKeeper:
     """A member of one role: holds its share of the partitions and runs each of them.
 
-    `run_partition(lease, stopping)` works until `stopping` is set, then settles
-    what it has in hand and returns. It is cancelled when the lease is lost.
-    When it raises, it is started again after a wait; `trouble` says why. After
+    `run_partition(assignment)` works until it is to stop, then settles what it
+    has in hand and returns. It is cancelled when the lease is lost. When it
+    raises, it is started again after a wait; `trouble` says why, until it notes
+    progress. After
     `UnknownEvent` the member is unfit until its process is replaced. `stuck` is an
     error on some partition that somebody has to mend, not one that passes. What no
     partition can do without, `StoreUnusable`, ends the member.
@@ -80,9 +89,8 @@ class LeaseKeeper:
         self._owner = owner
         self._partitions = partitions
         self._seconds = seconds
-        self._running: dict[int, _Running] = {}
+        self._running: dict[int, Assignment] = {}
         self._tasks = asyncio.TaskGroup()
-        self._troubles: dict[int, str] = {}
         self._renewed_at = clock.monotonic()
         self._store_trouble: str | None = None
         self.unfit: str | None = None
@@ -101,7 +109,8 @@ class LeaseKeeper:
     @property
     def trouble(self) -> str | None:
         """Why the member makes no progress somewhere; None when all is well."""
-        troubles = [self.unfit, self._store_trouble, *self._troubles.values()]
+        works = (assignment.trouble for assignment in self._running.values())
+        troubles = [self.unfit, self._store_trouble, *works]
         return next((reason for reason in troubles if reason), None)
 
     async def run(self, stopping: asyncio.Event) -> None:
@@ -187,34 +196,34 @@ class LeaseKeeper:
     # --- Partitions at work --------------------------------------------------
 
     def _start(self, lease: Lease) -> None:
-        running = self._running[lease.partition] = _Running(lease)
+        running = self._running[lease.partition] = Assignment(lease)
         running.task = self._tasks.create_task(self._work(running))
         log.info("partition taken", role=self._role, partition=lease.partition, epoch=lease.epoch)
 
-    async def _work(self, running: _Running) -> None:
+    async def _work(self, running: Assignment) -> None:
         """Run a partition until it is to stop, then release it."""
-        partition = running.lease.partition
         attempt = 0
         while not running.stopping.is_set():
             try:
-                await self._run_partition(running.lease, running.stopping)
-                self._troubles.pop(partition, None)
+                await self._run_partition(running)
+                running.went_well()
                 attempt = 0
             except errors.LeaseLost:
                 break
             except errors.StoreUnusable:
                 raise
             except Exception as exc:  # noqa: BLE001 - whatever it is, the others go on
-                attempt += 1
-                self._note(partition, exc)
+                attempt = attempt + 1 if running.trouble else 1
+                self._note(running, exc)
                 await self._clock.sleep(backoff(attempt))
         await self._release(running)
 
-    def _note(self, partition: int, exc: Exception) -> None:
+    def _note(self, running: Assignment, exc: Exception) -> None:
+        partition = running.lease.partition
         reason = exc.message if isinstance(exc, errors.CqrsError) else repr(exc)
-        self._troubles[partition] = f"{self._role} on partition {partition}: {reason}"
+        running.trouble = f"{self._role} on partition {partition}: {reason}"
         if isinstance(exc, errors.UnknownEvent):
-            self.unfit = self._troubles[partition]
+            self.unfit = running.trouble
         if isinstance(exc, errors.TooManyParked | errors.BrokenLog):
             self.stuck = exc
         expected = isinstance(exc, errors.Unavailable | errors.UnknownEvent | errors.Conflict)
@@ -226,7 +235,7 @@ class LeaseKeeper:
             exc_info=None if expected else exc,
         )
 
-    async def _release(self, running: _Running) -> None:
+    async def _release(self, running: Assignment) -> None:
         partition = running.lease.partition
         try:
             await self._leases.release(self._role, self._owner, [partition])
@@ -235,13 +244,12 @@ class LeaseKeeper:
         self._forget(running)
         log.info("partition released", role=self._role, partition=partition)
 
-    def _forget(self, running: _Running) -> None:
+    def _forget(self, running: Assignment) -> None:
         partition = running.lease.partition
         if self._running.get(partition) is running:
             del self._running[partition]
-            self._troubles.pop(partition, None)
 
-    def _cancel(self, running: _Running) -> None:
+    def _cancel(self, running: Assignment) -> None:
         running.stopping.set()  # an error on its way out must not make it start again
         if running.task is not None:
             running.task.cancel()

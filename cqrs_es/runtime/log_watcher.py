@@ -35,11 +35,15 @@ class LogWatcher:
         """Look at the heads now: something was committed."""
         self._poked.set()
 
+    def head(self, partition: int) -> int:
+        """Return a partition's head as it was last seen."""
+        return self._heads.get(partition, 0)
+
     async def wait_beyond(self, partition: int, offset: int) -> int:
         """Wait until a partition's head lies beyond an offset; return the head."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._heads.get(partition, 0) > offset)
-        return self._heads[partition]
+            await self._changed.wait_for(lambda: self.head(partition) > offset)
+        return self.head(partition)
 
     async def run(self) -> None:
         """Watch for ever; meant to be cancelled. Raises `StoreUnusable`."""

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from cqrs_es.messages import StoredEvent
     from cqrs_es.ports.broker import Broker, EventFeed, TopicEvent
     from cqrs_es.ports.clock import Clock
-    from cqrs_es.ports.leases import Lease
     from cqrs_es.ports.storage import Storage
     from cqrs_es.projection.folding import Folding
     from cqrs_es.registry import ProjectionDefinition, Registry
+    from cqrs_es.runtime.leases import Assignment
 
 log = structlog.get_logger("cqrs_es.projection")
 
@@ -55,18 +55,20 @@ class ProjectorLoop:
         self._breaker = ParkingBreaker(clock)
         self._on_failure = on_failure
 
-    async def run_partition(self, lease: Lease, stopping: asyncio.Event) -> None:
+    async def run_partition(self, assignment: Assignment) -> None:
         """Project a partition from its checkpoint on, until stopped or another generation is live.
 
         Either way everything received is applied or will be received again.
         """
+        partition = assignment.lease.partition
         folding = await self._live_folding()
-        applier = self._applier(folding, lease.partition)
+        applier = self._applier(folding, partition)
         await applier.read_checkpoint()
         await applier.catch_up()
-        feed = await self._broker.subscribe({lease.partition: applier.checkpoint})
+        feed = await self._broker.subscribe({partition: applier.checkpoint})
         try:
-            await self._follow(feed, applier, folding.generation, stopping)
+            assignment.went_well()
+            await self._follow(feed, applier, folding.generation, assignment.stopping)
         finally:
             await feed.close()
 

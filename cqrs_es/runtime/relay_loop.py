@@ -7,7 +7,6 @@ subscribers drop by offset.
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from cqrs_es.ports.broker import Broker
     from cqrs_es.ports.leases import Lease
     from cqrs_es.ports.storage import Storage
+    from cqrs_es.runtime.leases import Assignment
     from cqrs_es.runtime.log_watcher import LogWatcher
 
 log = structlog.get_logger("cqrs_es.relay")
@@ -43,17 +43,21 @@ class Relay:
         self._watcher = watcher
         self._source = f"/{service}"
 
-    async def run_partition(self, lease: Lease, stopping: asyncio.Event) -> None:
+    async def run_partition(self, assignment: Assignment) -> None:
         """Publish a partition until stopped, going on from its mark."""
+        lease, stopping = assignment.lease, assignment.stopping
         epoch = (await self._storage.info()).log_epoch
         marks = await self._storage.views.checkpoints(RELAY_MARK)
         mark = await self._starting_point(lease.partition, marks.get(lease.partition, 0))
         stored = marks.get(lease.partition, 0)
         while not stopping.is_set():
+            if self._watcher.head(lease.partition) <= mark:
+                assignment.went_well()
             if await unless(stopping, self._watcher.wait_beyond(lease.partition, mark)) is None:
                 break
             mark = await self._publish_after(lease.partition, mark, epoch)
             stored = await self._advance(lease, stored, mark)
+            assignment.went_well()
 
     async def _starting_point(self, partition: int, mark: int) -> int:
         """Return the lesser of our mark and what the topic holds: a flushed one is filled again."""

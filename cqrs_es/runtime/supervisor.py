@@ -106,7 +106,8 @@ class Supervisor:
     @property
     def troubles(self) -> list[str]:
         """Why the process makes no progress somewhere; empty when all is well."""
-        found = [self._executor.trouble, *(keeper.trouble for keeper in self._keepers)]
+        found = [self._process.broker.trouble, self._executor.trouble]
+        found += (keeper.trouble for keeper in self._keepers)
         return [trouble for trouble in found if trouble]
 
     @property

@@ -448,7 +448,7 @@ async def test_a_message_over_the_servers_limit_fails_alone(broker: Broker) -> N
     """The server closes the channel over it; the next message opens another."""
     intake = await broker.open_intake(0, "a")
     with pytest.raises(errors.BrokerUnavailable, match="PRECONDITION_FAILED"):
-        await broker.send([OutgoingCommand(0, "id", bytes(140_000_000))])
+        await broker.send([OutgoingCommand(0, "id", bytes(17_000_000))])
     await send(broker, 1)
     assert bodies(await intake.receive(1)) == ["1"]
 

@@ -43,6 +43,7 @@ CALL_SECONDS: Final = 15.0  # above the driver's own deadlines, which have bette
 OPEN_SECONDS: Final = 2 * driver.CONNECT_SECONDS
 CLOSE_SECONDS: Final = 5.0
 TICK_SECONDS: Final = 1.0  # between looks at the heartbeat when nothing happens
+BLOCKED: Final = "takes no messages for want of memory or disk"
 READ_AT_ONCE: Final = 1_000  # methods, before what they were is handed over
 
 

@@ -13,6 +13,7 @@ from cqrs_es.brokers.amqp import commands as queues
 from cqrs_es.brokers.amqp import replies as inboxes
 from cqrs_es.brokers.amqp import topic, topology
 from cqrs_es.brokers.amqp.address import Address
+from cqrs_es.brokers.amqp.bridge import BLOCKED
 from cqrs_es.brokers.amqp.reconnecting import Connections
 from cqrs_es.ports.broker import Broker, Topology
 
@@ -51,6 +52,13 @@ class AmqpBroker(Broker):
     def durable(self) -> bool:
         """Always: the server outlives this process."""
         return True
+
+    @property
+    def trouble(self) -> str | None:
+        """That the server wants memory or disk: it lets everything through but what we publish."""
+        if not self._connections.blocked:
+            return None
+        return f"RabbitMQ at {self._connections.address} {BLOCKED}; give it memory or disk"
 
     async def open(self) -> None:
         """Reach the server."""
@@ -132,8 +140,7 @@ class AmqpBroker(Broker):
         """Publish outcomes to the queues of their senders."""
         publishers = await self._connections.publishing()
         if publishers.bridge.blocked:  # nobody's acknowledgement is to wait for that
-            message = "RabbitMQ takes no messages for want of memory or disk; replies are dropped"
-            raise errors.BrokerUnavailable(message)
+            raise errors.BrokerUnavailable(f"RabbitMQ {BLOCKED}; replies are dropped")
         await publishers.replies.publish(
             [inboxes.outgoing(self._names, reply) for reply in replies]
         )

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import amqp
 
+from cqrs_es.brokers.amqp.bridge import BLOCKED
+
 if TYPE_CHECKING:
     from cqrs_es import errors
     from cqrs_es.brokers.amqp.bridge import Bridge
@@ -112,9 +114,7 @@ class Publisher:
             self._batches.discard(batch)
 
     def _silence(self) -> str:
-        blocked = (
-            ": it takes no messages for want of memory or disk" if self._bridge.blocked else ""
-        )
+        blocked = f": it {BLOCKED}" if self._bridge.blocked else ""
         return f"nothing was confirmed within {CONFIRM_SECONDS:g} s{blocked}"
 
     def _bridge_ended(self) -> None:

@@ -27,6 +27,11 @@ class Reconnecting:
         self._bridge: Bridge | None = None
         self._opening: asyncio.Task[Bridge] | None = None
 
+    @property
+    def blocked(self) -> bool:
+        """Whether there is a connection that the server takes no messages from."""
+        return self._bridge is not None and not self._bridge.ended and self._bridge.blocked
+
     async def bridge(self) -> Bridge:
         """Return the connection that lives; everybody who waits for one shares the attempt."""
         if self._bridge is not None and not self._bridge.ended:
@@ -69,11 +74,16 @@ class Connections:
     """A broker's way to its server."""
 
     def __init__(self, address: Address, service: str) -> None:
-        self._address = address
+        self.address = address
         self._closed = False
         self._consuming = Reconnecting(address, f"{service} consuming")
         self._publishing = Reconnecting(address, f"{service} publishing")
         self._publishers: Publishers | None = None
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the server takes nothing from the connection for publishing."""
+        return self._publishing.blocked
 
     def allow(self) -> None:
         """Let connections be made, also after `close`."""
@@ -99,5 +109,5 @@ class Connections:
 
     def _check(self) -> None:
         if self._closed:
-            message = f"the connection to RabbitMQ at {self._address} was closed; open it again"
+            message = f"the connection to RabbitMQ at {self.address} was closed; open it again"
             raise errors.BrokerUnavailable(message)

@@ -1,0 +1,61 @@
+"""A member of a role, and how it says that some partition makes no progress."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from cqrs_es import errors
+from cqrs_es.runtime.leases import LeaseKeeper
+from cqrs_es.stores import storage_for
+from cqrs_es.testing import FakeClock
+from tests.waiting import eventually
+
+if TYPE_CHECKING:
+    from cqrs_es.runtime.leases import Assignment
+
+
+class Runner:
+    """Fails as long as it is told to; what it works on notes progress only when told to."""
+
+    def __init__(self) -> None:
+        self.failing = True
+        self.progress = asyncio.Event()
+
+    async def run(self, assignment: Assignment) -> None:
+        if self.failing:
+            raise errors.BrokerUnavailable
+        await self.progress.wait()
+        assignment.went_well()
+        await assignment.stopping.wait()
+
+
+async def test_trouble_lasts_until_there_is_progress() -> None:
+    """A partition that was taken up again is in trouble until it has got something done."""
+    clock, runner, stopping = FakeClock(), Runner(), asyncio.Event()
+    storage = storage_for("memory://", clock=clock)
+    keeper = LeaseKeeper(
+        storage.leases, clock, runner.run, role="relay", owner="a", partitions=1, seconds=60.0
+    )
+
+    async def in_trouble() -> bool:
+        return keeper.trouble is not None
+
+    async def all_is_well() -> bool:
+        return keeper.trouble is None
+
+    async def waited() -> bool:
+        return clock.advance_to_next(within=10.0)
+
+    async with asyncio.TaskGroup() as tasks:
+        keeping = tasks.create_task(keeper.run(stopping))
+        await eventually(in_trouble)
+        runner.failing = False
+        await eventually(waited)
+        await asyncio.sleep(0)
+        assert keeper.trouble
+        assert keeper.trouble.startswith("relay on partition 0: The broker can't be reached")
+        runner.progress.set()
+        await eventually(all_is_well)
+        stopping.set()
+        await keeping
