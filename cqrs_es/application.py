@@ -19,6 +19,7 @@ from cqrs_es.runtime.supervisor import Process, new_owner
 from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
 from cqrs_es.telemetry import logs
+from cqrs_es.telemetry.meter import NO_METER, Meter
 from cqrs_es.types import NAME
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class Application:
         initialise: bool = False,
         on_handler_failure: OnHandlerFailure | None = None,
         on_view_failure: OnViewFailure | None = None,
+        meter: Meter = NO_METER,
     ) -> AsyncGenerator[OpenApplication]:
         """Connect to the store and the broker.
 
@@ -131,6 +133,7 @@ class Application:
                 policy=policy or _policy(settings),
                 on_failure=on_handler_failure,
                 on_commit=watcher.poke,
+                meter=meter,
             )
             process = Process(
                 registry=self.registry,
@@ -144,6 +147,7 @@ class Application:
                 watcher=watcher,
                 owner=new_owner(),
                 on_view_failure=on_view_failure,
+                meter=meter,
             )
             opened = OpenApplication(process)
             if initialise:

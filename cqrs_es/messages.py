@@ -110,8 +110,8 @@ def spec_of(cls: type[object]) -> MessageSpec:
 class CommandMessage:
     """A command as it came from its sender, its envelope checked, its payload not yet.
 
-    `metadata` includes what the sender gave and nothing else; `body` is the
-    message as received, kept for dead letters.
+    `metadata` includes what the sender gave and nothing else; `sent_at` is its
+    word, in whatever form; `body` is the message as received, kept for dead letters.
     """
 
     id: str
@@ -122,6 +122,7 @@ class CommandMessage:
     metadata: Mapping[str, str] = field(default_factory=lambda: NO_METADATA)
     expected_sequence: int | None = None
     reply_to: str | None = None
+    sent_at: str | None = None
     body: bytes = b""
 
     @property

@@ -50,7 +50,6 @@ def parse_command(body: bytes, max_bytes: int = MAX_MESSAGE_BYTES) -> CommandMes
     check_name(aggregate_type, "aggregate_type")
     aggregate_id = _text(message, "aggregate_id")
     check_aggregate_id(aggregate_id)
-    _optional_text(message, "sent_at")
     return CommandMessage(
         id=parse_command_id(_text(message, "id")),
         type=name,
@@ -60,6 +59,7 @@ def parse_command(body: bytes, max_bytes: int = MAX_MESSAGE_BYTES) -> CommandMes
         metadata=check_metadata(message.get("metadata")),
         expected_sequence=_expected_sequence(message),
         reply_to=_reply_to(message),
+        sent_at=_optional_text(message, "sent_at"),
         body=body,
     )
 

@@ -16,6 +16,7 @@ from cqrs_es.execution.work import Job, Work, refusal
 from cqrs_es.messages import CommandContext, CommandMessage, Outcome, OutcomeEvent, Status
 from cqrs_es.ports.dead_letters import DeadLetter
 from cqrs_es.ports.store import DecidedCommand, NewEvent
+from cqrs_es.telemetry.meter import NO_METER, Meter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,10 +35,12 @@ class Decider:
         policy: ExecutionPolicy,
         now: Callable[[], datetime],
         on_failure: Callable[[CommandMessage, BaseException], None] | None = None,
+        meter: Meter = NO_METER,
     ) -> None:
         self._policy = policy
         self._now = now
         self._on_failure = on_failure
+        self._meter = meter
 
     async def decide(self, work: Work) -> None:
         """Decide the work's jobs in order, filling `decided`, `result` and perhaps `held`."""
@@ -81,6 +84,8 @@ class Decider:
             retry_in=delay,
             exc_info=exc,
         )
+        if delay is not None:
+            self._meter.retry("handler")
         if self._on_failure is not None:
             self._on_failure(job.message, exc)
         return delay

@@ -30,6 +30,7 @@ from cqrs_es.execution.policy import MAX_APPEND_BYTES, ExecutionPolicy
 from cqrs_es.execution.work import Answer, Job, Work, id_reused
 from cqrs_es.messages import CommandMessage, Outcome, Status
 from cqrs_es.ports.store import Chain, Committed, Snapshot, StoredOutcome
+from cqrs_es.telemetry.meter import NO_METER, Meter
 from cqrs_es.types import partition_of
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Executor:
     `on_commit` is called after each commit that wrote events.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one argument for each part it works with
         self,
         registry: Registry,
         events: EventStore,
@@ -80,17 +81,19 @@ class Executor:
         policy: ExecutionPolicy | None = None,
         on_failure: Callable[[CommandMessage, BaseException], None] | None = None,
         on_commit: Callable[[], None] | None = None,
+        meter: Meter = NO_METER,
     ) -> None:
         self._registry = registry
+        self._meter = meter
         self._events = events
         self._partitions = partitions
         self._clock = clock
         self._policy = policy or ExecutionPolicy()
         self._on_commit = on_commit
-        self._decider = Decider(self._policy, clock.now, on_failure)
+        self._decider = Decider(self._policy, clock.now, on_failure, meter)
         # Two, since a store that can be read but not written to answers every look-up.
-        self._reading = Outage(clock, self._policy.patience)
-        self._writing = Outage(clock, self._policy.patience)
+        self._reading = Outage(clock, self._policy.patience, meter)
+        self._writing = Outage(clock, self._policy.patience, meter)
         self._lanes = Lanes()
         self._baselines = BaselineCache(self._policy.cached_aggregates)
         self._loader = BaselineLoader(events, self._baselines, self._reading)
@@ -194,11 +197,13 @@ class Executor:
                 self._give_up(works, exc)
 
     async def _prepare(self, works: list[Work]) -> None:
-        await self._answer_known(works)
+        with self._meter.phase("lookup"):
+            await self._answer_known(works)
         works = [work for work in works if work.jobs]
         for work in works:
             work.definition = self._registry.aggregates.get(work.key.type)
-        await self._loader.find_baselines(works)
+        with self._meter.phase("load"):
+            await self._loader.find_baselines(works)
         for work in works:
             self._start(self._decide(work))
 
@@ -224,7 +229,8 @@ class Executor:
         try:
             if isinstance(work.load_failure, errors.UnknownEvent):
                 raise work.load_failure  # noqa: TRY301 - it takes the same way out as any other
-            await self._decider.decide(work)
+            with self._meter.phase("decide"):
+                await self._decider.decide(work)
         except Exception as exc:  # noqa: BLE001 - the callers are told, each by its future
             self._give_up([work], exc)
             return
@@ -284,13 +290,15 @@ class Executor:
         self._writing.over()
         for work, result in zip(works, results, strict=True):
             self._settle(work, result)
+        self._meter.batch(sum(len(work.decided) for work in works))
         self._log_batch(works, started)
         if self._on_commit is not None:
             self._on_commit()
 
     async def _append(self, works: Sequence[Work]) -> list[ChainResult]:
         chains = [_chain(work, self._partitions) for work in works]
-        return await self._events.append(chains, self._clock.now())
+        with self._meter.phase("append"):
+            return await self._events.append(chains, self._clock.now())
 
     async def _commit_in_parts(self, works: Sequence[Work], exc: errors.CqrsError) -> None:
         """Find the work, then the command, that the store can't take; the others commit."""
@@ -319,6 +327,7 @@ class Executor:
     def _decide_again(self, work: Work) -> None:
         """Send a chain that met a conflict round again, on what the store holds now."""
         self.counts.conflicts += 1
+        self._meter.conflict()
         self._baselines.drop(work.key)
         self._lanes.release(work.key, work.jobs)
 
@@ -374,6 +383,8 @@ class Executor:
 
     def _resolve(self, job: Job, outcome: Outcome) -> None:
         self.counts.count(outcome)
+        name = "duplicate" if outcome.duplicate else outcome.status.value
+        self._meter.command(job.message.aggregate_type, job.message.type, name)
         if not job.answer.done():
             job.answer.set_result(outcome)
 

@@ -8,6 +8,7 @@ import structlog
 
 from cqrs_es import errors
 from cqrs_es.execution.policy import backoff
+from cqrs_es.telemetry.meter import NO_METER, Meter
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -21,8 +22,9 @@ log = structlog.get_logger("cqrs_es.execution")
 class Outage:
     """Counts how long a store has been away, and waits ever longer between probes."""
 
-    def __init__(self, clock: Clock, patience: float | None) -> None:
+    def __init__(self, clock: Clock, patience: float | None, meter: Meter = NO_METER) -> None:
         self._clock = clock
+        self._meter = meter
         self._patience = patience
         self._since: float | None = None
         self._probes = 0
@@ -52,6 +54,7 @@ class Outage:
             raise exc
         self._probes += 1
         self.reason = exc.message
+        self._meter.retry("store")
         delay = backoff(self._probes)
         log.warning("store unavailable", error=exc.message, probes=self._probes, retry_in=delay)
         await self._clock.sleep(delay)

@@ -34,13 +34,17 @@ class OutgoingCommand:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A message as an intake got it; `tag` is the broker's own name for it."""
+    """A message as an intake got it; `tag` is the broker's own name for it.
+
+    `queued_at`, in seconds since 1970, is when the broker got it, where it says so.
+    """
 
     partition: int
     body: bytes
     tag: object
     redelivered: bool = False
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    queued_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import structlog
 from cqrs_es import errors
 from cqrs_es.ports.views import ParkedAggregate
 from cqrs_es.projection.parking import reason_of, relevant
+from cqrs_es.telemetry.meter import NO_METER, Meter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -58,10 +59,12 @@ class Applier:
         *,
         breaker: ParkingBreaker | None = None,
         on_failure: Callable[[StoredEvent, Exception], None] | None = None,
+        meter: Meter = NO_METER,
     ) -> None:
         self._registry = registry
         self._storage = storage
         self._folding = folding
+        self._meter = meter
         self._partition = partition
         self._breaker = breaker
         self._on_failure = on_failure
@@ -136,7 +139,7 @@ class Applier:
             envelopes = relevant(self._registry, self._folding, wanted)
             if envelopes:
                 await self._folding.fold(envelopes, transaction)
-        self.checkpoint = events[-1].offset
+        self._moved(events[-1].offset)
 
     async def _move_checkpoint(self, transaction: ViewTransaction, to: int) -> None:
         """Take the checkpoint's lock first: of two projectors one waits here, then conflicts."""
@@ -175,7 +178,11 @@ class Applier:
         async with self._storage.views.transaction() as transaction:
             await self._move_checkpoint(transaction, event.offset)
             await transaction.park(marker)
-        self.checkpoint = event.offset
+        self._moved(event.offset)
+
+    def _moved(self, to: int) -> None:
+        self._meter.projected(self._folding.name, to - self.checkpoint)
+        self.checkpoint = to
 
 
 def _view_failed(name: str, event: StoredEvent, exc: Exception) -> errors.ViewFailed:

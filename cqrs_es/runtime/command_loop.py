@@ -22,6 +22,7 @@ from cqrs_es.ports.dead_letters import DeadLetter
 from cqrs_es.runtime.dead_import import import_dead_letters
 from cqrs_es.runtime.isolation import Isolation
 from cqrs_es.runtime.waiting import unless
+from cqrs_es.telemetry.meter import NO_METER, Meter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +50,7 @@ PRUNE_EVERY_SECONDS: Final = 60.0
 class CommandWorker:
     """Consumes partitions of the command queue into one executor."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one argument for each part it works with
         self,
         storage: Storage,
         broker: Broker,
@@ -59,6 +60,7 @@ class CommandWorker:
         max_message_bytes: int,
         most_in_hand: int,
         retention_days: float,
+        meter: Meter = NO_METER,
     ) -> None:
         self.storage = storage
         self.broker = broker
@@ -68,6 +70,7 @@ class CommandWorker:
         self.max_message_bytes = max_message_bytes
         self.most_in_hand = most_in_hand
         self._retention = timedelta(days=retention_days)
+        self.meter = meter
         self.dead = 0
 
     async def run_partition(self, assignment: Assignment) -> None:
@@ -113,13 +116,18 @@ class CommandWorker:
             command_id=wire.command_id_of(delivery.body),
             headers=delivery.headers,
         )
-        outage, letters = Outage(self.clock, None), self.storage.dead_letters
+        outage, letters = self.outage(), self.storage.dead_letters
         known = await outage.wait_out(lambda: letters.get(letter.id))
         if known is not None and known.body_hash != letter.body_hash:
             letter = replace(letter, id=letter.body_hash[:32])
         await outage.wait_out(lambda: letters.add(letter))
         self.dead += 1
+        self.meter.dead_message()
         log.warning("message buried", dead_letter=letter.id, reason=reason)
+
+    def outage(self) -> Outage:
+        """Make what waits for the store for as long as it takes."""
+        return Outage(self.clock, None, self.meter)
 
     async def _import_dead_letters(self, lease: Lease) -> None:
         """Fetch what the broker gave up; whoever holds partition 0 does it."""
@@ -189,21 +197,23 @@ class _Consumer:
             self._in_hand += 1
             self._note_done(_InHand(delivery))
             return
-        if delivery.redelivered and not await self._is_answered(message):
+        if not delivery.redelivered:
+            self._worker.meter.delivered(delivery.queued_at, message.sent_at)
+        elif not await self._is_answered(message):
             await self._take_alone(delivery, message)
             return
         await self._worker.isolation.wait_open()
         self._submit(delivery, message)
 
     async def _is_answered(self, message: CommandMessage) -> bool:
-        outage = Outage(self._worker.clock, None)
+        outage = self._worker.outage()
         events = self._worker.storage.events
         return bool(await outage.wait_out(lambda: events.find_outcomes([message.id])))
 
     async def _take_alone(self, delivery: Delivery, message: CommandMessage) -> None:
         """Handle a redelivered command with nothing beside it, its attempt recorded first."""
         async with self._worker.isolation.alone():
-            outage = Outage(self._worker.clock, None)
+            outage = self._worker.outage()
             events = self._worker.storage.events
             attempts = await outage.wait_out(lambda: events.record_attempt(message.id))
             log.info("command redelivered", command_id=message.id, attempts=attempts)
@@ -239,7 +249,8 @@ class _Consumer:
             await self._forgive(done)
             self._raise_troubles(done)
             await self._reply([item for item in done if item.message and item.message.reply_to])
-            await self._intake.settle([item.delivery for item in done])
+            with self._worker.meter.phase("settle"):
+                await self._intake.settle([item.delivery for item in done])
             self._assignment.went_well()
             async with self._some_settled:
                 self._in_hand -= len(done)
@@ -259,7 +270,7 @@ class _Consumer:
         ]
         if not ids:
             return
-        outage = Outage(self._worker.clock, None)
+        outage = self._worker.outage()
         await outage.wait_out(lambda: self._worker.storage.events.forget_attempts(ids))
 
     @staticmethod
@@ -275,7 +286,8 @@ class _Consumer:
         if not wanted:
             return
         try:
-            await self._worker.broker.reply(wanted)
+            with self._worker.meter.phase("reply"):
+                await self._worker.broker.reply(wanted)
         except errors.BrokerUnavailable as exc:
             log.warning("replies lost", replies=len(wanted), error=exc.message)
 

@@ -11,6 +11,7 @@ import structlog
 
 from cqrs_es import errors
 from cqrs_es.execution.policy import backoff
+from cqrs_es.telemetry.meter import NO_METER, Meter
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -71,7 +72,7 @@ class LeaseKeeper:
     partition can do without, `StoreUnusable`, ends the member.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one argument for each part it works with
         self,
         leases: Leases,
         clock: Clock,
@@ -81,8 +82,10 @@ class LeaseKeeper:
         owner: str,
         partitions: int,
         seconds: float,
+        meter: Meter = NO_METER,
     ) -> None:
         self._leases = leases
+        self._meter = meter
         self._clock = clock
         self._run_partition = run_partition
         self._role = role
@@ -150,7 +153,8 @@ class LeaseKeeper:
             self._store_trouble = exc.message
             log.warning("lease round failed", role=self._role, error=exc.message)
             if self._clock.monotonic() - self._renewed_at > self._seconds * SAFE_PART_OF_LEASE:
-                self._cancel_all()
+                for running in list(self._running.values()):
+                    self._lose(running)
                 if isinstance(exc, errors.StoreLocked):
                     raise
         else:
@@ -177,7 +181,7 @@ class LeaseKeeper:
         for partition, running in list(self._running.items()):
             if kept.get(partition) != running.lease.epoch:
                 log.warning("lease lost", role=self._role, partition=partition)
-                self._cancel(running)
+                self._lose(running)
 
     async def _take(self, most: int) -> None:
         taken = {lease.partition for lease in await self._leases.held(self._role)}
@@ -209,6 +213,7 @@ class LeaseKeeper:
                 running.went_well()
                 attempt = 0
             except errors.LeaseLost:
+                self._meter.lease_lost(self._role)
                 break
             except errors.StoreUnusable:
                 raise
@@ -248,6 +253,10 @@ class LeaseKeeper:
         partition = running.lease.partition
         if self._running.get(partition) is running:
             del self._running[partition]
+
+    def _lose(self, running: Assignment) -> None:
+        self._meter.lease_lost(self._role)
+        self._cancel(running)
 
     def _cancel(self, running: Assignment) -> None:
         running.stopping.set()  # an error on its way out must not make it start again

@@ -13,6 +13,7 @@ from cqrs_es.projection.folding import folding_for
 from cqrs_es.projection.generations import read_generations
 from cqrs_es.projection.parking import ParkingBreaker
 from cqrs_es.runtime.waiting import unless, within
+from cqrs_es.telemetry.meter import NO_METER, Meter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -46,7 +47,9 @@ class ProjectorLoop:
         clock: Clock,
         *,
         on_failure: Callable[[StoredEvent, Exception], None] | None = None,
+        meter: Meter = NO_METER,
     ) -> None:
+        self._meter = meter
         self._registry = registry
         self._storage = storage
         self._broker = broker
@@ -88,6 +91,7 @@ class ProjectorLoop:
             partition,
             breaker=self._breaker,
             on_failure=self._on_failure,
+            meter=self._meter,
         )
 
     async def _follow(

@@ -15,6 +15,7 @@ from cqrs_es import errors
 from cqrs_es.cloudevents import to_cloudevent
 from cqrs_es.ports.broker import OutgoingEvent
 from cqrs_es.runtime.waiting import unless
+from cqrs_es.telemetry.meter import NO_METER, Meter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,12 +37,19 @@ class Relay:
     """Publishes partitions of one service's log."""
 
     def __init__(
-        self, storage: Storage, broker: Broker, watcher: LogWatcher, *, service: str
+        self,
+        storage: Storage,
+        broker: Broker,
+        watcher: LogWatcher,
+        *,
+        service: str,
+        meter: Meter = NO_METER,
     ) -> None:
         self._storage = storage
         self._broker = broker
         self._watcher = watcher
         self._source = f"/{service}"
+        self._meter = meter
 
     async def run_partition(self, assignment: Assignment) -> None:
         """Publish a partition until stopped, going on from its mark."""
@@ -69,7 +77,9 @@ class Relay:
         if not events:
             return mark
         outgoing = self._encode(events, epoch)
-        return await self._broker.publish(partition, epoch, outgoing)
+        confirmed = await self._broker.publish(partition, epoch, outgoing)
+        self._meter.published(max(0, confirmed - mark))
+        return confirmed
 
     def _encode(self, events: Sequence[StoredEvent], epoch: str) -> list[OutgoingEvent]:
         return [

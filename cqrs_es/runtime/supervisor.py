@@ -18,6 +18,7 @@ from cqrs_es.runtime.command_loop import CommandWorker
 from cqrs_es.runtime.leases import LeaseKeeper
 from cqrs_es.runtime.projection_loop import ProjectorLoop
 from cqrs_es.runtime.relay_loop import RELAY_MARK, Relay
+from cqrs_es.telemetry.meter import NO_METER, Meter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -63,6 +64,7 @@ class Process:
     watcher: LogWatcher
     owner: str
     on_view_failure: Callable[[StoredEvent, Exception], None] | None = None
+    meter: Meter = NO_METER
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,13 @@ class Supervisor:
     def _runners(self) -> list[tuple[str, PartitionRunner]]:
         """List the roles of this process with what each does to a partition."""
         process = self._process
-        relay = Relay(process.storage, process.broker, process.watcher, service=process.service)
+        relay = Relay(
+            process.storage,
+            process.broker,
+            process.watcher,
+            service=process.service,
+            meter=process.meter,
+        )
         every: list[tuple[str, PartitionRunner]] = [
             (WORKER, self._worker.run_partition),
             (RELAY, relay.run_partition),
@@ -151,6 +159,7 @@ class Supervisor:
                     definition,
                     process.clock,
                     on_failure=process.on_view_failure,
+                    meter=process.meter,
                 ),
             )
             for name, definition in process.registry.projections.items()
@@ -166,6 +175,7 @@ class Supervisor:
             owner=process.owner,
             partitions=process.partitions,
             seconds=process.settings.lease_seconds,
+            meter=process.meter,
         )
 
     # --- Progress ------------------------------------------------------------
@@ -203,6 +213,7 @@ def _make_worker(process: Process) -> CommandWorker:
         max_message_bytes=process.settings.max_message_bytes,
         most_in_hand=4 * process.settings.batch_size,
         retention_days=process.settings.outcome_retention_days,
+        meter=process.meter,
     )
 
 

@@ -88,6 +88,7 @@ class AmqpIntake(CommandIntake):
             Tag(self._serial, message.tag),
             redelivered=message.redelivered,
             headers=self._headers(message),
+            queued_at=_timestamp(message),
         )
 
     def _headers(self, message: Arrived) -> Mapping[str, str]:
@@ -121,6 +122,12 @@ class AmqpIntake(CommandIntake):
         """Make room for another intake of the same partition in this process."""
         self._consumer.end(errors.LeaseLost)
         await self._consumer.close()
+
+
+def _timestamp(message: Arrived) -> float | None:
+    """Return the property `timestamp`: the sender's, or the server's where it is told to set it."""
+    value = message.properties.get("timestamp")
+    return float(value) if isinstance(value, int) else None
 
 
 class AmqpDeadIntake(AmqpIntake):

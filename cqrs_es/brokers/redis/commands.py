@@ -120,8 +120,14 @@ class RedisIntake(CommandIntake):
 
     def _delivery(self, tag: str, fields: list[bytes]) -> Delivery:
         values = dict(zip(fields[::2], fields[1::2], strict=True))
-        redelivered = _numbers(tag) <= self._redelivered_to
-        return Delivery(self._partition, values.get(b"command", b""), tag, redelivered=redelivered)
+        numbers = _numbers(tag)
+        return Delivery(
+            self._partition,
+            values.get(b"command", b""),
+            tag,
+            redelivered=numbers <= self._redelivered_to,
+            queued_at=numbers[0] / 1000,
+        )
 
     async def _wait(self) -> None:
         """Wait until the stream has grown, or a while: what was lost has no other sign."""
