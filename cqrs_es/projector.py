@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeAlias, TypeVar
 
 from cqrs_es import errors
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 E = TypeVar("E")
 SqlValue: TypeAlias = int | float | str | None
+NO_CHANGES: Mapping[str, str] = MappingProxyType({})
 SqlRow: TypeAlias = tuple[SqlValue, ...]
 
 
@@ -27,6 +29,22 @@ class SqlSession(ABC):
     @abstractmethod
     async def fetch(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
         """Run a query with `?` placeholders; return its rows."""
+
+    @abstractmethod
+    async def upsert(
+        self,
+        table: str,
+        key: Sequence[str],
+        rows: Sequence[Mapping[str, SqlValue]],
+        changes: Mapping[str, str] = NO_CHANGES,
+    ) -> None:
+        """Insert rows, or change those that are there; one statement for many, in order of keys.
+
+        `key` names the columns of the table's primary key. All rows give the
+        same columns. Where a row is there already, the others get the new
+        row's values, or those that `changes` says, in SQL over `old.<column>`
+        and `new.<column>`: `{"total": "old.total + new.total"}`.
+        """
 
 
 class Projector(ABC, Generic[E]):

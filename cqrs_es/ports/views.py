@@ -16,7 +16,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cqrs_es.projector import SqlRow as SqlRow  # these three are part of this port's vocabulary
+from cqrs_es.projector import (
+    NO_CHANGES as NO_CHANGES,  # these four are part of this port's vocabulary
+)
+from cqrs_es.projector import SqlRow as SqlRow
 from cqrs_es.projector import SqlSession as SqlSession
 from cqrs_es.projector import SqlValue as SqlValue
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from cqrs_es.ports.storage import Storage
-    from cqrs_es.ports.views import ViewTransaction
+    from cqrs_es.ports.views import SqlValue, ViewTransaction
     from tests.contract.conftest import Database
 
 TABLE = "ledger__1"
@@ -401,6 +401,51 @@ async def test_own_sql_counts_the_rows_it_touched(storage: Storage) -> None:
         )
         assert [tuple(each) for each in found] == [("a", 2**40 + 1)]
         assert await sql.execute(f"DELETE FROM {OWN_TABLE}") == 4
+
+
+async def totals(storage: Storage) -> dict[object, object]:
+    rows = await storage.views.query(f"SELECT name, total FROM {OWN_TABLE}")
+    return {name: total for name, total in rows}  # noqa: C416 - as tuples of any length
+
+
+def total(name: str, number: int) -> dict[str, SqlValue]:
+    return {"name": name, "total": number}
+
+
+async def test_own_upsert_inserts_and_changes(storage: Storage) -> None:
+    """Rows that are there are changed as asked, or take the new values; others are added."""
+    added_up = {"total": "old.total + new.total"}
+    async with storage.views.transaction() as sql:
+        await sql.upsert(OWN_TABLE, ["name"], [total("b", 1), total("a", 2**40)], added_up)
+    async with storage.views.transaction() as sql:
+        rows: list[dict[str, SqlValue]] = [{"total": 5, "name": "a"}, total("it's ? 100%", 7)]
+        await sql.upsert(OWN_TABLE, ["name"], rows, added_up)
+        await sql.upsert(OWN_TABLE, ["name"], [total("b", 9)])
+        await sql.upsert(OWN_TABLE, ["name"], [])
+    assert await totals(storage) == {"a": 2**40 + 5, "b": 9, "it's ? 100%": 7}
+
+
+async def test_own_upserts_of_many_rows_never_wait_in_a_circle(storage: Storage) -> None:
+    """Whatever order they are given in, two transactions lock them in one; nothing is lost."""
+    names = [f"day {number}" for number in range(100)]
+
+    async def add_one_to_each(some: list[str]) -> None:
+        rows = [total(name, 1) for name in some]
+        for _ in range(5):
+            async with storage.views.transaction() as sql:
+                await sql.upsert(OWN_TABLE, ["name"], rows, {"total": "old.total + new.total"})
+
+    await asyncio.gather(*(add_one_to_each(some) for some in (names, names[::-1], names[50:])))
+    assert await totals(storage) == {
+        name: 15 if index >= 50 else 10 for index, name in enumerate(names)
+    }
+
+
+async def test_own_upsert_of_rows_that_differ_in_columns_is_refused(storage: Storage) -> None:
+    """One statement can't write them; the error names the table."""
+    async with storage.views.transaction() as sql:
+        with pytest.raises(errors.StoreError, match=OWN_TABLE):
+            await sql.upsert(OWN_TABLE, ["name"], [total("a", 1), {"name": "b"}])
 
 
 async def test_own_sql_that_is_wrong_rolls_back(storage: Storage) -> None:

@@ -23,7 +23,7 @@ from projectors.bank_totals import BankTotals, DayTotals, booked_on, cents, tota
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from cqrs_es.projector import SqlRow, SqlSession, SqlValue
+    from cqrs_es.projector import SqlSession, SqlValue
 
 D = Decimal
 NOON = datetime(2026, 11, 23, 12, tzinfo=UTC)
@@ -105,30 +105,35 @@ def test_events_add_up_by_day() -> None:
 
 
 class RecordedSql:
-    """Notes which days are written, and says that no row was there."""
+    """Notes what is written."""
 
     def __init__(self) -> None:
-        self.updated: list[SqlValue] = []
-        self.inserted: list[SqlValue] = []
+        self.upserts: list[tuple[str, Sequence[Mapping[str, SqlValue]]]] = []
 
-    async def execute(self, sql: str, parameters: Sequence[SqlValue] = ()) -> int:
-        if sql.startswith("UPDATE bank_totals__3 "):
-            self.updated.append(parameters[-1])
-            return 0
-        assert sql.startswith("INSERT INTO bank_totals__3 ")
-        self.inserted.append(parameters[0])
-        return 1
+    async def upsert(
+        self,
+        table: str,
+        key: Sequence[str],
+        rows: Sequence[Mapping[str, SqlValue]],
+        changes: Mapping[str, str],
+    ) -> None:
+        assert list(key) == ["day"]
+        assert [*key, *changes] == list(rows[0])
+        self.upserts.append((table, rows))
 
-    async def fetch(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
-        raise AssertionError((sql, parameters))
 
-
-async def test_rows_are_written_once_a_batch_in_ascending_days() -> None:
-    """So that two partitions never wait for each other in a circle."""
+async def test_a_batch_is_written_at_once_with_a_row_for_each_day() -> None:
+    """One statement, to the generation's own table."""
     days = ["2026-11-24", "1993-01-01", "2026-11-23", "1993-01-01", "2026-11-24"]
     recorded = RecordedSql()
     sql: SqlSession = recorded  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]
     await BankTotals(generation=3).project(
         [envelope(OPENED, {"booked_on": day}) for day in days], sql
     )
-    assert recorded.updated == recorded.inserted == sorted(set(days))
+    ((table, rows),) = recorded.upserts
+    assert table == "bank_totals__3"
+    assert {row["day"]: row["accounts"] for row in rows} == {
+        "1993-01-01": 2,
+        "2026-11-23": 1,
+        "2026-11-24": 2,
+    }

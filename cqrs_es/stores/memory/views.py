@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cqrs_es import errors
 from cqrs_es.ports.views import (
+    NO_CHANGES,
     ParkedAggregate,
     SqlRow,
     SqlValue,
@@ -23,6 +24,8 @@ from cqrs_es.ports.views import (
     ViewStore,
     ViewTransaction,
 )
+from cqrs_es.stores.sql.upserting import upserting
+from cqrs_es.stores.sqlite import SQLITE
 from cqrs_es.types import AggregateKey
 
 if TYPE_CHECKING:
@@ -146,6 +149,18 @@ class _MemoryTransaction(ViewTransaction):
 
     async def fetch(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
         return self._database.rows(sql, *parameters)
+
+    async def upsert(
+        self,
+        table: str,
+        key: Sequence[str],
+        rows: Sequence[Mapping[str, SqlValue]],
+        changes: Mapping[str, str] = NO_CHANGES,
+    ) -> None:
+        if rows:
+            statement, values = upserting(SQLITE, table, key, rows, changes)
+            for row in values:
+                self._database.run(str(statement), *row)
 
     async def checkpoint(self, projector: str, partition: int) -> int:
         sql = "SELECT log_offset FROM checkpoints WHERE projector = ? AND log_partition = ?"

@@ -6,13 +6,14 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 from cqrs_es import errors
-from cqrs_es.ports.views import ViewStore, ViewTransaction
+from cqrs_es.ports.views import NO_CHANGES, ViewStore, ViewTransaction
 from cqrs_es.stores.sql import checkpoints
 from cqrs_es.stores.sql.dialect import marks
 from cqrs_es.stores.sql.migrations import VIEW_COLUMNS, CreateTable
 from cqrs_es.stores.sql.rows import marker_of, marker_row, view_row_of
 from cqrs_es.stores.sql.session import DuplicateKey, chunks
 from cqrs_es.stores.sql.tables import GENERATIONS, PARKED, view_table
+from cqrs_es.stores.sql.upserting import upserting
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
@@ -120,6 +121,17 @@ class _SqlTransaction(ViewTransaction):
 
     async def fetch(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
         return await self._session.fetch(sql, parameters)
+
+    async def upsert(
+        self,
+        table: str,
+        key: Sequence[str],
+        rows: Sequence[Mapping[str, SqlValue]],
+        changes: Mapping[str, str] = NO_CHANGES,
+    ) -> None:
+        if rows:
+            statement, values = upserting(self._session.dialect, table, key, rows, changes)
+            await self._session.write(statement, values)
 
     async def checkpoint(self, projector: str, partition: int) -> int:
         return await checkpoints.lock(self._session, projector, partition)
