@@ -9,7 +9,7 @@ MYSQLD ?= mysqld
 MYSQL_SUITES := tests/contract tests/acceptance tests/integration/test_mysql_store.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-mysql check format clean
+.PHONY: help demo test test-mysql check format secrets clean
 
 help:  ## show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,16 +25,20 @@ test: $(VENV)/.installed  ## run every test; those without their server are skip
 test-mysql: $(VENV)/.installed  ## run the store's suites on MySQL itself: MYSQLD=program, or CQRS_ES_TEST_MYSQL_URL
 	CI=true CQRS_ES_TEST_MYSQLD=$(MYSQLD) $(BIN)/pytest $(MYSQL_SUITES) -k mysql $(PYTEST_ARGS)
 
-check: $(VENV)/.installed  ## style, types and layers
+check: $(VENV)/.installed  ## style, types, layers; the files of the deployment
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+	$(BIN)/pytest --quiet tests/deployment/test_schemas.py
 
 format: $(VENV)/.installed  ## rewrite the source in the project's style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+secrets:  ## random passwords for docker-compose.yml, into secrets/; those that are there stay
+	@deploy/make-secrets
 
 clean:  ## remove the virtual environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist build
