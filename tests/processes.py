@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -15,7 +16,6 @@ from tests.bank_data import PROJECT
 
 if TYPE_CHECKING:
     from collections.abc import Generator
-    from pathlib import Path
 
 CLI = [sys.executable, "-m", "cqrs_es.cli"]
 STOP_SECONDS = 40.0
@@ -31,6 +31,7 @@ class Service:
     logs: Path
     settings: dict[str, str] = field(default_factory=dict[str, str])
     running: list[subprocess.Popen[bytes]] = field(default_factory=list[subprocess.Popen[bytes]])
+    _logs_of: dict[int, Path] = field(default_factory=dict[int, Path])
 
     @property
     def environment(self) -> dict[str, str]:
@@ -64,7 +65,8 @@ class Service:
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         """Start a process that runs until it is stopped."""
         name = "-".join(argument.strip("-") for argument in arguments)
-        with (self.logs / f"{len(self.running)}-{name}.log").open("wb") as log:
+        path = self.logs / f"{len(self.running)}-{name}.log"
+        with path.open("wb") as log:
             process = subprocess.Popen(
                 [*CLI, *arguments],
                 cwd=PROJECT,
@@ -73,7 +75,12 @@ class Service:
                 stderr=log,
             )
         self.running.append(process)
+        self._logs_of[process.pid] = path
         return process
+
+    def log_of(self, process: subprocess.Popen[bytes]) -> str:
+        """Return what a process has logged so far."""
+        return self._logs_of[process.pid].read_text()
 
     def stop(self, process: subprocess.Popen[bytes]) -> int:
         """Ask a process to stop; return its exit code."""

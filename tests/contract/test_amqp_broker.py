@@ -115,9 +115,15 @@ async def test_an_inbox_outlives_its_connection(server: RabbitMqServer, broker: 
     inbox = await broker.open_replies("client-42")
     await inbox.close()
     await broker.reply([OutgoingReply("client-42", "id-1", b"between")])
+    await eventually(lambda: _waits(server, server.names.replies("client-42")))
     inbox = await (await server.open()).open_replies("client-42")
     await broker.reply([OutgoingReply("client-42", "id-2", b"after")])
     assert await inbox.receive() == b"after"
+
+
+async def _waits(server: RabbitMqServer, queue: str) -> bool:
+    with server.channel() as channel:
+        return topologies.check_queue(channel, queue) == 1
 
 
 async def test_something_else_by_that_name_is_an_error(server: RabbitMqServer) -> None:

@@ -1,11 +1,10 @@
-"""The service as processes on MariaDB and Redis, used with a Redis client and no `cqrs_es`."""
+"""The service as processes on MariaDB and a broker, used by what has never heard of `cqrs_es`."""
 
 from __future__ import annotations
 
 import os
 import random
 import time
-import zlib
 from collections import defaultdict
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -15,37 +14,21 @@ from uuid import uuid4
 import orjson
 import pymysql
 import pytest
-import redis
 
 from tests.bank_data import bank_balances, bank_folder
+from tests.outside import Outside, RabbitOutside, RedisOutside
 from tests.processes import Service, service
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-PARTITIONS = 16
 PATIENCE = 100.0
 ACCOUNTS = int(os.environ.get("CQRS_ES_TEST_ACCOUNTS", "40"))
 COMMANDS_EACH = 200
+VIEWS = ("account_query", "bank_totals")
 
 pytestmark = pytest.mark.timeout(900)
-
-
-# --- What another service would do, with nothing but a Redis client ------------
-
-
-def partition_of(message: dict[str, Any]) -> int:
-    name = f"{message['aggregate_type']}/{message['aggregate_id']}"
-    return zlib.crc32(name.encode()) % PARTITIONS
-
-
-def send(client: redis.Redis, name: str, messages: Iterable[dict[str, Any]]) -> None:
-    with client.pipeline(transaction=False) as pipeline:  # pyright: ignore[reportUnknownMemberType]
-        for message in messages:
-            stream = f"{name}:commands:{partition_of(message)}"
-            pipeline.xadd(stream, {"command": orjson.dumps(message)})
-        pipeline.execute()
 
 
 def message(name: str, account: str, payload: dict[str, Any], **fields: Any) -> dict[str, Any]:
@@ -56,34 +39,6 @@ def message(name: str, account: str, payload: dict[str, Any], **fields: Any) -> 
         "aggregate_id": account,
         "payload": payload,
     } | fields
-
-
-def queued(client: redis.Redis, name: str) -> int:
-    streams = [f"{name}:commands:{partition}" for partition in range(PARTITIONS)]
-    lengths: list[int] = [int(client.xlen(stream)) for stream in streams]
-    return sum(lengths)
-
-
-def entries(client: redis.Redis, stream: str) -> list[tuple[bytes, dict[bytes, bytes]]]:
-    found: Any = client.xrange(stream)
-    return list(found)
-
-
-def replies(client: redis.Redis, name: str, reply_to: str) -> list[dict[str, Any]]:
-    stream = f"{name}:replies:{reply_to}"
-    return [orjson.loads(fields[b"outcome"]) for _, fields in entries(client, stream)]
-
-
-def topic(client: redis.Redis, name: str) -> dict[int, list[dict[str, Any]]]:
-    """Return the events of each partition, having checked that entry ids are offsets."""
-    found: dict[int, list[dict[str, Any]]] = {}
-    for partition in range(PARTITIONS):
-        stream = entries(client, f"{name}:events:{partition}")
-        found[partition] = [orjson.loads(fields[b"event"]) for _, fields in stream]
-        offsets = [int(entry_id.split(b"-")[0]) for entry_id, _ in stream]
-        assert offsets == [int(event["offset"]) for event in found[partition]]
-        assert offsets == list(range(1, len(offsets) + 1)), f"partition {partition} has a hole"
-    return found
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -113,7 +68,16 @@ def balances(store_url: str) -> dict[str, Decimal]:
     return {view_id: Decimal(orjson.loads(payload)["balance"]) for view_id, payload in rows}
 
 
-def projected(bank: Service, views: tuple[str, ...] = ("account_query", "bank_totals")) -> bool:
+def decided(bank: Service) -> int:
+    ((outcomes,),) = query(bank.store_url, "SELECT COUNT(*) FROM command_outcomes")
+    return int(outcomes)
+
+
+def all_decided(bank: Service, count: int) -> None:
+    until(lambda: decided(bank) == count, "commands remain undecided")
+
+
+def projected(bank: Service, views: tuple[str, ...] = VIEWS) -> bool:
     return all(
         partition["relay"] == partition["head"]
         and all(partition["projectors"][view] == partition["head"] for view in views)
@@ -121,28 +85,41 @@ def projected(bank: Service, views: tuple[str, ...] = ("account_query", "bank_to
     )
 
 
-@pytest.fixture
-def client(redis_url: str) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(redis_url) as client:  # pyright: ignore[reportUnknownMemberType]
-        yield client
+def published(outside: Outside, name: str) -> int:
+    return sum(map(len, outside.topic(name).values()))
+
+
+@pytest.fixture(params=["redis", "amqp"])
+def broker_url(request: pytest.FixtureRequest) -> str:
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
 
 
 @pytest.fixture
-def bank(mysql_url: str, redis_url: str, tmp_path: Path) -> Iterator[Service]:
-    with service("worker.app:app", mysql_url, redis_url, tmp_path) as made:
+def outside(broker_url: str) -> Iterator[Outside]:
+    made = (RedisOutside if broker_url.startswith("redis") else RabbitOutside)(broker_url)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def bank(mysql_url: str, broker_url: str, outside: Outside, tmp_path: Path) -> Iterator[Service]:
+    with service("worker.app:app", mysql_url, broker_url, tmp_path) as made:
+        outside.follow("bank", "me")
         yield made
 
 
 @pytest.fixture
-def cats(mysql_url: str, redis_url: str, tmp_path: Path) -> Iterator[Service]:
-    with service("tests.apps.lethal:app", mysql_url, redis_url, tmp_path) as made:
+def cats(mysql_url: str, broker_url: str, outside: Outside, tmp_path: Path) -> Iterator[Service]:
+    with service("tests.apps.lethal:app", mysql_url, broker_url, tmp_path) as made:
+        outside.follow("cats", "me")
         yield made
 
 
 # --- The cases -----------------------------------------------------------------
 
 
-def test_real_transactions(bank: Service, client: redis.Redis) -> None:
+def test_real_transactions(bank: Service, outside: Outside) -> None:
     """Two workers, a relay and two projectors: the bank's own balances, a topic without holes."""
     folder = bank_folder()
     processes = [
@@ -153,18 +130,18 @@ def test_real_transactions(bank: Service, client: redis.Redis) -> None:
         bank.start("projector", "--only", "bank_totals"),
     ]
     lines = (folder / "commands.jsonl").read_bytes().splitlines()
-    send(client, "bank", map(orjson.loads, lines))
-    until(lambda: queued(client, "bank") == 0, "commands remain queued")
+    outside.send("bank", map(orjson.loads, lines))
+    all_decided(bank, len(lines))
     until(lambda: projected(bank), "projectors lag behind")
     assert balances(bank.store_url) == bank_balances(folder)
-    events = topic(client, "bank")
-    assert sum(map(len, events.values())) == 9566
+    assert published(outside, "bank") == 9566
     workers = {member["owner"] for member in bank.status()["members"] if member["role"] == "worker"}
     assert len(workers) == 2
     assert [bank.stop(process) for process in processes] == [0] * 5
+    assert outside.queued("bank") == 0
 
 
-def test_the_wire_contract(bank: Service, client: redis.Redis) -> None:
+def test_the_wire_contract(bank: Service, outside: Outside) -> None:
     """Command in, reply and event out, with every field that the contract names."""
     bank.start("worker")
     bank.start("relay")
@@ -176,9 +153,9 @@ def test_the_wire_contract(bank: Service, client: redis.Redis) -> None:
         reply_to="me",
         metadata={"correlation_id": "order-17"},
     )
-    send(client, "bank", [first, second, second])
-    until(lambda: len(replies(client, "bank", "me")) == 3, "no replies")
-    opened, deposited, again = replies(client, "bank", "me")
+    outside.send("bank", [first, second, second])
+    until(lambda: len(outside.replies("bank", "me")) == 3, "no replies")
+    opened, deposited, again = outside.replies("bank", "me")
     assert (opened["command_id"], opened["sequence"]) == (first["id"], 1)
     assert deposited == {
         "command_id": second["id"],
@@ -193,11 +170,9 @@ def test_the_wire_contract(bank: Service, client: redis.Redis) -> None:
         "duplicate": False,
     }
     assert again == deposited | {"duplicate": True}
-    until(lambda: client.xlen("bank:events:14") == 2, "not published")
-    event = topic(client, "bank")[14][1]
-    epoch = client.hget("bank:meta", "logepoch")
-    assert isinstance(epoch, bytes)
-    assert client.hget("bank:meta", "partitions") == b"16"
+    until(lambda: published(outside, "bank") == 2, "not published")
+    event = outside.topic("bank")[14][1]
+    ((epoch,),) = query(bank.store_url, "SELECT value FROM store_info WHERE name = 'logepoch'")
     assert event.pop("time").endswith("Z")
     assert event == {
         "specversion": "1.0",
@@ -212,7 +187,7 @@ def test_the_wire_contract(bank: Service, client: redis.Redis) -> None:
         "eventversion": "1.0",
         "partition": 14,
         "offset": "2",
-        "logepoch": epoch.decode(),
+        "logepoch": epoch,
         "partitionkey": "account/ACCT-001",
         "commandid": second["id"],
         "correlationid": "order-17",
@@ -220,7 +195,44 @@ def test_the_wire_contract(bank: Service, client: redis.Redis) -> None:
     }
 
 
-def test_order_while_workers_come_and_go(bank: Service, client: redis.Redis) -> None:
+def test_redis_tells_what_a_sender_has_to_know(
+    mysql_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    """The hash `meta` holds the number of partitions and the log's epoch."""
+    with service("worker.app:app", mysql_url, redis_url, tmp_path) as bank:
+        ((epoch,),) = query(bank.store_url, "SELECT value FROM store_info WHERE name = 'logepoch'")
+        meta = RedisOutside(redis_url).client.hgetall("bank:meta")
+        assert meta == {b"partitions": b"16", b"logepoch": epoch.encode()}
+
+
+NO_ENVELOPES = [
+    b"",
+    b"{",
+    b"[1,2]",
+    b'{"id":"\xff\xfe"}',
+    b"[" * 10_000 + b"]" * 10_000,
+    orjson.dumps(message("OpenAccount", "A", {"account_id": "A"}, note="x" * 256 * 1024)),
+    *(  # D6: names of other keys, queues, too long
+        orjson.dumps(message("OpenAccount", "A", {"account_id": "A"}, reply_to=reply_to))
+        for reply_to in ("bank:events:0", "../x", "x" * 65)
+    ),
+]
+
+
+def test_bad_input_as_raw_bytes(bank: Service, outside: Outside) -> None:
+    """Each becomes a dead letter and touches nothing; a good command behind them is accepted."""
+    bank.start("worker")
+    outside.send_bytes("bank", [(0, body) for body in NO_ENVELOPES])
+    good = message("OpenAccount", "A", {"account_id": "A"}, reply_to="me")
+    outside.send_bytes("bank", [(0, orjson.dumps(good))])
+    until(lambda: len(outside.replies("bank", "me")) == 1, "no reply")
+    assert outside.replies("bank", "me")[0]["status"] == "accepted"
+    ((letters,),) = query(bank.store_url, "SELECT COUNT(*) FROM dead_letters")
+    assert letters == len(NO_ENVELOPES)
+    assert decided(bank) == 1
+
+
+def test_order_while_workers_come_and_go(bank: Service, outside: Outside) -> None:
     """Commands sent without waiting are decided in order, though workers are killed and stopped."""
     accounts = [f"A-{number}" for number in range(ACCOUNTS)]
     sent: dict[str, list[str]] = defaultdict(list)
@@ -234,34 +246,36 @@ def test_order_while_workers_come_and_go(bank: Service, client: redis.Redis) -> 
     for messages in rounds:
         for each in messages:
             sent[each["aggregate_id"]].append(each["id"])
-        send(client, "bank", messages)
+        outside.send("bank", messages)
+    count = len(accounts) * (COMMANDS_EACH + 1)
     deaths = random.Random(int(os.environ.get("CQRS_ES_TEST_SEED", "1")))
-    for _ in range(4):
-        time.sleep(deaths.uniform(0.5, 1.5))
+    for progress in sorted(deaths.uniform(0.05, 0.8) for _ in range(4)):
+        until(lambda: decided(bank) >= progress * count, "no progress")  # noqa: B023 - called at once
         victim = deaths.choice(workers)
+        until(lambda: "started" in bank.log_of(victim), "it does not start")  # noqa: B023 - as above
         workers.remove(victim)
         if deaths.random() < 0.5:
             victim.kill()
         else:
             assert bank.stop(victim) == 0
         workers.append(bank.start("worker"))
-    until(lambda: queued(client, "bank") == 0, "commands remain queued")
-    decided: dict[str, list[str]] = defaultdict(list)
+    all_decided(bank, count)
+    decisions: dict[str, list[str]] = defaultdict(list)
     sql = "SELECT aggregate_id, command_id FROM events ORDER BY aggregate_id, sequence"
     for account, command_id in query(bank.store_url, sql):
-        decided[account].append(command_id)
-    assert decided == sent
+        decisions[account].append(command_id)
+    assert decisions == sent
 
 
-def test_d8_a_handler_that_ends_the_process(cats: Service, client: redis.Redis) -> None:
+def test_d8_a_handler_that_ends_the_process(cats: Service, outside: Outside) -> None:
     """Fifty good commands are accepted, the deadly one fails, after at most three deaths."""
     good = [message("Live", f"c-{n}", {"n": 1}, aggregate_type="cat") for n in range(50)]
     deadly = message("Die", "c-x", {}, aggregate_type="cat", reply_to="me")
-    send(client, "cats", [*good[:25], deadly, *good[25:]])
+    outside.send("cats", [*good[:25], deadly, *good[25:]])
     deaths = 0
     worker = cats.start("worker")
     deadline = time.monotonic() + PATIENCE
-    while queued(client, "cats") > 0:
+    while decided(cats) < 51:
         assert time.monotonic() < deadline
         if worker.poll() is not None:
             deaths += 1
@@ -270,21 +284,22 @@ def test_d8_a_handler_that_ends_the_process(cats: Service, client: redis.Redis) 
     assert 1 <= deaths <= 3
     ((accepted,),) = query(cats.store_url, "SELECT COUNT(*) FROM events")
     assert accepted == 50
-    (outcome,) = replies(client, "cats", "me")
+    until(lambda: bool(outside.replies("cats", "me")), "no reply")
+    (outcome,) = outside.replies("cats", "me")
     assert (outcome["status"], outcome["error"]["code"]) == ("failed", "internal_error")
     ((letter,),) = query(cats.store_url, "SELECT id FROM dead_letters")
     assert letter == deadly["id"]
     assert cats.stop(worker) == 0
 
 
-def test_d9_a_handler_that_never_returns(cats: Service, client: redis.Redis) -> None:
+def test_d9_a_handler_that_never_returns(cats: Service, outside: Outside) -> None:
     """The watchdog ends the process; the command fails in the end, the others are accepted."""
     good = [message("Live", f"c-{n}", {"n": 1}, aggregate_type="cat") for n in range(10)]
     hanging = message("Hang", "c-x", {}, aggregate_type="cat", reply_to="me")
-    send(client, "cats", [*good[:5], hanging, *good[5:]])
+    outside.send("cats", [*good[:5], hanging, *good[5:]])
     worker = cats.start("worker")
     deadline = time.monotonic() + PATIENCE
-    while queued(client, "cats") > 0:
+    while decided(cats) < 11:
         assert time.monotonic() < deadline
         if worker.poll() is not None:
             assert worker.returncode != 0
@@ -292,23 +307,32 @@ def test_d9_a_handler_that_never_returns(cats: Service, client: redis.Redis) -> 
         time.sleep(0.05)
     ((accepted,),) = query(cats.store_url, "SELECT COUNT(*) FROM events")
     assert accepted == 10
-    (outcome,) = replies(client, "cats", "me")
+    until(lambda: bool(outside.replies("cats", "me")), "no reply")
+    (outcome,) = outside.replies("cats", "me")
     assert (outcome["status"], outcome["error"]["code"]) == ("failed", "internal_error")
     assert cats.stop(worker) == 0
 
 
-def test_redis_is_flushed(bank: Service, client: redis.Redis) -> None:
-    """The topic is filled again from the log, new commands go on, and the views end right."""
-    for role in ("worker", "relay", "projector"):
-        bank.start(role)
+def test_the_broker_loses_everything(bank: Service, outside: Outside) -> None:
+    """The topic goes on or is filled again, new commands are decided, the views end right.
+
+    What a server of RabbitMQ forgets `cqrs-es init` declares again; until then
+    workers say so, and wait.
+    """
+    processes = [bank.start(role) for role in ("worker", "relay", "projector")]
     accounts = [f"A-{number}" for number in range(30)]
-    send(client, "bank", [message("OpenAccount", a, {"account_id": a}) for a in accounts])
-    send(client, "bank", [message("DepositMoney", a, {"amount": "5"}) for a in accounts])
+    outside.send("bank", [message("OpenAccount", a, {"account_id": a}) for a in accounts])
+    outside.send("bank", [message("DepositMoney", a, {"amount": "5"}) for a in accounts])
     until(lambda: projected(bank), "projectors lag behind")
-    until(lambda: sum(map(len, topic(client, "bank").values())) == 60, "not published")
-    client.flushall()  # pyright: ignore[reportUnknownMemberType]
-    send(client, "bank", [message("DepositMoney", a, {"amount": "1"}) for a in accounts])
-    until(lambda: queued(client, "bank") == 0, "commands remain queued")
-    until(lambda: sum(map(len, topic(client, "bank").values())) == 90, "not published again")
+    until(lambda: published(outside, "bank") == 60, "not published")
+    outside.lose_everything("bank")
+    if isinstance(outside, RabbitOutside):
+        until(lambda: "run `cqrs-es init`" in bank.log_of(processes[0]), "the worker is silent")
+        bank.call("init")
+        outside.follow("bank")
+    outside.send("bank", [message("DepositMoney", a, {"amount": "1"}) for a in accounts])
+    all_decided(bank, 90)
+    until(lambda: published(outside, "bank") == 90, "not published again")
     until(lambda: projected(bank), "projectors lag behind")
     assert balances(bank.store_url) == dict.fromkeys(accounts, Decimal(6))
+    assert [bank.stop(process) for process in processes] == [0] * 3

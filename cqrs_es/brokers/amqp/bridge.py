@@ -28,6 +28,7 @@ from amqp.exceptions import ChannelError
 
 from cqrs_es import errors
 from cqrs_es.brokers.amqp import driver
+from cqrs_es.brokers.amqp.remedies import remedy_for
 
 if TYPE_CHECKING:
     from cqrs_es.brokers.amqp.address import Address
@@ -103,8 +104,7 @@ class Bridge:
         cause = exc or self._end_cause
         reason = _said(exc) if exc else self._end_reason or "the connection is gone"
         error = errors.BrokerUnavailable(
-            f"RabbitMQ at {self._address} did not do as asked ({reason});"
-            " check CQRS_ES_BROKER_URL and the server, then try again"
+            f"RabbitMQ at {self._address} did not do as asked ({reason}); {remedy_for(cause)}"
         )
         error.__cause__ = cause
         return error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from amqp.exceptions import NotFound, PreconditionFailed
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
         OutgoingReply,
         ReplyInbox,
     )
+
+
+LOOK_BEYOND: Final = 2  # queues behind one that is not there
 
 
 def connect(url: str, *, service: str, event_retention: int) -> AmqpBroker:
@@ -87,7 +90,7 @@ class AmqpBroker(Broker):
 
     async def topology(self) -> Topology | None:
         """Count the queues; the server knows no epoch."""
-        partitions = await self._known_partitions()
+        partitions = await self._known()
         return Topology(partitions, None) if partitions else None
 
     async def send(self, commands: Sequence[OutgoingCommand]) -> None:
@@ -137,13 +140,11 @@ class AmqpBroker(Broker):
         return await topic.subscribe(bridge, self._names, list(after))
 
     async def reply(self, replies: Sequence[OutgoingReply]) -> None:
-        """Publish outcomes to the queues of their senders."""
+        """Publish outcomes to the queues of their senders, and wait for nothing."""
         publishers = await self._connections.publishing()
-        if publishers.bridge.blocked:  # nobody's acknowledgement is to wait for that
+        if publishers.bridge.blocked:
             raise errors.BrokerUnavailable(f"RabbitMQ {BLOCKED}; replies are dropped")
-        await publishers.replies.publish(
-            [inboxes.outgoing(self._names, reply) for reply in replies]
-        )
+        publishers.replies.post([inboxes.outgoing(self._names, reply) for reply in replies])
 
     async def open_replies(self, reply_to: str) -> ReplyInbox:
         """Begin to receive a sender's replies."""
@@ -157,15 +158,13 @@ class AmqpBroker(Broker):
 
         What other processes have and did not settle is not counted.
         """
-        return {
-            partition: await self._waiting(partition) + await self._held(partition)
-            for partition in range(await self._known_partitions())
-        }
-
-    async def _waiting(self, partition: int) -> int:
         bridge = await self._connections.consuming()
-        queue = self._names.queue(partition)
-        return await bridge.on_channel(partial(topology.check_queue, name=queue))
+        queues_of_all = [self._names.queue(number) for number in range(await self._known())]
+        waiting = await bridge.on_channel(partial(topology.check_queues, names=queues_of_all))
+        return {
+            partition: count + await self._held(partition)
+            for partition, count in enumerate(waiting)
+        }
 
     async def _held(self, partition: int) -> int:
         """Count what is unsettled here, also what was on its way when the queue was asked."""
@@ -175,7 +174,7 @@ class AmqpBroker(Broker):
         await intake.catch_up()
         return intake.held
 
-    async def _known_partitions(self) -> int:
+    async def _known(self) -> int:
         """Find out how many partitions there are, where this process did not declare them."""
         if self._partitions is None:
             self._partitions = await self._count_partitions() or None
@@ -183,20 +182,34 @@ class AmqpBroker(Broker):
 
     async def _count_partitions(self) -> int:
         for partition in itertools.count():
-            try:
-                await self._waiting(partition)
-            except errors.BrokerUnavailable as exc:
-                if isinstance(exc.__cause__, NotFound):
-                    return partition
-                raise
+            if not await self._exists(partition):
+                await self._check_last(partition)
+                return partition
         raise AssertionError  # the count has no end
+
+    async def _check_last(self, missing: int) -> None:
+        """Make sure that nothing is beyond: from a count that stops at a hole nothing follows."""
+        for partition in range(missing + 1, missing + 1 + LOOK_BEYOND):
+            if await self._exists(partition):
+                queue = self._names.queue(missing)
+                message = f"RabbitMQ has lost the queue {queue}; run `cqrs-es init`"
+                raise errors.BrokerUnavailable(message)
+
+    async def _exists(self, partition: int) -> bool:
+        bridge = await self._connections.consuming()
+        try:
+            await bridge.on_channel(
+                partial(topology.check_queue, name=self._names.queue(partition))
+            )
+        except errors.BrokerUnavailable as exc:
+            if isinstance(exc.__cause__, NotFound):
+                return False
+            raise
+        return True
 
 
 def _differs(exc: errors.BrokerUnavailable) -> errors.CqrsError:
     """Return the error for a declaration that failed."""
     if not isinstance(exc.__cause__, PreconditionFailed):
         return exc
-    return errors.ConfigurationError(
-        f"RabbitMQ has a queue or exchange of that name that is declared in another way"
-        f" ({exc.__cause__}); delete it when it is empty, then run `cqrs-es init` again"
-    )
+    return errors.ConfigurationError(exc.message)

@@ -32,8 +32,9 @@ class Arrived:
 
     @property
     def redelivered(self) -> bool:
-        """Whether the message was out before, received or not."""
-        return self.flagged or bool(self.headers.get("x-delivery-count"))
+        """Whether the message was out before, received or not; RabbitMQ 4.3 has two counts."""
+        counts = (self.headers.get(name) for name in ("x-delivery-count", "x-acquired-count"))
+        return self.flagged or any(counts)
 
     @property
     def headers(self) -> Mapping[Any, Any]:
@@ -148,8 +149,15 @@ class Consumer:
         self._bridge.hand_over(partial(self.end, partial(self._bridge.error, error)))
 
     def _cancelled(self, _tag: str) -> None:
-        """Note that the server stopped the consumption: the queue was deleted, or moves."""
-        error = errors.BrokerUnavailable("the queue is gone or moves; open another intake or feed")
+        """Note that the server stopped the consumption.
+
+        The queue was deleted, or moves, or what is out was not settled within
+        `consumer_timeout`: RabbitMQ 4.3 then no longer closes the channel.
+        """
+        error = errors.BrokerUnavailable(
+            "RabbitMQ has stopped the consumption: the queue is gone or moves, or commands were"
+            " held for longer than its consumer_timeout; it is begun again"
+        )
         self._bridge.hand_over(partial(self.end, lambda: error))
 
     def _acknowledge(self, tag: int, multiple: bool, _: Connection) -> None:  # noqa: FBT001 - as the driver has it

@@ -132,7 +132,7 @@ class Publisher:
             self._published += 1
             self._unconfirmed[self._published] = (batch, index)
             channel.basic_publish(
-                _message(message),
+                message_of(message),
                 exchange=message.exchange,
                 routing_key=message.routing_key,
                 mandatory=message.mandatory,
@@ -190,7 +190,8 @@ class Publisher:
             self._bridge.hand_over(batch.conclude)
 
 
-def _message(message: Outgoing) -> object:
+def message_of(message: Outgoing) -> object:
+    """Make what the driver sends."""
     make: Any = amqp.Message  # declared for text, but bytes are what it is for
     return make(message.body, **message.properties)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cqrs_es import errors
 from cqrs_es.brokers.amqp.bridge import Bridge
 from cqrs_es.brokers.amqp.publisher import Publisher
+from cqrs_es.brokers.amqp.replies import ReplyPublisher
 
 if TYPE_CHECKING:
     from cqrs_es.brokers.amqp.address import Address
@@ -62,12 +63,12 @@ class Publishers:
     bridge: Bridge
     commands: Publisher
     events: Publisher
-    replies: Publisher
+    replies: ReplyPublisher
 
     @classmethod
     def on(cls, bridge: Bridge) -> Publishers:
         """Publish on a connection; channels are opened when they are used."""
-        return cls(bridge, Publisher(bridge), Publisher(bridge), Publisher(bridge))
+        return cls(bridge, Publisher(bridge), Publisher(bridge), ReplyPublisher(bridge))
 
 
 class Connections:

@@ -5,19 +5,26 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+import structlog
+
 from cqrs_es.brokers.amqp import topology
 from cqrs_es.brokers.amqp.consumer import Consumer
-from cqrs_es.brokers.amqp.publisher import Outgoing
+from cqrs_es.brokers.amqp.publisher import Outgoing, message_of
 from cqrs_es.ports.broker import ReplyInbox
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cqrs_es.brokers.amqp.bridge import Bridge
-    from cqrs_es.brokers.amqp.interfaces import Channel
+    from cqrs_es.brokers.amqp.interfaces import Channel, Connection
     from cqrs_es.brokers.amqp.topology import Names
     from cqrs_es.ports.broker import OutgoingReply
 
 PREFETCH: Final = 100
 _DEFAULT_EXCHANGE: Final = ""
+
+
+log = structlog.get_logger("cqrs_es.amqp")
 
 
 def outgoing(names: Names, reply: OutgoingReply) -> Outgoing:
@@ -28,6 +35,37 @@ def outgoing(names: Names, reply: OutgoingReply) -> Outgoing:
         body=reply.outcome,
         properties={"correlation_id": reply.command_id, "content_type": "application/json"},
     )
+
+
+class ReplyPublisher:
+    """A channel for replies, without confirms: settling a command waits for none of them."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+        self._channel: Channel | None = None
+
+    def post(self, messages: Sequence[Outgoing]) -> None:
+        """Have replies written; whoever misses one asks again."""
+        self._bridge.post(partial(self._write, messages))
+
+    # --- The bridge's thread ---------------------------------------------------
+
+    def _write(self, messages: Sequence[Outgoing], connection: Connection) -> None:
+        channel = self._channel
+        if channel is None:
+            channel = self._channel = connection.channel()
+            channel.on_closed = self._closed
+        for message in messages:
+            channel.basic_publish(
+                message_of(message),
+                exchange=message.exchange,
+                routing_key=message.routing_key,
+                mandatory=message.mandatory,
+            )
+
+    def _closed(self, error: Exception) -> None:
+        self._channel = None
+        log.warning("replies refused", error=self._bridge.error(error).message)
 
 
 async def open_inbox(bridge: Bridge, names: Names, reply_to: str) -> AmqpInbox:

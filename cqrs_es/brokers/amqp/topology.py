@@ -7,7 +7,7 @@ is there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -139,6 +139,11 @@ def check_queue(channel: Channel, name: str) -> int:
     """Return how many messages wait in a queue; raises `NotFound`, which closes the channel."""
     waiting: int = channel.queue_declare(name, passive=True).message_count
     return waiting
+
+
+def check_queues(channel: Channel, names: Sequence[str]) -> list[int]:
+    """Return how many messages wait in each of these queues; raises as `check_queue` does."""
+    return [check_queue(channel, name) for name in names]
 
 
 def declare_feed(channel: Channel, names: Names, subscriber: str, partitions: list[int]) -> str:
