@@ -128,7 +128,7 @@ class RabbitOutside(Outside):
 
     def _connect(self) -> Any:
         url = urlsplit(self._url)
-        connection = amqp.Connection(
+        connection: Any = amqp.Connection(
             f"{url.hostname}:{url.port or 5672}",
             userid=unquote(url.username or "guest"),
             password=unquote(url.password or "guest"),
