@@ -22,6 +22,10 @@ LogFormat: TypeAlias = Literal["auto", "console", "json"]
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 # Up to the last @, so that no part of an unusual password is left.
 _PASSWORD: Final = re.compile(r"(?<=://)([^/:@]*):.*@")
+_ADDRESS: Final = re.compile(
+    r"(?:(?P<host>[A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):)?(?P<port>[0-9]{1,5})"
+)
+MOST_PORT: Final = 65_535
 _EMBEDDED_SCHEMES: Final = {"sqlite", "memory"}
 
 
@@ -46,6 +50,7 @@ class Settings:
     max_message_bytes: int = MAX_MESSAGE_BYTES
     max_event_bytes: int = 1024 * 1024
     shutdown_timeout: float = 30.0
+    health_port: str | None = None
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
 
@@ -69,6 +74,11 @@ class Settings:
     def embedded(self) -> bool:
         """Whether the store lives inside the process: SQLite or memory."""
         return urlsplit(self.store_url or "sqlite:").scheme in _EMBEDDED_SCHEMES
+
+    @property
+    def health_address(self) -> tuple[str, int] | None:
+        """Where to serve probes, as host and port; None for nowhere."""
+        return None if self.health_port is None else _split_address(self.health_port)
 
     def partitions_or_default(self) -> int:
         """Return how many partitions `init` gives a new store: 16; SQLite and memory 1."""
@@ -144,6 +154,21 @@ def _number(least: float, most: float) -> Callable[[str], float]:
     return parse
 
 
+def address(text: str) -> str:
+    """Check `[HOST:]PORT`; return it, or raise `ValueError`."""
+    _split_address(text)
+    return text
+
+
+def _split_address(text: str) -> tuple[str, int]:
+    """Return host and port; without a host, that of this machine alone."""
+    match = _ADDRESS.fullmatch(text)
+    if match is None or int(match["port"]) > MOST_PORT:
+        message = f"must be PORT or HOST:PORT, 0.0.0.0:8080 say, not {text!r}"
+        raise ValueError(message)
+    return (match["host"] or "127.0.0.1").strip("[]"), int(match["port"])
+
+
 def _one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text.lower() not in choices:
@@ -168,6 +193,7 @@ _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
     "max_message_bytes": _whole(1024, 64 * 1024 * 1024),
     "max_event_bytes": _whole(1024, 64 * 1024 * 1024),
     "shutdown_timeout": _number(0.1, 3600),
+    "health_port": address,
     "log_level": _one_of(get_args(LogLevel)),
     "log_format": _one_of(get_args(LogFormat)),
 }

@@ -15,6 +15,7 @@ _DEFAULTS: Final[Mapping[str, str]] = {
     "store_url": "sqlite:///<service>.db",
     "service": "the application's own",
     "partitions": "16; SQLite and memory 1",
+    "health_port": "none are served",
 }
 MEANINGS: Final[Mapping[str, str]] = {
     "app": "the application, as MODULE:ATTRIBUTE",
@@ -30,6 +31,7 @@ MEANINGS: Final[Mapping[str, str]] = {
     "max_message_bytes": "bytes of a command message, at most",
     "max_event_bytes": "bytes of an event, at most",
     "shutdown_timeout": "seconds that a process has to stop cleanly",
+    "health_port": "[HOST:]PORT for /live, /ready and /metrics; 0.0.0.0:8080 in a container",
     "log_level": "debug, info, warning or error",
     "log_format": "auto (console on a terminal, else JSON), console or json",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,12 +12,15 @@ from cqrs_es import errors
 from cqrs_es.cli.exits import INTERRUPTED
 from cqrs_es.cli.invocation import invocation_of, refuse_memory
 from cqrs_es.cli.output import JsonFlag, complain, print_fields, print_json
+from cqrs_es.settings import address
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
+    from cqrs_es.application import Application
     from cqrs_es.cli.service import Report
     from cqrs_es.registry import Registry
+    from cqrs_es.settings import Settings
 
 CommandsFile = Annotated[
     str | None,
@@ -35,12 +39,21 @@ Only = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", help="Run only this projector; may be given several times."),
 ]
+HealthPort = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[HOST:]PORT",
+        help="Serve /live, /ready and /metrics, on 127.0.0.1 unless a host is given: "
+        "0.0.0.0:8080 in a container. Overrides CQRS_ES_HEALTH_PORT.",
+    ),
+]
 
 
 def run(
     context: typer.Context,
     commands: CommandsFile = None,
     until_idle: UntilIdle = False,
+    health_port: HealthPort = None,
     json: JsonFlag = False,
 ) -> None:
     """Run every role in one process: worker, relay and projectors.
@@ -49,7 +62,7 @@ def run(
 
     Example: cqrs-es run --commands commands.jsonl --until-idle
     """
-    settings, app = invocation_of(context).load()
+    settings, app = _load(context, health_port)
     from cqrs_es.cli.feeding import opened_commands
     from cqrs_es.cli.service import Task, serve
 
@@ -65,7 +78,7 @@ def run(
     raise typer.Exit(report.code)
 
 
-def worker(context: typer.Context) -> None:
+def worker(context: typer.Context, health_port: HealthPort = None) -> None:
     """Run the command worker, which decides; any number of copies.
 
     The copies share the partitions.
@@ -74,23 +87,23 @@ def worker(context: typer.Context) -> None:
 
     Example: cqrs-es worker
     """
-    _serve_roles(context, lambda _: {"worker"})
+    _serve_roles(context, health_port, lambda _: {"worker"})
 
 
-def relay(context: typer.Context) -> None:
+def relay(context: typer.Context, health_port: HealthPort = None) -> None:
     """Run the relay, which publishes the log; any number of copies.
 
     Example: cqrs-es relay
     """
-    _serve_roles(context, lambda _: {"relay"})
+    _serve_roles(context, health_port, lambda _: {"relay"})
 
 
-def projector(context: typer.Context, only: Only = None) -> None:
+def projector(context: typer.Context, only: Only = None, health_port: HealthPort = None) -> None:
     """Run the projectors, which keep the views; any number of copies.
 
     Example: cqrs-es projector --only account_query
     """
-    _serve_roles(context, lambda registry: _projector_roles(registry, only))
+    _serve_roles(context, health_port, lambda registry: _projector_roles(registry, only))
 
 
 def _projector_roles(registry: Registry, only: Collection[str] | None) -> set[str]:
@@ -102,8 +115,20 @@ def _projector_roles(registry: Registry, only: Collection[str] | None) -> set[st
     return {f"projector:{name}" for name in only or known}
 
 
-def _serve_roles(context: typer.Context, roles_of: Callable[[Registry], set[str]]) -> None:
+def _load(context: typer.Context, health_port: str | None) -> tuple[Settings, Application]:
     settings, app = invocation_of(context).load()
+    if health_port is None:
+        return settings, app
+    try:
+        return dataclasses.replace(settings, health_port=address(health_port)), app
+    except ValueError as exc:
+        raise errors.SettingsError(f"--health-port {exc}") from exc
+
+
+def _serve_roles(
+    context: typer.Context, health_port: str | None, roles_of: Callable[[Registry], set[str]]
+) -> None:
+    settings, app = _load(context, health_port)
     refuse_memory(settings)
     from cqrs_es.cli.service import Task, serve
 

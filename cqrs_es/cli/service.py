@@ -14,6 +14,7 @@ import structlog
 from cqrs_es import errors
 from cqrs_es.cli.exits import DONE, FAILED, INTERRUPTED
 from cqrs_es.cli.feeding import Feeder
+from cqrs_es.cli.probes import Probes, probed
 from cqrs_es.cli.progress import display_for
 from cqrs_es.cli.version import version
 from cqrs_es.execution.executor import Counts
@@ -26,6 +27,7 @@ from cqrs_es.runtime.supervisor import known_roles
 from cqrs_es.runtime.waiting import unless
 from cqrs_es.runtime.watchdog import watched
 from cqrs_es.settings import masked
+from cqrs_es.telemetry.meter import NO_METER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -69,8 +71,11 @@ async def serve(app: Application, settings: Settings, task: Task) -> Report:
     """Run a process's roles until a signal, or until idle; report what became of it."""
     collect_less_often()
     with stop_on_signals() as stopping:
-        service = Service(app, settings, task, stopping)
-        async with watched(settings.lease_seconds):
+        async with (
+            watched(settings.lease_seconds),
+            probed(app, settings, task.roles, stopping.asked) as probes,
+        ):
+            service = Service(app, settings, task, stopping, probes)
             ended = await run_until_stopped(service.run(), stopping, settings.shutdown_timeout)
         return service.report(clean=ended)
 
@@ -79,12 +84,18 @@ class Service:
     """One process from its start to its end."""
 
     def __init__(
-        self, app: Application, settings: Settings, task: Task, stopping: Stopping
+        self,
+        app: Application,
+        settings: Settings,
+        task: Task,
+        stopping: Stopping,
+        probes: Probes,
     ) -> None:
         self._app = app
         self._settings = settings
         self._task = task
         self._stopping = stopping
+        self._probes = probes
         self._supervisor: Supervisor | None = None
         self._idle = False
         self._report = Report()
@@ -93,9 +104,8 @@ class Service:
     async def run(self) -> None:
         """Open the application, wait for its servers if need be, and run its roles."""
         async with AsyncExitStack() as stack:
-            opened = await unless(
-                self._stopping.asked, open_patiently(self._app, self._settings, stack)
-            )
+            opening = open_patiently(self._app, self._settings, stack, self._probes)
+            opened = await unless(self._stopping.asked, opening)
             if opened is None:
                 return
             self._supervisor = opened.supervisor(self._task.roles)
@@ -141,11 +151,13 @@ class Service:
         stop = self._stopping.asked
         async with asyncio.TaskGroup() as group:
             showing = group.create_task(display_for(supervisor).run())
+            probing = group.create_task(self._probes.follow(opened.process, supervisor))
             running = group.create_task(supervisor.run(stop))
             await unless(stop, self._do_task(opened, supervisor))
             stop.set()
             await running
             showing.cancel()
+            probing.cancel()
 
     async def _do_task(self, opened: OpenApplication, supervisor: Supervisor) -> None:
         """Feed what there is to feed; return once idle, or never."""
@@ -163,7 +175,7 @@ class Service:
 
 
 async def open_patiently(
-    app: Application, settings: Settings, stack: AsyncExitStack
+    app: Application, settings: Settings, stack: AsyncExitStack, probes: Probes | None = None
 ) -> OpenApplication:
     """Open the application, again and again while a server is away; `stack` closes it.
 
@@ -172,12 +184,15 @@ async def open_patiently(
     failures = 0
     while True:
         try:
-            return await stack.enter_async_context(app.open(settings))
+            meter = NO_METER if probes is None else probes.meter
+            return await stack.enter_async_context(app.open(settings, meter=meter))
         except errors.StoreLocked:
             raise
         except errors.Unavailable as exc:
             failures += 1
             delay = backoff(failures)
+            if probes is not None:
+                probes.health.waiting_for = exc.message
             log.warning("waiting for a server", error=exc.message, retry_in=round(delay, 2))
             await asyncio.sleep(delay)
 

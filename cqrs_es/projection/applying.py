@@ -15,7 +15,6 @@ import structlog
 from cqrs_es import errors
 from cqrs_es.ports.views import ParkedAggregate
 from cqrs_es.projection.parking import reason_of, relevant
-from cqrs_es.telemetry.meter import NO_METER, Meter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,7 +46,8 @@ class Applier:
     """Brings one generation of a view up to date with one partition of the log.
 
     An event that the view fails on parks its aggregate and is counted by
-    `breaker`; without one, `ViewFailed` is raised.
+    `breaker`; without one, `ViewFailed` is raised. `on_move` is told of each move
+    of the checkpoint: from where, to where.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class Applier:
         *,
         breaker: ParkingBreaker | None = None,
         on_failure: Callable[[StoredEvent, Exception], None] | None = None,
-        meter: Meter = NO_METER,
+        on_move: Callable[[int, int], None] | None = None,
     ) -> None:
         self._registry = registry
         self._storage = storage
         self._folding = folding
-        self._meter = meter
+        self._on_move = on_move
         self._partition = partition
         self._breaker = breaker
         self._on_failure = on_failure
@@ -181,8 +181,9 @@ class Applier:
         self._moved(event.offset)
 
     def _moved(self, to: int) -> None:
-        self._meter.projected(self._folding.name, to - self.checkpoint)
-        self.checkpoint = to
+        before, self.checkpoint = self.checkpoint, to
+        if self._on_move is not None:
+            self._on_move(before, to)
 
 
 def _view_failed(name: str, event: StoredEvent, exc: Exception) -> errors.ViewFailed:

@@ -169,7 +169,7 @@ class _Consumer:
         self._worker = worker
         self._intake = intake
         self._assignment = assignment
-        self._in_hand = 0
+        assignment.in_hand = 0
         self._done: deque[_InHand] = deque()
         self._something_done = asyncio.Event()
         self._some_settled = asyncio.Condition()
@@ -186,15 +186,15 @@ class _Consumer:
     async def _room(self) -> int:
         most = self._worker.most_in_hand
         async with self._some_settled:
-            await self._some_settled.wait_for(lambda: self._in_hand < most)
-        return most - self._in_hand
+            await self._some_settled.wait_for(lambda: self._assignment.in_hand < most)
+        return most - self._assignment.in_hand
 
     async def _take(self, delivery: Delivery) -> None:
         try:
             message = wire.parse_command(delivery.body, self._worker.max_message_bytes)
         except errors.InvalidMessage as exc:
             await self._worker.bury(delivery, exc.message)
-            self._in_hand += 1
+            self._assignment.in_hand += 1
             self._note_done(_InHand(delivery))
             return
         if not delivery.redelivered:
@@ -227,7 +227,7 @@ class _Consumer:
             condemned = f"the process died at {attempts} attempts to handle the command"
         answer = self._worker.executor.submit(message, attempts=attempts, condemned=condemned)
         in_hand = _InHand(delivery, message, answer, attempted=attempts > 0)
-        self._in_hand += 1
+        self._assignment.in_hand += 1
         answer.add_done_callback(lambda _: self._note_done(in_hand))
         return in_hand
 
@@ -251,15 +251,15 @@ class _Consumer:
             await self._reply([item for item in done if item.message and item.message.reply_to])
             with self._worker.meter.phase("settle"):
                 await self._intake.settle([item.delivery for item in done])
-            self._assignment.went_well()
+            self._assignment.reached((self._assignment.position or 0) + len(done))
             async with self._some_settled:
-                self._in_hand -= len(done)
+                self._assignment.in_hand -= len(done)
                 self._some_settled.notify_all()
 
     async def drain(self) -> None:
         """Wait until everything taken is settled."""
         async with self._some_settled:
-            await self._some_settled.wait_for(lambda: self._in_hand == 0)
+            await self._some_settled.wait_for(lambda: self._assignment.in_hand == 0)
 
     async def _forgive(self, done: Sequence[_InHand]) -> None:
         """Uncount attempts that ended in trouble: the process has not died of those commands."""

@@ -47,13 +47,23 @@ def fair_share(members: Sequence[Member], owner: str, partitions: int) -> int:
 class Assignment:
     """A partition to work on until `stopping` is set, by a lease; its task can be cancelled.
 
-    `trouble` says why there is no progress. Whoever works on it takes that back.
+    `trouble` says why there is no progress. Whoever works on it takes that back,
+    and notes how far it is: `position`, the last offset that a reader of the log
+    is done with (None until it knows), or how many commands a worker has settled;
+    `in_hand`, how many it has taken and not settled.
     """
 
     lease: Lease
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
     trouble: str | None = None
+    position: int | None = None
+    in_hand: int = 0
+
+    def reached(self, offset: int) -> None:
+        """Note an offset as done with: progress."""
+        self.position = offset
+        self.went_well()
 
     def went_well(self) -> None:
         """Note progress, or that there is nothing to be done: the trouble is over."""
@@ -66,10 +76,10 @@ class LeaseKeeper:
     `run_partition(assignment)` works until it is to stop, then settles what it
     has in hand and returns. It is cancelled when the lease is lost. When it
     raises, it is started again after a wait; `trouble` says why, until it notes
-    progress. After
-    `UnknownEvent` the member is unfit until its process is replaced. `stuck` is an
-    error on some partition that somebody has to mend, not one that passes. What no
-    partition can do without, `StoreUnusable`, ends the member.
+    progress. After `UnknownEvent` the member is unfit until its process is
+    replaced. `stuck` is an error on some partition that somebody has to mend, not
+    one that passes. What no partition can do without, `StoreUnusable`, ends the
+    member. It has `joined` once it has announced itself to the others.
     """
 
     def __init__(  # noqa: PLR0913 - one argument for each part it works with
@@ -96,6 +106,7 @@ class LeaseKeeper:
         self._tasks = asyncio.TaskGroup()
         self._renewed_at = clock.monotonic()
         self._store_trouble: str | None = None
+        self.joined = False
         self.unfit: str | None = None
         self.stuck: errors.CqrsError | None = None
 
@@ -108,6 +119,11 @@ class LeaseKeeper:
     def held(self) -> Collection[int]:
         """The partitions that this process works on."""
         return self._running.keys()
+
+    @property
+    def assignments(self) -> Collection[Assignment]:
+        """What this process works on, by partition."""
+        return self._running.values()
 
     @property
     def trouble(self) -> str | None:
@@ -158,6 +174,7 @@ class LeaseKeeper:
                 if isinstance(exc, errors.StoreLocked):
                     raise
         else:
+            self.joined = True
             self._store_trouble = None
 
     async def _round(self) -> None:

@@ -65,8 +65,8 @@ class ProjectorLoop:
         """
         partition = assignment.lease.partition
         folding = await self._live_folding()
-        applier = self._applier(folding, partition)
-        await applier.read_checkpoint()
+        applier = self._applier(folding, assignment)
+        assignment.position = await applier.read_checkpoint()
         await applier.catch_up()
         feed = await self._broker.subscribe({partition: applier.checkpoint})
         try:
@@ -83,15 +83,19 @@ class ProjectorLoop:
         await folding.create_tables(views)
         return folding
 
-    def _applier(self, folding: Folding, partition: int) -> Applier:
+    def _applier(self, folding: Folding, assignment: Assignment) -> Applier:
+        def moved(before: int, to: int) -> None:
+            self._meter.projected(folding.name, to - before)
+            assignment.reached(to)
+
         return Applier(
             self._registry,
             self._storage,
             folding,
-            partition,
+            assignment.lease.partition,
             breaker=self._breaker,
             on_failure=self._on_failure,
-            meter=self._meter,
+            on_move=moved,
         )
 
     async def _follow(

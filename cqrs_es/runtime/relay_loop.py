@@ -58,6 +58,7 @@ class Relay:
         marks = await self._storage.views.checkpoints(RELAY_MARK)
         mark = await self._starting_point(lease.partition, marks.get(lease.partition, 0))
         stored = marks.get(lease.partition, 0)
+        assignment.position = mark
         while not stopping.is_set():
             if self._watcher.head(lease.partition) <= mark:
                 assignment.went_well()
@@ -65,7 +66,7 @@ class Relay:
                 break
             mark = await self._publish_after(lease.partition, mark, epoch)
             stored = await self._advance(lease, stored, mark)
-            assignment.went_well()
+            assignment.reached(mark)
 
     async def _starting_point(self, partition: int, mark: int) -> int:
         """Return the lesser of our mark and what the topic holds: a flushed one is filled again."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cqrs_es.ports.clock import Clock
     from cqrs_es.ports.storage import Storage
     from cqrs_es.registry import Registry
-    from cqrs_es.runtime.leases import PartitionRunner
+    from cqrs_es.runtime.leases import Assignment, PartitionRunner
     from cqrs_es.runtime.log_watcher import LogWatcher
     from cqrs_es.settings import Settings
 
@@ -83,6 +83,19 @@ class Progress:
         return self.head - min([self.relayed, *self.projected.values()])
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How the work on one partition stands: see `Assignment`, and what is still before it.
+
+    `backlog` counts events, or commands taken; it is 1 where nothing is known yet.
+    """
+
+    role: str
+    partition: int
+    position: int | None
+    backlog: int
+
+
 class Supervisor:
     """Runs roles of one process, all of the application's unless named, until told to stop."""
 
@@ -111,6 +124,36 @@ class Supervisor:
         found = [self._process.broker.trouble, self._executor.trouble]
         found += (keeper.trouble for keeper in self._keepers)
         return [trouble for trouble in found if trouble]
+
+    @property
+    def absent(self) -> list[str]:
+        """The roles that the process has not begun to take part in."""
+        joined = {keeper.role for keeper in self._keepers if keeper.joined}
+        return sorted(self._roles - joined)
+
+    @property
+    def held(self) -> dict[str, Collection[int]]:
+        """The partitions that this process works on, for each of its roles."""
+        held = {keeper.role: keeper.held for keeper in self._keepers}
+        return {role: held.get(role, ()) for role in sorted(self._roles)}
+
+    def standings(self) -> list[Standing]:
+        """Return how the work on each partition stands."""
+        return [
+            self._standing(keeper.role, assignment)
+            for keeper in self._keepers
+            for assignment in keeper.assignments
+        ]
+
+    def _standing(self, role: str, assignment: Assignment) -> Standing:
+        partition, position = assignment.lease.partition, assignment.position
+        if role == WORKER:
+            backlog = assignment.in_hand
+        elif position is None:
+            backlog = 1
+        else:
+            backlog = max(0, self._process.watcher.head(partition) - position)
+        return Standing(role, partition, position, backlog)
 
     @property
     def stuck(self) -> errors.CqrsError | None:

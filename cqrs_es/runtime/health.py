@@ -1,0 +1,116 @@
+"""Whether a process lives, and whether it gets on with its work: `/live` and `/ready`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Final
+
+from cqrs_es.runtime.leases import ROUNDS_PER_LEASE
+from cqrs_es.runtime.stalls import Stalls
+from cqrs_es.runtime.supervisor import WORKER, Standing
+from cqrs_es.runtime.web import Answer, json_answer
+from cqrs_es.telemetry.logs import mask_credentials
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cqrs_es.registry import Registry
+    from cqrs_es.runtime.sampling import Sampler
+    from cqrs_es.runtime.supervisor import Supervisor
+    from cqrs_es.settings import Settings
+
+TICK_SECONDS: Final = 0.25
+# For so long a blocked event loop is told of afterwards: longer than most probes are apart.
+REMEMBERED_SECONDS: Final = 15.0
+
+
+class Health:
+    """Knows why a process is not ready, from its start to its end.
+
+    `waiting_for` is what keeps the application from being open, until `follow`.
+    """
+
+    def __init__(self, settings: Settings, registry: Registry, stopping: asyncio.Event) -> None:
+        self._stopping = stopping
+        self._most_loop_lag = settings.lease_seconds / ROUNDS_PER_LEASE
+        self._patience = settings.lease_seconds
+        self._worker_patience = settings.lease_seconds + _longest_handler(settings, registry)
+        self._stalls = Stalls(self._patience_with)
+        self._supervisor: Supervisor | None = None
+        self._sampler: Sampler | None = None
+        self._lag = 0.0
+        self._lagged_at = 0.0
+        self.waiting_for = "starting"
+
+    def _patience_with(self, role: str) -> float:
+        """Return for how long a role may not move: a worker's handlers may take their time."""
+        return self._worker_patience if role == WORKER else self._patience
+
+    def follow(self, supervisor: Supervisor, sampler: Sampler) -> None:
+        """Judge by these from now on: the application is open."""
+        self._supervisor, self._sampler = supervisor, sampler
+
+    async def watch(self) -> None:
+        """Look at the progress and at the event loop, for ever; meant to be cancelled."""
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(TICK_SECONDS)
+            now = time.monotonic()
+            self._note_lag(now - before - TICK_SECONDS, now)
+            self._stalls.look(self._standings(), now)
+
+    def _note_lag(self, lag: float, now: float) -> None:
+        if lag >= self._lag or now - self._lagged_at > REMEMBERED_SECONDS:
+            self._lag, self._lagged_at = lag, now
+
+    def _standings(self) -> list[Standing]:
+        """Return the standings; a worker's backlog is also what waits in its queues."""
+        if self._supervisor is None or self._sampler is None:
+            return []
+        depths = self._sampler.depths
+        return [
+            Standing(
+                standing.role,
+                standing.partition,
+                standing.position,
+                max(standing.backlog, depths.get(standing.partition, 0)),
+            )
+            if standing.role == WORKER
+            else standing
+            for standing in self._supervisor.standings()
+        ]
+
+    # --- What is answered ------------------------------------------------------
+
+    def reasons(self) -> list[str]:
+        """Say why the process is not ready; nothing when it is."""
+        return [mask_credentials(reason) for reason in self._reasons()]
+
+    def _reasons(self) -> Iterator[str]:
+        if self._stopping.is_set():
+            yield "stopping"
+        if self._lag > self._most_loop_lag:
+            yield f"the event loop was blocked for {self._lag:.1f} s"
+        if self._supervisor is None:
+            yield f"not open yet: {self.waiting_for}"
+            return
+        yield from self._supervisor.troubles
+        yield from (f"{role} has not joined yet" for role in self._supervisor.absent)
+        yield from self._stalls.reasons
+
+    def live(self, _accept: str) -> Answer:
+        """Answer `/live`: that this is answered at all is what it says."""
+        return json_answer(HTTPStatus.OK, {"live": True})
+
+    def ready(self, _accept: str) -> Answer:
+        """Answer `/ready`: 200, or 503 with the reasons."""
+        reasons = self.reasons()
+        status = HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK
+        return json_answer(status, {"ready": not reasons, "reasons": reasons})
+
+
+def _longest_handler(settings: Settings, registry: Registry) -> float:
+    own = (definition.handler_timeout for definition in registry.aggregates.values())
+    return max((seconds or settings.handler_timeout for seconds in own), default=0.0)
