@@ -161,12 +161,12 @@ def address(text: str) -> str:
 
 
 def _split_address(text: str) -> tuple[str, int]:
-    """Return host and port; without a host, that of this machine alone."""
+    """Return host and port; without a host, every one: it is others who are to ask."""
     match = _ADDRESS.fullmatch(text)
     if match is None or int(match["port"]) > MOST_PORT:
-        message = f"must be PORT or HOST:PORT, 0.0.0.0:8080 say, not {text!r}"
+        message = f"must be PORT or HOST:PORT, 127.0.0.1:8000 say, not {text!r}"
         raise ValueError(message)
-    return (match["host"] or "127.0.0.1").strip("[]"), int(match["port"])
+    return (match["host"] or "0.0.0.0").strip("[]"), int(match["port"])  # noqa: S104 - asked for
 
 
 def _one_of(choices: tuple[str, ...]) -> Callable[[str], str]:

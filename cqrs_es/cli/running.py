@@ -43,8 +43,8 @@ HealthPort = Annotated[
     str | None,
     typer.Option(
         metavar="[HOST:]PORT",
-        help="Serve /live, /ready and /metrics, on 127.0.0.1 unless a host is given: "
-        "0.0.0.0:8080 in a container. Overrides CQRS_ES_HEALTH_PORT.",
+        help="Serve /live, /ready and /metrics, to everybody unless a host is given: "
+        "127.0.0.1:8000 for this machine alone. Overrides CQRS_ES_HEALTH_PORT.",
     ),
 ]
 

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from cqrs_es.telemetry.catalogue import EVERY, Kind, Metric, sample_names
+from tests.bank_data import PROJECT
 
 
 def by_name(metric: Metric) -> str:
@@ -40,3 +41,18 @@ def test_sample_names() -> None:
         "cqrs_es_ready",
     } < names
     assert len({metric.name for metric in EVERY}) == len(EVERY)
+
+
+def test_the_page_on_operations_lists_them_all() -> None:
+    """Each with its kind, its labels and what it says, and no other."""
+    page = (PROJECT / "docs" / "operations.md").read_text()
+    listed = re.findall(r"^\| `(cqrs_es_\w+)` \| (\w+) \| (.*?) ?\| (.*) \|$", page, re.MULTILINE)
+    assert listed == [
+        (
+            metric.samples[0].removesuffix("_bucket"),
+            metric.kind.name.lower(),
+            ", ".join(f"`{label}`" for label in metric.labels),
+            metric.meaning,
+        )
+        for metric in EVERY
+    ]
