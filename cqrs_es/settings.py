@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -126,6 +127,16 @@ def _text(text: str) -> str:
     return text
 
 
+def _url(text: str) -> str:
+    """Check that a URL can be taken apart; what is wrong with it may be in its password."""
+    _text(text)
+    with contextlib.suppress(ValueError):
+        urlsplit(text)
+        return text
+    message = "is no URL; percent-encode the special characters of its password"
+    raise ValueError(message)
+
+
 def _service(text: str) -> str:
     if not NAME.fullmatch(text):
         message = f"must match {NAME.pattern}, not {text!r}"
@@ -181,8 +192,8 @@ def _one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
 
 _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
     "app": _text,
-    "store_url": _text,
-    "broker_url": _text,
+    "store_url": _url,
+    "broker_url": _url,
     "service": _service,
     "partitions": _whole(1, 1024),
     "batch_size": _whole(1, 10_000),

@@ -23,6 +23,7 @@ from cqrs_es.cli.invocation import Invocation, invocation_of
 from cqrs_es.cli.output import complain, print_text
 from cqrs_es.cli.version import version
 from cqrs_es.settings import LogFormat, LogLevel  # noqa: TC001 - typer evaluates annotations
+from cqrs_es.telemetry.masking import mask_credentials
 
 PROGRAM: Final = "cqrs-es"
 
@@ -108,7 +109,7 @@ def _run(argv: list[str]) -> int:
         return exc.code if isinstance(exc.code, int) else exits.DONE
     except Exception as exc:  # noqa: BLE001 - the last place to turn an error into a sentence
         if invocation.debugging:
-            traceback.print_exception(exc)
+            sys.stderr.write(mask_credentials("".join(traceback.format_exception(exc))))
         error = exits.innermost(exc)
         complain(exits.sentence(error))
         return exits.exit_code(error)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 import orjson
 import typer
 
+from cqrs_es.telemetry.masking import mask_credentials, printable
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
@@ -73,15 +75,10 @@ def shown(value: Any) -> str:
             return printable(str(value))
 
 
-def printable(text: str) -> str:
-    r"""Replace what a terminal would obey, such as an escape, by its code: `\x1b`."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def _side(value: object) -> Any:
     return "right" if isinstance(value, int | float) and not isinstance(value, bool) else "left"
 
 
 def complain(text: str) -> None:
-    """Say on stderr what went wrong."""
-    sys.stderr.write(f"cqrs-es: {printable(text)}\n")
+    """Say on stderr what went wrong, without the passwords of URLs."""
+    sys.stderr.write(f"cqrs-es: {printable(mask_credentials(text))}\n")

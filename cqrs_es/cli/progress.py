@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from cqrs_es import errors
-from cqrs_es.cli.output import printable
+from cqrs_es.telemetry.masking import mask_credentials, printable
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -105,7 +105,7 @@ class LiveDisplay(Display):
             f"{look.commands:,} commands ({rate:,.0f}/s)  {look.events:,} events  lag {lag}"
         )
         for trouble in look.troubles:
-            line = printable(trouble)[: self._console.width - 1]
+            line = printable(mask_credentials(trouble))[: self._console.width - 1]
             text.append(f"\n{line}", style="yellow")
         self._live.update(text, refresh=True)
 

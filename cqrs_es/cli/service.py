@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from cqrs_es import errors
-from cqrs_es.cli.exits import DONE, FAILED, INTERRUPTED
+from cqrs_es.cli import exits
 from cqrs_es.cli.feeding import Feeder
 from cqrs_es.cli.probes import Probes, probed
 from cqrs_es.cli.progress import display_for
 from cqrs_es.cli.version import version
-from cqrs_es.execution.executor import Counts
 from cqrs_es.execution.policy import backoff
+from cqrs_es.execution.report import Counts
 from cqrs_es.projection.generations import live_name
 from cqrs_es.registry import ViewDefinition
 from cqrs_es.runtime.garbage import collect_less_often
@@ -27,6 +27,7 @@ from cqrs_es.runtime.supervisor import known_roles
 from cqrs_es.runtime.waiting import unless
 from cqrs_es.runtime.watchdog import watched
 from cqrs_es.settings import masked
+from cqrs_es.telemetry import logs
 from cqrs_es.telemetry.meter import NO_METER
 
 if TYPE_CHECKING:
@@ -59,9 +60,12 @@ class Task:
 class Report:
     """What a process did, and what its views hold in the end, if it got that far."""
 
-    code: int = DONE
+    code: int = exits.DONE
+    reason: str = "asked to stop"
     counts: Counts = field(default_factory=Counts)
     dead: int = 0
+    published: int = 0
+    projected: int = 0
     seconds: float = 0.0
     rows: Mapping[str, int] = field(default_factory=dict[str, int])
     parked: int = 0
@@ -70,14 +74,43 @@ class Report:
 async def serve(app: Application, settings: Settings, task: Task) -> Report:
     """Run a process's roles until a signal, or until idle; report what became of it."""
     collect_less_often()
+    logs.name_process(service=settings.service or app.service)
     with stop_on_signals() as stopping:
-        async with (
-            watched(settings.lease_seconds),
-            probed(app, settings, task.roles, stopping.asked) as probes,
-        ):
+        async with probed(app, settings, task.roles, stopping.asked) as probes:
             service = Service(app, settings, task, stopping, probes)
+            return await _run_to_its_end(service, settings, stopping)
+
+
+async def _run_to_its_end(service: Service, settings: Settings, stopping: Stopping) -> Report:
+    try:
+        async with watched(settings.lease_seconds):
             ended = await run_until_stopped(service.run(), stopping, settings.shutdown_timeout)
-        return service.report(clean=ended)
+    except Exception as exc:
+        log_end(service.report(clean=False), exc)
+        raise
+    report = service.report(clean=ended)
+    log_end(report)
+    return report
+
+
+def log_end(report: Report, exc: Exception | None = None) -> None:
+    """Say why a process ends, what it did, and with which exit code."""
+    counts = report.counts
+    say = log.info if exc is None else log.error
+    say(
+        "ended",
+        reason=report.reason if exc is None else exits.sentence(exits.innermost(exc)),
+        exit_code=report.code if exc is None else exits.exit_code(exits.innermost(exc)),
+        accepted=counts.accepted,
+        rejected=counts.rejected,
+        failed=counts.failed,
+        duplicate=counts.duplicate,
+        dead=report.dead,
+        events=counts.events,
+        published=report.published,
+        projected=report.projected,
+        seconds=report.seconds,
+    )
 
 
 class Service:
@@ -121,18 +154,25 @@ class Service:
     def report(self, *, clean: bool) -> Report:
         """Say what was done so far, and with which exit code the process is to end."""
         report = self._report
+        if self._idle:
+            report.reason = "idle"
+        if not clean:
+            report.reason = "stopped before all in hand was finished"
         if self._task.until_idle and not self._idle:
-            report.code = INTERRUPTED
+            report.code = exits.INTERRUPTED
         elif not clean:
-            report.code = FAILED
+            report.code = exits.FAILED
         if self._supervisor is not None:
             report.counts = self._supervisor.counts
             report.dead = self._supervisor.dead
+            report.published = self._supervisor.published
+            report.projected = self._supervisor.projected
             report.seconds = round(self._ended - self._started, 3)
         return report
 
     def _announce(self, opened: OpenApplication) -> None:
         process, settings = opened.process, self._settings
+        logs.name_process(owner=process.owner)
         log.info(
             "started",
             version=version(),

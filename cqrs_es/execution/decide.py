@@ -12,6 +12,7 @@ from cqrs_es.codec import to_json
 from cqrs_es.execution.baselines import Baseline
 from cqrs_es.execution.handling import run_handler
 from cqrs_es.execution.policy import MAX_EVENTS_PER_COMMAND, ExecutionPolicy
+from cqrs_es.execution.report import ids_of
 from cqrs_es.execution.work import Job, Work, refusal
 from cqrs_es.messages import CommandContext, CommandMessage, Outcome, OutcomeEvent, Status
 from cqrs_es.ports.dead_letters import DeadLetter
@@ -77,9 +78,7 @@ class Decider:
         delay = None if _permanent(exc) else self._policy.retry_delay(job.failures)
         log.warning(
             "handler failed",
-            command_id=job.message.id,
-            command=job.message.type,
-            aggregate=str(job.message.key),
+            **ids_of(job.message),
             failures=job.failures,
             retry_in=delay,
             exc_info=exc,

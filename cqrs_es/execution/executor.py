@@ -15,10 +15,8 @@ nothing behind, and the command goes round again from the look-up on.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
-
-import structlog
 
 from cqrs_es import errors
 from cqrs_es.execution.baselines import BaselineCache
@@ -27,6 +25,7 @@ from cqrs_es.execution.lanes import Lanes
 from cqrs_es.execution.loading import BaselineLoader
 from cqrs_es.execution.outage import Outage
 from cqrs_es.execution.policy import MAX_APPEND_BYTES, ExecutionPolicy
+from cqrs_es.execution.report import Counts, Reporter
 from cqrs_es.execution.work import Answer, Job, Work, id_reused
 from cqrs_es.messages import CommandMessage, Outcome, Status
 from cqrs_es.ports.store import Chain, Committed, Snapshot, StoredOutcome
@@ -40,28 +39,6 @@ if TYPE_CHECKING:
     from cqrs_es.ports.clock import Clock
     from cqrs_es.ports.store import ChainResult, EventStore
     from cqrs_es.registry import Registry
-
-log = structlog.get_logger("cqrs_es.execution")
-
-
-@dataclass(slots=True)
-class Counts:
-    """What an executor has done since it was started."""
-
-    accepted: int = 0
-    rejected: int = 0
-    failed: int = 0
-    duplicate: int = 0
-    events: int = 0
-    batches: int = 0
-    conflicts: int = 0
-
-    def count(self, outcome: Outcome) -> None:
-        """Count an answer: by its status, or as a duplicate."""
-        name = "duplicate" if outcome.duplicate else outcome.status.value
-        setattr(self, name, getattr(self, name) + 1)
-        if not outcome.duplicate:
-            self.events += len(outcome.events)
 
 
 class Executor:
@@ -84,7 +61,6 @@ class Executor:
         meter: Meter = NO_METER,
     ) -> None:
         self._registry = registry
-        self._meter = meter
         self._events = events
         self._partitions = partitions
         self._clock = clock
@@ -106,7 +82,7 @@ class Executor:
         self._idle = asyncio.Event()
         self._idle.set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self.counts = Counts()
+        self._reporter = Reporter(clock.monotonic, meter)
 
     async def __aenter__(self) -> Self:
         self._start(self._prepare_forever())
@@ -157,6 +133,11 @@ class Executor:
         return job.answer
 
     @property
+    def counts(self) -> Counts:
+        """What was done since the executor was started."""
+        return self._reporter.counts
+
+    @property
     def in_hand(self) -> int:
         """How many different commands are not answered yet."""
         return len(self._in_hand)
@@ -197,14 +178,16 @@ class Executor:
                 self._give_up(works, exc)
 
     async def _prepare(self, works: list[Work]) -> None:
-        with self._meter.phase("lookup"):
+        with self._reporter.timing("lookup"):
             await self._answer_known(works)
-        works = [work for work in works if work.jobs]
-        for work in works:
+        unknown = [work for work in works if work.jobs]
+        if not unknown:
+            self._reporter.report(works)
+        for work in unknown:
             work.definition = self._registry.aggregates.get(work.key.type)
-        with self._meter.phase("load"):
-            await self._loader.find_baselines(works)
-        for work in works:
+        with self._reporter.timing("load"):
+            await self._loader.find_baselines(unknown)
+        for work in unknown:
             self._start(self._decide(work))
 
     async def _answer_known(self, works: Sequence[Work]) -> None:
@@ -229,7 +212,7 @@ class Executor:
         try:
             if isinstance(work.load_failure, errors.UnknownEvent):
                 raise work.load_failure  # noqa: TRY301 - it takes the same way out as any other
-            with self._meter.phase("decide"):
+            with self._reporter.timing("decide"):
                 await self._decider.decide(work)
         except Exception as exc:  # noqa: BLE001 - the callers are told, each by its future
             self._give_up([work], exc)
@@ -272,7 +255,6 @@ class Executor:
         """Append works, all of which are settled one way or another when this returns."""
         if not works:
             return
-        started = self._clock.monotonic()
         try:
             results = await self._append(works)
         except (errors.TooLarge, errors.UndecodableRow) as exc:
@@ -282,22 +264,19 @@ class Executor:
         except Exception as exc:  # noqa: BLE001 - the callers are told, each by its future
             self._give_up(works, exc)
         else:
-            self._conclude(works, results, started)
+            self._conclude(works, results)
 
-    def _conclude(
-        self, works: Sequence[Work], results: Sequence[ChainResult], started: float
-    ) -> None:
+    def _conclude(self, works: Sequence[Work], results: Sequence[ChainResult]) -> None:
         self._writing.over()
         for work, result in zip(works, results, strict=True):
             self._settle(work, result)
-        self._meter.batch(sum(len(work.decided) for work in works))
-        self._log_batch(works, started)
+        self._reporter.committed(works)
         if self._on_commit is not None:
             self._on_commit()
 
     async def _append(self, works: Sequence[Work]) -> list[ChainResult]:
         chains = [_chain(work, self._partitions) for work in works]
-        with self._meter.phase("append"):
+        with self._reporter.timing("append"):
             return await self._events.append(chains, self._clock.now())
 
     async def _commit_in_parts(self, works: Sequence[Work], exc: errors.CqrsError) -> None:
@@ -326,8 +305,7 @@ class Executor:
 
     def _decide_again(self, work: Work) -> None:
         """Send a chain that met a conflict round again, on what the store holds now."""
-        self.counts.conflicts += 1
-        self._meter.conflict()
+        self._reporter.conflict()
         self._baselines.drop(work.key)
         self._lanes.release(work.key, work.jobs)
 
@@ -356,16 +334,6 @@ class Executor:
         for work in works:
             self._lanes.release(work.key, work.jobs)
 
-    def _log_batch(self, works: Sequence[Work], started: float) -> None:
-        self.counts.batches += 1
-        log.debug(
-            "batch committed",
-            aggregates=len(works),
-            commands=sum(len(work.decided) for work in works),
-            events=sum(len(decided.events) for work in works for decided in work.decided),
-            seconds=round(self._clock.monotonic() - started, 4),
-        )
-
     # --- Answering -----------------------------------------------------------
 
     def _answer(self, job: Job, outcome: Outcome) -> None:
@@ -382,9 +350,7 @@ class Executor:
                 self._resolve(follower, id_reused(follower.message))
 
     def _resolve(self, job: Job, outcome: Outcome) -> None:
-        self.counts.count(outcome)
-        name = "duplicate" if outcome.duplicate else outcome.status.value
-        self._meter.command(job.message.aggregate_type, job.message.type, name)
+        self._reporter.answered(job.message, outcome)
         if not job.answer.done():
             job.answer.set_result(outcome)
 

@@ -11,7 +11,7 @@ from cqrs_es.runtime.leases import ROUNDS_PER_LEASE
 from cqrs_es.runtime.stalls import Stalls
 from cqrs_es.runtime.supervisor import WORKER, Standing
 from cqrs_es.runtime.web import Answer, json_answer
-from cqrs_es.telemetry.logs import mask_credentials
+from cqrs_es.telemetry.masking import mask_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

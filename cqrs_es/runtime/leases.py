@@ -222,7 +222,8 @@ class LeaseKeeper:
         log.info("partition taken", role=self._role, partition=lease.partition, epoch=lease.epoch)
 
     async def _work(self, running: Assignment) -> None:
-        """Run a partition until it is to stop, then release it."""
+        """Run a partition until it is to stop, then release it; its log lines say which it is."""
+        structlog.contextvars.bind_contextvars(role=self._role, partition=running.lease.partition)
         attempt = 0
         while not running.stopping.is_set():
             try:

@@ -57,6 +57,7 @@ class ProjectorLoop:
         self._clock = clock
         self._breaker = ParkingBreaker(clock)
         self._on_failure = on_failure
+        self.projected = 0
 
     async def run_partition(self, assignment: Assignment) -> None:
         """Project a partition from its checkpoint on, until stopped or another generation is live.
@@ -87,6 +88,14 @@ class ProjectorLoop:
         def moved(before: int, to: int) -> None:
             self._meter.projected(folding.name, to - before)
             assignment.reached(to)
+            self.projected += to - before
+            log.info(
+                "projected",
+                view=folding.name,
+                partition=assignment.lease.partition,
+                from_offset=before + 1,
+                to_offset=to,
+            )
 
         return Applier(
             self._registry,

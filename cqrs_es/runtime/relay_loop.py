@@ -50,6 +50,7 @@ class Relay:
         self._watcher = watcher
         self._source = f"/{service}"
         self._meter = meter
+        self.published = 0
 
     async def run_partition(self, assignment: Assignment) -> None:
         """Publish a partition until stopped, going on from its mark."""
@@ -79,8 +80,16 @@ class Relay:
             return mark
         outgoing = self._encode(events, epoch)
         confirmed = await self._broker.publish(partition, epoch, outgoing)
-        self._meter.published(max(0, confirmed - mark))
+        self._note(partition, mark, confirmed)
         return confirmed
+
+    def _note(self, partition: int, mark: int, confirmed: int) -> None:
+        if confirmed < mark:
+            log.warning("topic lost its end", partition=partition, from_offset=confirmed + 1)
+        elif confirmed > mark:
+            self.published += confirmed - mark
+            self._meter.published(confirmed - mark)
+            log.info("published", partition=partition, from_offset=mark + 1, to_offset=confirmed)
 
     def _encode(self, events: Sequence[StoredEvent], epoch: str) -> list[OutgoingEvent]:
         return [

@@ -23,12 +23,13 @@ from cqrs_es.telemetry.meter import NO_METER, Meter
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from cqrs_es.execution.executor import Counts, Executor
+    from cqrs_es.execution.executor import Executor
+    from cqrs_es.execution.report import Counts
     from cqrs_es.messages import StoredEvent
     from cqrs_es.ports.broker import Broker
     from cqrs_es.ports.clock import Clock
     from cqrs_es.ports.storage import Storage
-    from cqrs_es.registry import Registry
+    from cqrs_es.registry import ProjectionDefinition, Registry
     from cqrs_es.runtime.leases import Assignment, PartitionRunner
     from cqrs_es.runtime.log_watcher import LogWatcher
     from cqrs_es.settings import Settings
@@ -107,6 +108,11 @@ class Supervisor:
         self._roles = every if roles is None else frozenset(roles)
         _check_roles(self._roles, every)
         self._keepers: list[LeaseKeeper] = []
+        self._relay = _make_relay(process)
+        self._loops = {
+            projector_role(name): self._loop(definition)
+            for name, definition in process.registry.projections.items()
+        }
 
     @property
     def counts(self) -> Counts:
@@ -117,6 +123,16 @@ class Supervisor:
     def dead(self) -> int:
         """How many messages no outcome was possible for."""
         return self._worker.dead
+
+    @property
+    def published(self) -> int:
+        """How many events the relay has published."""
+        return self._relay.published
+
+    @property
+    def projected(self) -> int:
+        """How many events the projectors have applied, each counted for every view."""
+        return sum(loop.projected for loop in self._loops.values())
 
     @property
     def troubles(self) -> list[str]:
@@ -175,38 +191,24 @@ class Supervisor:
 
     def _runners(self) -> list[tuple[str, PartitionRunner]]:
         """List the roles of this process with what each does to a partition."""
-        process = self._process
-        relay = Relay(
-            process.storage,
-            process.broker,
-            process.watcher,
-            service=process.service,
-            meter=process.meter,
-        )
         every: list[tuple[str, PartitionRunner]] = [
             (WORKER, self._worker.run_partition),
-            (RELAY, relay.run_partition),
+            (RELAY, self._relay.run_partition),
         ]
-        every += [(role, loop.run_partition) for role, loop in self._projectors()]
+        every += [(role, loop.run_partition) for role, loop in self._loops.items()]
         return [(role, run) for role, run in every if role in self._roles]
 
-    def _projectors(self) -> list[tuple[str, ProjectorLoop]]:
+    def _loop(self, definition: ProjectionDefinition) -> ProjectorLoop:
         process = self._process
-        return [
-            (
-                projector_role(name),
-                ProjectorLoop(
-                    process.registry,
-                    process.storage,
-                    process.broker,
-                    definition,
-                    process.clock,
-                    on_failure=process.on_view_failure,
-                    meter=process.meter,
-                ),
-            )
-            for name, definition in process.registry.projections.items()
-        ]
+        return ProjectorLoop(
+            process.registry,
+            process.storage,
+            process.broker,
+            definition,
+            process.clock,
+            on_failure=process.on_view_failure,
+            meter=process.meter,
+        )
 
     def _keeper(self, role: str, run_partition: PartitionRunner) -> LeaseKeeper:
         process = self._process
@@ -245,6 +247,16 @@ class Supervisor:
         if self._executor.in_hand or sum((await self._process.broker.queue_depth()).values()):
             return False
         return (await self.progress()).lag == 0
+
+
+def _make_relay(process: Process) -> Relay:
+    return Relay(
+        process.storage,
+        process.broker,
+        process.watcher,
+        service=process.service,
+        meter=process.meter,
+    )
 
 
 def _make_worker(process: Process) -> CommandWorker:

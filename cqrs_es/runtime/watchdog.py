@@ -57,6 +57,8 @@ class Watchdog:
         self._ended.set()
 
     def _bite(self) -> None:
+        # What blocks the loop may be stderr itself, which nobody reads: then this blocks too.
+        threading.Timer(self._tick, os._exit, [EXIT_CODE]).start()
         frame = sys._current_frames().get(self._loop_thread)  # noqa: SLF001 - there is no other way
         stack = "".join(traceback.format_stack(frame)) if frame else "the thread is gone"
         log.critical("event loop blocked", seconds=self._seconds, stack=stack)

@@ -6,24 +6,27 @@ masked in every value and every traceback, and tracebacks show no variables.
 
 from __future__ import annotations
 
+import json
 import logging
-import re
 import sys
-from typing import TYPE_CHECKING, Any, Final
+import threading
+from typing import TYPE_CHECKING, Final
 
 import orjson
 import structlog
+from structlog.processors import ExceptionRenderer
+from structlog.tracebacks import ExceptionDictTransformer
+
+from cqrs_es.telemetry.masking import masked_value, printable
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
-
     from structlog.typing import EventDict, Processor, WrappedLogger
 
     from cqrs_es.settings import LogFormat, LogLevel
 
 # What a reader looks for first.
 _FIRST: Final = ("timestamp", "level", "logger", "event")
-_CREDENTIALS: Final = re.compile(r"(?<=://)([^\s/:@]*):\S*@")
+_MULTILINE: Final = {"exception", "stack"}
 
 
 def configure(level: LogLevel, log_format: LogFormat) -> None:
@@ -51,9 +54,14 @@ def quiet_unless_configured() -> None:
         )
 
 
-def mask_credentials(text: str) -> str:
-    """Replace the passwords of the URLs in a text by stars."""
-    return _CREDENTIALS.sub(r"\1:***@", text)
+def name_process(**ids: str) -> None:
+    """Put ids of this process on every JSON line from now on, whichever thread writes it.
+
+    A person at a terminal has them in the banner.
+    """
+    processors = structlog.get_config()["processors"]
+    if processors[-1] is _to_json:
+        structlog.configure(processors=[_adding(ids), *processors])
 
 
 def _for_people(log_format: LogFormat) -> bool:
@@ -70,10 +78,15 @@ def _processors(*, console: bool) -> list[Processor]:
         structlog.processors.add_log_level,
         _add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.format_exc_info,
+        structlog.processors.format_exc_info if console else _structured_exception(),
         _mask,
-        _console() if console else _to_json,
+        *([_escape, _console()] if console else [_to_json]),
     ]
+
+
+def _structured_exception() -> Processor:
+    """Give tracebacks as objects: type, message, frames, and what caused it."""
+    return ExceptionRenderer(ExceptionDictTransformer(show_locals=False))
 
 
 def _console() -> Processor:
@@ -84,7 +97,19 @@ def _console() -> Processor:
 
 def _to_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
     first = {name: event.pop(name) for name in _FIRST if name in event}
-    return orjson.dumps({**first, **event}, default=repr, option=orjson.OPT_NON_STR_KEYS).decode()
+    try:
+        return orjson.dumps({**first, **event}).decode()
+    except TypeError:  # half a surrogate pair, in the name of a file perhaps
+        return json.dumps({**first, **event}, default=repr)
+
+
+def _adding(ids: dict[str, str]) -> Processor:
+    def add(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        for name, value in ids.items():
+            event.setdefault(name, value)
+        return event
+
+    return add
 
 
 def _add_logger_name(logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
@@ -93,25 +118,36 @@ def _add_logger_name(logger: WrappedLogger, _method: str, event: EventDict) -> E
 
 
 def _mask(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    _mask_values(event)
+    for name, value in event.items():
+        event[name] = masked_value(value)
     return event
 
 
-def _mask_values(values: MutableMapping[str, Any]) -> None:
-    for name, value in values.items():
+def _escape(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Keep a line one line, and the terminal as it is, whatever somebody sent."""
+    for name, value in event.items():
         if isinstance(value, str):
-            values[name] = mask_credentials(value)
+            lines = value.split("\n") if name in _MULTILINE else [value]
+            event[name] = "\n".join(map(printable, lines))
+    return event
 
 
 class _StderrLogger:
-    """Writes to whatever stderr is at the time: a live display may have put itself before it."""
+    """Writes to whatever stderr is at the time: a live display may have put itself before it.
+
+    Whole lines, one after the other, whichever threads they come from. One
+    thread may write within its own writing: a warning from a finaliser.
+    """
+
+    _writing = threading.RLock()
 
     def __init__(self, name: str = "cqrs_es") -> None:
         self.name = name
 
     def msg(self, message: str) -> None:
-        sys.stderr.write(message + "\n")
-        sys.stderr.flush()
+        with self._writing:
+            sys.stderr.write(message + "\n")
+            sys.stderr.flush()
 
     debug = info = warning = error = critical = exception = log = msg
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -95,6 +99,95 @@ def test_no_secret_is_written(log_format: LogFormat, capsys: pytest.CaptureFixtu
     assert "root:***@host" in text
     for secret in ("pa?s", "wo:rd", "hunter2"):
         assert secret not in text
+
+
+def test_secrets_hide_in_no_part_of_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    """Lists, mappings, objects and the query of a URL are searched too."""
+    logs.configure("info", "json")
+    error = RuntimeError(f"no answer from {URL}")
+    nested = {"urls": [URL, (URL, 1)], "cause": error}
+    structlog.get_logger().info(
+        "failed", error=error, nested=nested, url="redis://host/0?db=1&password=wo:rd-pa?s"
+    )
+    text = capsys.readouterr().err
+    for secret in ("pa?s", "wo:rd"):
+        assert secret not in text
+    (line,) = [orjson.loads(text)]
+    assert line["nested"]["urls"][1] == ["mysql://root:***@host:3306/bank", 1]
+    assert line["url"] == "redis://host/0?db=1&password=***"
+
+
+def test_a_traceback_is_an_object(capsys: pytest.CaptureFixture[str]) -> None:
+    """With type, message and frames, of the error and of what caused it; without variables."""
+    logs.configure("info", "json")
+    try:
+        try:
+            _fail_with_a_secret()
+        except RuntimeError as exc:
+            raise ValueError("outer") from exc
+    except ValueError as exc:
+        structlog.get_logger().warning("failed", exc_info=exc)
+    (line,) = lines(capsys)
+    outer, cause = line["exception"]
+    assert (outer["exc_type"], outer["exc_value"]) == ("ValueError", "outer")
+    assert cause["exc_type"] == "RuntimeError"
+    assert cause["exc_value"] == "can't connect to mysql://root:***@host:3306/bank: 7"
+    assert cause["frames"][-1]["name"] == "_fail_with_a_secret"
+    assert "hunter2" not in str(line)
+
+
+@pytest.mark.parametrize("value", [2**70, "\ud800", float("nan"), {1: b"x"}, object()])
+def test_whatever_is_logged_makes_a_line(value: object, capsys: pytest.CaptureFixture[str]) -> None:
+    """What JSON can't say is shown all the same: a log call never raises."""
+    logs.configure("info", "json")
+    structlog.get_logger().info("said", value=value)
+    assert '"event"' in capsys.readouterr().err
+
+
+def test_a_console_line_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """What somebody sent neither begins a line of its own nor commands the terminal."""
+    logs.configure("info", "console")
+    structlog.get_logger().info("said\nforged", error="x\x1b[31m\r\nforged")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert r"x\x1b[31m\r\nforged" in line
+
+
+class _SlowPipe(io.StringIO):
+    """Gives way to other threads in the middle of a write."""
+
+    def write(self, text: str) -> int:
+        for character in text:
+            super().write(character)
+            time.sleep(0)
+        return len(text)
+
+
+def test_lines_are_whole_though_threads_write_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, however slowly stderr takes them."""
+    logs.configure("info", "json")
+    pipe = _SlowPipe()
+    monkeypatch.setattr(sys, "stderr", pipe)
+
+    def write(number: int) -> None:
+        for _ in range(20):
+            structlog.get_logger().info("said", number=number)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    numbers = [orjson.loads(line)["number"] for line in pipe.getvalue().splitlines()]
+    assert sorted(numbers) == sorted(list(range(8)) * 20)
+
+
+def test_ids_of_the_process_are_on_every_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also on those of other threads and of libraries."""
+    logs.configure("info", "json")
+    logs.name_process(service="bank")
+    logs.name_process(owner="host-1")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(structlog.get_logger().info, "said").result()
+    logging.getLogger("library").warning("oh")
+    for line in lines(capsys):
+        assert (line["service"], line["owner"]) == ("bank", "host-1")
 
 
 def test_libraries_and_warnings_come_out_in_the_same_format(

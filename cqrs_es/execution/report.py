@@ -1,0 +1,155 @@
+"""What an executor has done, in numbers; and one log line for each batch that says it."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
+    from types import TracebackType
+
+    from cqrs_es.execution.work import Work
+    from cqrs_es.messages import CommandMessage, Outcome
+    from cqrs_es.telemetry.meter import Meter, Phase
+
+log = structlog.get_logger("cqrs_es.execution")
+
+PHASES: Final[tuple[Phase, ...]] = ("lookup", "load", "decide", "append")
+
+
+@dataclass(slots=True)
+class Counts:
+    """What an executor has done since it was started."""
+
+    accepted: int = 0
+    rejected: int = 0
+    failed: int = 0
+    duplicate: int = 0
+    events: int = 0
+    batches: int = 0
+    conflicts: int = 0
+
+    def count(self, outcome: Outcome) -> None:
+        """Count an answer: by its status, or as a duplicate."""
+        name = "duplicate" if outcome.duplicate else outcome.status.value
+        setattr(self, name, getattr(self, name) + 1)
+        if not outcome.duplicate:
+            self.events += len(outcome.events)
+
+    def since(self, before: Counts) -> Counts:
+        """Return what was done after `before`."""
+        pairs = zip(astuple(self), astuple(before), strict=True)
+        return Counts(*(now - then for now, then in pairs))
+
+
+class Reporter:
+    """Counts what is done for whoever asks, for the meter, and for a line per batch.
+
+    A line has what was done since the last one: an append, and what was
+    answered without. `…_seconds` is the time that a phase took. Reading is
+    that of the batch that is prepared meanwhile; of handlers, which run side
+    by side, it is the longest chain of one aggregate.
+    """
+
+    def __init__(self, monotonic: Callable[[], float], meter: Meter) -> None:
+        self._monotonic = monotonic
+        self._meter = meter
+        self._seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
+        self._reported = Counts()
+        self.counts = Counts()
+
+    def timing(self, phase: Phase) -> _Timing:
+        """Count a block's time as that of a phase."""
+        return _Timing(phase, self._meter.phase(phase), self._monotonic, self._seconds)
+
+    def answered(self, message: CommandMessage, outcome: Outcome) -> None:
+        """Count an answer."""
+        name = "duplicate" if outcome.duplicate else outcome.status.value
+        self.counts.count(outcome)
+        self._meter.command(message.aggregate_type, message.type, name)
+
+    def conflict(self) -> None:
+        """Count an aggregate whose commands are decided again."""
+        self.counts.conflicts += 1
+        self._meter.conflict()
+
+    def committed(self, works: Sequence[Work]) -> None:
+        """Count a batch and report it."""
+        self.counts.batches += 1
+        self._meter.batch(sum(len(work.decided) for work in works))
+        self.report(works)
+
+    def report(self, works: Sequence[Work]) -> None:
+        """Say what was done since the last report."""
+        done = self.counts.since(self._reported)
+        self._reported = replace(self.counts)
+        seconds = {f"{phase}_seconds": round(self._seconds[phase], 4) for phase in PHASES}
+        for phase in PHASES:
+            self._seconds[phase] = 0.0
+        log.info(
+            "batch done",
+            **_ids(works),
+            accepted=done.accepted,
+            rejected=done.rejected,
+            failed=done.failed,
+            duplicate=done.duplicate,
+            events=done.events,
+            conflicts=done.conflicts,
+            aggregates=len(works),
+            **seconds,
+        )
+
+
+class _Timing:
+    """A block that is timed."""
+
+    __slots__ = ("_meter", "_monotonic", "_phase", "_seconds", "_started")
+
+    def __init__(
+        self,
+        phase: Phase,
+        meter: AbstractContextManager[object],
+        monotonic: Callable[[], float],
+        seconds: dict[Phase, float],
+    ) -> None:
+        self._phase: Phase = phase
+        self._meter = meter
+        self._monotonic = monotonic
+        self._seconds = seconds
+
+    def __enter__(self) -> None:
+        self._meter.__enter__()
+        self._started = self._monotonic()
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        spent, before = self._monotonic() - self._started, self._seconds[self._phase]
+        longest = self._phase == "decide"
+        self._seconds[self._phase] = max(before, spent) if longest else before + spent
+        self._meter.__exit__(exc_type, exc, traceback)
+
+
+def _ids(works: Sequence[Work]) -> dict[str, str]:
+    """Say which command it was, where it was one."""
+    if len(works) != 1 or len(works[0].jobs) != 1:
+        return {}
+    return ids_of(works[0].jobs[0].message)
+
+
+def ids_of(message: CommandMessage) -> dict[str, str]:
+    """Return what a line about one command is found by."""
+    ids = {
+        "command_id": message.id,
+        "command": message.type,
+        "aggregate": str(message.key),
+    }
+    correlation_id = message.metadata.get("correlation_id")
+    return ids if correlation_id is None else ids | {"correlation_id": correlation_id}
