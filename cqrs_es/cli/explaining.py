@@ -31,7 +31,7 @@ MEANINGS: Final[Mapping[str, str]] = {
     "max_message_bytes": "bytes of a command message, at most",
     "max_event_bytes": "bytes of an event, at most",
     "shutdown_timeout": "seconds that a process has to stop cleanly",
-    "health_port": "[HOST:]PORT for /live, /ready and /metrics, to everybody unless HOST narrows it",
+    "health_port": "[HOST:]PORT for /live, /ready, /metrics, to everybody unless HOST narrows it",
     "log_level": "debug, info, warning or error",
     "log_format": "auto (console on a terminal, else JSON), console or json",
 }
