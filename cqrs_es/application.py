@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from cqrs_es import errors
 from cqrs_es.brokers import broker_for
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 C = TypeVar("C")
 E = TypeVar("E")
 S = TypeVar("S")
+
+# How long a command is tried while the store is away, where somebody waits for its outcome.
+PATIENCE_SECONDS: Final = 10.0
 
 OnHandlerFailure = Callable[[CommandMessage, BaseException], None]
 OnViewFailure = Callable[[StoredEvent, Exception], None]
@@ -96,6 +99,7 @@ class Application:
         clock: Clock | None = None,
         policy: ExecutionPolicy | None = None,
         initialise: bool = False,
+        reach_broker: bool = True,
         on_handler_failure: OnHandlerFailure | None = None,
         on_view_failure: OnViewFailure | None = None,
         meter: Meter = NO_METER,
@@ -104,8 +108,9 @@ class Application:
 
         Settings come from the environment unless given; a store or broker that
         is given stays open afterwards. An embedded store (SQLite, memory) is
-        initialised, with `initialise` a server store too. Raises
-        `StoreNotInitialised` for a server store without tables,
+        initialised, with `initialise` a server store too. Without `reach_broker`
+        nothing is asked of the broker, which may be away: for work on the store
+        alone. Raises `StoreNotInitialised` for a server store without tables,
         `PartitionsMismatch` where a setting differs from the store.
         """
         logs.quiet_unless_configured()
@@ -121,7 +126,8 @@ class Application:
                 broker = make_broker(settings, service)
                 stack.push_async_callback(broker.close)
             await storage.open()
-            await broker.open()
+            if reach_broker:
+                await broker.open()
             initialise = initialise or not storage.shared
             partitions = await _partitions(storage, settings, may_be_new=initialise)
             watcher = LogWatcher(storage.events)
@@ -130,7 +136,7 @@ class Application:
                 storage.events,
                 partitions=partitions,
                 clock=clock,
-                policy=policy or _policy(settings),
+                policy=policy or execution_policy(settings),
                 on_failure=on_handler_failure,
                 on_commit=watcher.poke,
                 meter=meter,
@@ -151,7 +157,7 @@ class Application:
             )
             opened = OpenApplication(process)
             if initialise:
-                await opened.initialise()
+                await opened.initialise(declare=reach_broker)
             await stack.enter_async_context(executor)
             self._opened, before = opened, self._opened
             stack.callback(self._restore, before)
@@ -217,11 +223,14 @@ async def _partitions(storage: Storage, settings: Settings, *, may_be_new: bool)
     return info.partitions
 
 
-def _policy(settings: Settings) -> ExecutionPolicy:
+def execution_policy(
+    settings: Settings, *, patience: float | None = PATIENCE_SECONDS
+) -> ExecutionPolicy:
+    """Return the numbers that the settings ask for; `patience` is that with a store's absence."""
     return ExecutionPolicy(
         batch_size=settings.batch_size,
         handler_timeout=settings.handler_timeout,
         max_event_bytes=settings.max_event_bytes,
         max_message_bytes=settings.max_message_bytes,
-        patience=10.0 if settings.embedded else None,
+        patience=patience,
     )

@@ -81,8 +81,8 @@ class OpenApplication:
 
     # --- Initialising --------------------------------------------------------
 
-    async def initialise(self, *, new_epoch: bool = False) -> StoreInfo:
-        """Create or migrate tables, views and the broker's topology; idempotent."""
+    async def initialise(self, *, new_epoch: bool = False, declare: bool = True) -> StoreInfo:
+        """Create or migrate tables, views and, with `declare`, the topology; idempotent."""
         partitions = self._process.partitions
         info = await self.storage.initialise(partitions, new_epoch=new_epoch)
         generations = await self.storage.views.generations()
@@ -92,7 +92,8 @@ class OpenApplication:
             await folding.publish_tables(self.storage.views)
             if name not in generations:
                 await self.storage.views.set_generation(name, FIRST)
-        await self._process.broker.declare(info.partitions, info.log_epoch)
+        if declare:
+            await self._process.broker.declare(info.partitions, info.log_epoch)
         return info
 
     def _folding(self, name: str, generation: int) -> Folding:

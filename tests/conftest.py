@@ -45,7 +45,7 @@ def mysql_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def mysql_version(mysql_server: str, pytestconfig: pytest.Config) -> str:
     """Tell the server's version; MariaDB says that it is one."""
-    [(version,)] = _run_on(mysql_server, "SELECT VERSION()")
+    [(version,)] = run_on(mysql_server, "SELECT VERSION()")
     pytestconfig.stash[MYSQL_VERSION] = str(version)
     return str(version)
 
@@ -59,12 +59,13 @@ def mysql_url(mysql_server: str, mysql_version: str) -> Iterator[str]:
     """
     del mysql_version  # it is only noted
     name = f"cqrs_es_test_{uuid.uuid4().hex}"
-    _run_on(mysql_server, f"CREATE DATABASE {name} CHARACTER SET latin1")
+    run_on(mysql_server, f"CREATE DATABASE {name} CHARACTER SET latin1")
     yield urlunsplit(urlsplit(mysql_server)._replace(path=f"/{name}"))
-    _run_on(mysql_server, f"DROP DATABASE {name}")
+    run_on(mysql_server, f"DROP DATABASE {name}")
 
 
-def _run_on(server_url: str, statement: str) -> list[tuple[object, ...]]:
+def run_on(server_url: str, statement: str) -> list[tuple[object, ...]]:
+    """Run a statement on a MySQL server."""
     url = urlsplit(server_url)
     connection = pymysql.connect(
         host=url.hostname,

@@ -75,15 +75,17 @@ def with_application(
     *,
     durable: bool = False,
     initialise: bool = False,
+    broker: bool = False,
 ) -> T:
     """Open the application for a verb's work and close it again.
 
-    With `durable`, a store or broker in memory is refused.
+    With `durable`, a store or broker in memory is refused. Without `broker` the
+    verb works on the store alone, also while the broker is away.
     """
     settings, app = invocation_of(context).load()
     if durable:
         refuse_memory(settings)
-    return asyncio.run(_work_with(app, settings, work, initialise=initialise))
+    return asyncio.run(_work_with(app, settings, work, initialise=initialise, broker=broker))
 
 
 async def _work_with(
@@ -92,8 +94,9 @@ async def _work_with(
     work: Callable[[OpenApplication], Awaitable[T]],
     *,
     initialise: bool,
+    broker: bool,
 ) -> T:
-    async with app.open(settings, initialise=initialise) as opened:
+    async with app.open(settings, initialise=initialise, reach_broker=broker) as opened:
         return await work(opened)
 
 

@@ -39,7 +39,7 @@ def init(
     async def work(opened: OpenApplication) -> StoreInfo:
         return await opened.initialise(new_epoch=new_epoch)
 
-    info = with_application(context, work, initialise=True)
+    info = with_application(context, work, initialise=True, broker=True)
     fields: dict[str, object] = {
         "partitions": info.partitions,
         "logepoch": info.log_epoch,

@@ -64,7 +64,7 @@ def republish(
     Example: cqrs-es republish 3 --from 1200
     """
     last = with_application(
-        context, lambda opened: _republish(opened, partition, start), durable=True
+        context, lambda opened: _republish(opened, partition, start), durable=True, broker=True
     )
     done: dict[str, object] = {"partition": partition, "from": str(start), "to": str(last)}
     if json:

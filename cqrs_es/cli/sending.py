@@ -65,11 +65,14 @@ def send(  # noqa: PLR0913, PLR0917 - what a command message consists of
         )
     )
     if not wait:
-        with_application(context, lambda opened: _send(opened, message), durable=True)
+        with_application(context, lambda opened: _send(opened, message), durable=True, broker=True)
         print_json({"command_id": message.id}) if json else print_text(message.id)
         return
     outcome = with_application(
-        context, lambda opened: _send_and_wait(opened, message, timeout), durable=True
+        context,
+        lambda opened: _send_and_wait(opened, message, timeout),
+        durable=True,
+        broker=True,
     )
     print_outcome(outcome, as_json=json)
     raise typer.Exit(DONE if outcome.accepted else FAILED)

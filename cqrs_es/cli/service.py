@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from cqrs_es import errors
+from cqrs_es.application import PATIENCE_SECONDS, execution_policy
 from cqrs_es.cli import exits
 from cqrs_es.cli.feeding import Feeder
 from cqrs_es.cli.probes import Probes, probed
@@ -215,17 +216,26 @@ class Service:
 
 
 async def open_patiently(
-    app: Application, settings: Settings, stack: AsyncExitStack, probes: Probes | None = None
+    app: Application,
+    settings: Settings,
+    stack: AsyncExitStack,
+    probes: Probes | None = None,
+    *,
+    reach_broker: bool = True,
 ) -> OpenApplication:
     """Open the application, again and again while a server is away; `stack` closes it.
 
-    A locked SQLite file is no server: `StoreLocked` is raised.
+    A locked SQLite file is no server: `StoreLocked` is raised. Nor is its store
+    waited for as long as it takes, which a queue on a server can be asked to do.
     """
     failures = 0
+    patience = PATIENCE_SECONDS if settings.embedded else None
+    policy = execution_policy(settings, patience=patience)
     while True:
         try:
             meter = NO_METER if probes is None else probes.meter
-            return await stack.enter_async_context(app.open(settings, meter=meter))
+            opening = app.open(settings, policy=policy, reach_broker=reach_broker, meter=meter)
+            return await stack.enter_async_context(opening)
         except errors.StoreLocked:
             raise
         except errors.Unavailable as exc:

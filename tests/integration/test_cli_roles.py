@@ -141,17 +141,26 @@ def test_the_banks_own_modules(module: str, service: Here, sqlite_url: str, redi
 # --- Servers that are away ---------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", [["worker"], ["run"], ["tail"]])
-def test_a_long_running_verb_waits_for_a_server(verb: list[str], sqlite_url: str) -> None:
+@pytest.mark.parametrize(
+    ("verb", "setting", "nobody"),
+    [
+        ("worker", "BROKER", NOBODY),
+        ("run", "BROKER", NOBODY),
+        ("tail", "STORE", "mysql://root@127.0.0.1:1/bank"),
+    ],
+)
+def test_a_long_running_verb_waits_for_a_server(
+    verb: str, setting: str, nobody: str, sqlite_url: str
+) -> None:
     """It says so again and again, and ends cleanly when it is told to."""
-    urls = {"CQRS_ES_STORE_URL": sqlite_url, "CQRS_ES_BROKER_URL": NOBODY}
-    with running(*verb, CQRS_ES_LOG_FORMAT="json", **urls) as process:
+    urls = {"CQRS_ES_STORE_URL": sqlite_url, f"CQRS_ES_{setting}_URL": nobody}
+    with running(verb, CQRS_ES_LOG_FORMAT="json", **urls) as process:
         eventually(lambda: process.err.count("waiting for a server") >= 2)
         process.signal(signal.SIGTERM)
         result = process.end()
     assert result.code == 0
     waiting = [orjson.loads(line) for line in result.err.splitlines()]
-    assert "CQRS_ES_BROKER_URL" in waiting[0]["error"]
+    assert f"CQRS_ES_{setting}_URL" in waiting[0]["error"]
 
 
 def test_until_idle_is_interrupted_while_it_waits(sqlite_url: str) -> None:
@@ -163,7 +172,7 @@ def test_until_idle_is_interrupted_while_it_waits(sqlite_url: str) -> None:
         assert process.end().code == 4
 
 
-@pytest.mark.parametrize("verb", [("status",), ("send", *OPEN), ("init",), ("dead", "list")])
+@pytest.mark.parametrize("verb", [("send", *OPEN), ("init",), ("republish", "0", "--from", "1")])
 def test_a_short_verb_does_not_wait(
     here: Here, monkeypatch: pytest.MonkeyPatch, verb: tuple[str, ...]
 ) -> None:

@@ -61,7 +61,7 @@ def mapped_errors() -> Generator[None]:
     except pymysql.MySQLError as exc:
         raise _error_for(exc) from exc
     except (OSError, EOFError) as exc:  # TimeoutError, the deadline's, is an OSError
-        raise errors.StoreUnavailable from exc
+        raise _unavailable(str(exc) or type(exc).__name__) from exc
 
 
 def left_usable(error: BaseException) -> bool:
@@ -74,12 +74,20 @@ def left_usable(error: BaseException) -> bool:
 def _error_for(exc: pymysql.MySQLError) -> errors.CqrsError:
     code, text = _code_and_text(exc)
     if code in _CLIENT_CODES or code == 0:
-        return errors.StoreUnavailable()
+        return _unavailable(text)
     if code in _SETTINGS:
         return errors.SettingsError(f"{_SETTINGS[code]}: check CQRS_ES_STORE_URL")
     if code in _ERRORS:
         return _ERRORS[code]()
     return _error_by_text(code, text)
+
+
+def _unavailable(reason: str) -> errors.StoreUnavailable:
+    """Say why; the driver's words name the host, never the password."""
+    message = f"the event store can't be reached ({reason})"
+    return errors.StoreUnavailable(
+        f"{message}; check CQRS_ES_STORE_URL and the server, then try again"
+    )
 
 
 def _error_by_text(code: int, text: str) -> errors.CqrsError:
