@@ -1,0 +1,31 @@
+"""Parsing a command line with the program's own parser, without doing what it says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer.main
+
+from cqrs_es.cli.main import PROGRAM, cli
+from worker.app import app
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Return the verb and its parameters; raises a usage error as the program would."""
+    command: Any = typer.main.get_command(cli)
+    context = command.make_context(PROGRAM, list(arguments))
+    path: list[str] = []
+    while hasattr(command, "resolve_command"):
+        rest = [*context._protected_args, *context.args]
+        name, command, rest = command.resolve_command(context, rest)
+        context = command.make_context(name, rest, parent=context)
+        path.append(str(name))
+    return " ".join(path), dict(context.params)
+
+
+def projectors() -> set[str]:
+    """Return the names that `--only` may have."""
+    return set(app.registry.projections)

@@ -1,0 +1,82 @@
+"""The bank, running as docker-compose.yml says: commands in, views out, healthy, stopped."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.waiting import eventually
+
+if TYPE_CHECKING:
+    from tests.deployment.composition import Composition, Container
+    from tests.deployment.image import Image
+
+pytestmark = pytest.mark.timeout(300)  # the image is built first
+PATIENCE_SECONDS = 60.0
+
+
+def test_the_image_can_do_nothing_but_its_work(image: Image) -> None:
+    """It has the bank and no tests, runs as nobody in particular, and can't write."""
+    assert {path.name for path in image.inside("/app").iterdir()} == {
+        *("config", "domain", "projectors", "worker")
+    }
+    if os.geteuid() == 0:
+        script = "import os; assert os.getuid() == os.getgid() == 10001; open('written', 'w')"
+        code, _ = image.run(["python", "-c", script], {})
+        assert code == 1
+        assert not (image.inside("/app") / "written").exists()
+
+
+def test_the_image_explains_itself(image: Image) -> None:
+    """Without a store the program says what it can do."""
+    code, printed = image.run([*image.entrypoint, "--help"], {})
+    assert code == 0
+    assert "worker" in printed
+
+
+async def test_every_process_gets_healthy(bank: Composition) -> None:
+    """The image's health check finds each of them ready."""
+    assert len(bank.containers) == 5
+    for container in bank.containers:
+        await _is_healthy(bank, container)
+
+
+async def test_a_command_goes_through_to_the_views(bank: Composition) -> None:
+    """Sent as an operator does it: accepted, published, and seen by both projectors."""
+    opened = bank.ask(
+        "send", "account", "ACCT-1", "OpenAccount", '{"account_id": "ACCT-1"}', "--wait"
+    )
+    assert opened["status"] == "accepted"
+    paid = bank.ask("send", "account", "ACCT-1", "DepositMoney", '{"amount": "12.50"}', "--wait")
+    assert paid["events"] == [{"type": "CustomerDepositedMoney", "sequence": 2}]
+
+    async def seen() -> bool:
+        account = bank.ask("view", "account_query", "ACCT-1")
+        return account is not None and account["balance"] == "12.50"
+
+    await eventually(seen, within_seconds=PATIENCE_SECONDS)
+
+    async def everywhere() -> bool:
+        partitions = bank.ask("status")["partitions"]
+        return all(
+            {one["relay"], *one["projectors"].values()} == {one["head"]} for one in partitions
+        )
+
+    await eventually(everywhere, within_seconds=PATIENCE_SECONDS)
+
+
+async def test_it_stops_in_time(bank: Composition) -> None:
+    """SIGTERM, as `docker compose stop` sends it: each exits 0 before it would be killed."""
+    for container in bank.containers:
+        await _is_healthy(bank, container)
+    assert set(bank.stop().values()) == {0}
+
+
+async def _is_healthy(bank: Composition, container: Container) -> None:
+    async def healthy() -> bool:
+        assert container.process.poll() is None, container.log.read_text()
+        return bank.healthy(container)
+
+    await eventually(healthy, within_seconds=PATIENCE_SECONDS)
