@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import uuid
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -11,13 +13,20 @@ import pymysql
 import pytest
 import redis
 
-from tests.servers import RabbitServer, start_mariadb, start_mysql, start_rabbitmq, start_redis
+from tests.servers import (
+    RabbitServer,
+    psql,
+    start_mariadb,
+    start_mysql,
+    start_postgres,
+    start_rabbitmq,
+    start_redis,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
-STORES = ("memory", "sqlite", "mysql")
+STORES = ("memory", "sqlite", "mysql", "postgres")
 MYSQL_VERSION = pytest.StashKey[str]()
 
 
@@ -76,6 +85,29 @@ def run_on(server_url: str, statement: str) -> list[tuple[object, ...]]:
     with connection, connection.cursor() as cursor:
         cursor.execute(statement)
         return list(cursor.fetchall())
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """Name a PostgreSQL server by its URL, without a database."""
+    given = os.environ.get("CQRS_ES_TEST_POSTGRES_URL")
+    if given:
+        yield given
+        return
+    # Not below pytest's own folder: the server runs as a user who may not look into that.
+    with TemporaryDirectory(prefix="cqrs-es-postgres-") as folder:
+        server = start_postgres(Path(folder))
+        yield f"postgresql://postgres@127.0.0.1:{server.port}/"
+        server.stop()
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str) -> Iterator[str]:
+    """Make an empty database and name it by its URL; it is dropped after the test."""
+    name = f"cqrs_es_test_{uuid.uuid4().hex}"
+    psql(postgres_server, f"CREATE DATABASE {name}")
+    yield urlunsplit(urlsplit(postgres_server)._replace(path=f"/{name}"))
+    psql(postgres_server, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture

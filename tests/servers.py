@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -65,12 +66,16 @@ def free_port() -> int:
 
 
 def launch(
-    command: Sequence[str], port: int, log: Path, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    port: int,
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    user: str | None = None,
 ) -> Server:
     """Start a server and wait until it accepts connections."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, user=user
         )
     server = Server(process, port)
     try:
@@ -157,6 +162,57 @@ def start_mysql(folder: Path, program: str) -> Server:
         "--mysqlx=OFF",
     ]
     return launch(command, port, folder / "mysqld.log")
+
+
+# --- PostgreSQL --------------------------------------------------------------
+
+POSTGRES_PROGRAMS = "/usr/lib/postgresql"  # Debian's, in a folder for each major version
+POSTGRES_USER = "postgres"  # Debian's; the server refuses to run as root
+
+
+def start_postgres(folder: Path) -> Server:
+    """Start a PostgreSQL of our own, in an empty folder; its user is postgres, no password."""
+    port, data = free_port(), folder / "data"
+    user = POSTGRES_USER if os.geteuid() == 0 else None
+    if user is not None:
+        shutil.chown(folder, user)
+    subprocess.run(
+        [_postgres_program("initdb"), "--auth=trust", f"--username={POSTGRES_USER}", str(data)],
+        check=True,
+        capture_output=True,
+        user=user,
+        cwd=folder,
+    )
+    options = {
+        "port": port,
+        "listen_addresses": "127.0.0.1",
+        "unix_socket_directories": folder,
+        "max_connections": 500,
+    }
+    settings = [f"--{name}={value}" for name, value in options.items()]
+    command = [_postgres_program("postgres"), "-D", str(data), *settings]
+    return launch(command, port, folder / "postgres.log", user=user)
+
+
+def _postgres_program(name: str) -> str:
+    """Find a program of the newest version that is installed."""
+    versions = Path(POSTGRES_PROGRAMS).glob("*/bin")
+    for folder in sorted(versions, key=lambda path: int(path.parent.name), reverse=True):
+        if found := shutil.which(name, path=str(folder)):
+            return found
+    return shutil.which(name) or unavailable(f"PostgreSQL's {name} is not installed")
+
+
+def psql(url: str, statement: str) -> str:
+    """Run a statement as PostgreSQL's own client does; return what it prints, one row a line."""
+    database = url if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/postgres"
+    done = subprocess.run(
+        [installed("psql"), database, "-X", "-q", "-A", "-t", "-c", statement],
+        check=True,
+        capture_output=True,
+        timeout=START_SECONDS,
+    )
+    return done.stdout.decode()
 
 
 # --- Redis -------------------------------------------------------------------

@@ -32,8 +32,11 @@ def storage_for(
             return _sqlite(url, clock)
         case "mysql" | "mariadb":
             return _mysql(url, lease_seconds)
+        case "postgresql" | "postgres":
+            return _postgres(url, lease_seconds)
         case scheme:
-            message = f"CQRS_ES_STORE_URL begins with memory, sqlite or mysql, not {scheme!r}"
+            known = "memory, sqlite, mysql or postgresql"
+            message = f"CQRS_ES_STORE_URL begins with {known}, not {scheme!r}"
             raise errors.SettingsError(message)
 
 
@@ -55,6 +58,14 @@ def _mysql(url: str, lease_seconds: float) -> Storage:
     except ModuleNotFoundError as exc:
         raise _driver_missing(exc, "cqrs-es[mysql]") from exc
     return mysql.storage_for(url, lease_seconds)
+
+
+def _postgres(url: str, lease_seconds: float) -> Storage:
+    try:
+        from cqrs_es.stores import postgres  # noqa: PLC0415 - its driver may not be installed
+    except ModuleNotFoundError as exc:
+        raise _driver_missing(exc, "cqrs-es[postgres]") from exc
+    return postgres.storage_for(url, lease_seconds)
 
 
 def _driver_missing(exc: ModuleNotFoundError, requirement: str) -> errors.ConfigurationError:

@@ -12,6 +12,7 @@ PLACES = (
     ("memory", "memory"),
     ("sqlite", "memory"),
     ("mysql", "memory"),
+    ("postgres", "memory"),
     ("memory", "redis"),
     ("memory", "amqp"),
     ("mysql", "redis"),

@@ -82,7 +82,7 @@ async def test_b6_b8_a_view_whose_commit_is_unknown(store_url: str, error: Excep
             assert await t.parked() == []
 
 
-@pytest.mark.parametrize("store_url", ["sqlite", "mysql"], indirect=True)
+@pytest.mark.parametrize("store_url", ["sqlite", "mysql", "postgres"], indirect=True)
 async def test_b10_a_replay_of_a_log_with_a_hole(store_url: str) -> None:
     """It raises where the hole is; it does not skip it, nor end there."""
     async with opened(store_url) as storage:

@@ -139,9 +139,22 @@ async def test_old_generation_is_dropped_after_the_switch(storage: Storage) -> N
 
 async def test_query_with_parameters(storage: Storage) -> None:
     """Parameters stand where the `?` are, and keep their type and every character."""
-    for value in (None, 0, -1, 2**62, "", "é💸", "?", "%s", "100%", "'", '"', "\\", "a\nb"):
-        [found] = await storage.views.query("SELECT ?", (value,))
-        assert tuple(found) == (value,)
+    texts = ("", "é💸", "?", "%s", "100%", "'", '"', "\\", "a\nb")
+    numbers = (0, -1, 2**62)
+    columns = "number BIGINT NOT NULL PRIMARY KEY, name VARCHAR(40)"
+    await storage.views.create_table("mixed__1", columns)
+    async with storage.views.transaction() as sql:
+        for number, text in enumerate(texts, start=100):
+            await sql.execute("INSERT INTO mixed__1 VALUES (?, ?)", (number, text))
+        for number in numbers:
+            await sql.execute("INSERT INTO mixed__1 VALUES (?, ?)", (number, None))
+    for text in texts:
+        found = await storage.views.query("SELECT name FROM mixed__1 WHERE name = ?", (text,))
+        assert [tuple(each) for each in found] == [(text,)]
+    for number in numbers:
+        where = "SELECT number, name FROM mixed__1 WHERE number = ?"
+        found = await storage.views.query(where, (number,))
+        assert [tuple(each) for each in found] == [(number, None)]
 
 
 async def test_columns_keep_the_type_of_their_values(storage: Storage) -> None:

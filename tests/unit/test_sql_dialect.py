@@ -189,7 +189,9 @@ def test_sessions_end_before_a_lease_does(lease: float, lock_wait: int, idle: in
 def test_a_store_is_found_by_its_url() -> None:
     """And an unknown one is refused with the choice there is."""
     assert isinstance(storage_for("memory://"), MemoryStorage)
-    with pytest.raises(errors.SettingsError, match="memory, sqlite or mysql, not 'oracle'"):
+    with pytest.raises(
+        errors.SettingsError, match="memory, sqlite, mysql or postgresql, not 'oracle'"
+    ):
         storage_for("oracle://u:p@host/db")
 
 

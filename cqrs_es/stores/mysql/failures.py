@@ -64,13 +64,6 @@ def mapped_errors() -> Generator[None]:
         raise _unavailable(str(exc) or type(exc).__name__) from exc
 
 
-def left_usable(error: BaseException) -> bool:
-    """Tell whether a connection can be used again after an error of `mapped_errors`."""
-    if isinstance(error, RolledBack):
-        return True
-    return isinstance(error, errors.CqrsError) and not isinstance(error, errors.Unavailable)
-
-
 def _error_for(exc: pymysql.MySQLError) -> errors.CqrsError:
     code, text = _code_and_text(exc)
     if code in _CLIENT_CODES or code == 0:

@@ -6,11 +6,14 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any, Final
 
+import aiomysql
+
 from cqrs_es import errors
 from cqrs_es.stores.mysql.dialect import literal, to_format
-from cqrs_es.stores.mysql.failures import left_usable, mapped_errors
+from cqrs_es.stores.mysql.failures import mapped_errors
 from cqrs_es.stores.sql.dialect import utc_moment
-from cqrs_es.stores.sql.session import Session
+from cqrs_es.stores.sql.pool import CLOSE_SECONDS, ServerSession
+from cqrs_es.stores.sql.session import left_usable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -25,17 +28,12 @@ HEADROOM_BYTES: Final = 1_024
 """What a packet has to hold besides the statement, generously."""
 
 
-class MysqlSession(Session):
-    """A connection while somebody has it to itself.
+class MysqlSession(ServerSession):
+    """A connection while somebody has it to itself."""
 
-    `usable` is False from a statement's beginning until the server's answer has
-    been read: after a cancellation or a timeout nobody knows what comes next.
-    """
-
-    def __init__(self, connection: Any, deadline: float) -> None:
-        self.connection = connection
-        self.deadline = deadline
-        self.usable = True
+    def __init__(self, connection: Any) -> None:
+        super().__init__()
+        self._connection = connection
         self.max_packet = STATEMENT_BYTES
         self._dialect: Dialect | None = None
 
@@ -73,11 +71,39 @@ class MysqlSession(Session):
         """Return the server's time."""
         return utc_moment((await self.fetch("SELECT UTC_TIMESTAMP(6)"))[0][0])
 
+    # --- The connection ---
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection is known to be gone."""
+        closed: bool = self._connection.closed
+        return closed
+
+    async def begin(self) -> None:
+        """Begin a transaction, at the isolation that the session was given."""
+        await self.execute("START TRANSACTION")
+
+    async def commit(self) -> None:
+        """Commit it."""
+        await self.execute("COMMIT")
+
     async def rollback(self) -> None:
-        """Roll back where that can still be said; closing the connection does it too."""
+        """Roll back where that can still be said."""
         if self.usable:
             with contextlib.suppress(errors.Unavailable):
                 await self.execute("ROLLBACK")
+
+    async def say_goodbye(self) -> None:
+        """Close the connection as the protocol has it, or cut it where that takes long."""
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._connection.ensure_closed()
+        except (OSError, aiomysql.Error):
+            self.cut()
+
+    def cut(self) -> None:
+        """Drop the connection at once."""
+        self._connection.close()
 
     # --- Statements ---
 
@@ -86,7 +112,7 @@ class MysqlSession(Session):
         self.usable = False
         try:
             with mapped_errors():
-                async with asyncio.timeout(self.deadline), self.connection.cursor() as cursor:
+                async with asyncio.timeout(self.deadline), self._connection.cursor() as cursor:
                     count = await cursor.execute(text)
                     rows = await cursor.fetchall()
         except errors.CqrsError as exc:

@@ -55,6 +55,8 @@ class Dialect:
     )
     list_columns: str
     list_indexes: str
+    list_key: str | None = None
+    folds_names: bool = False
     collation: str | None = None
     list_collations: str = ""
 
@@ -63,7 +65,8 @@ class Dialect:
         if not _IDENTIFIER.fullmatch(name):
             message = f"{name!r} can't be the name of a table; use {_IDENTIFIER.pattern}"
             raise errors.ConfigurationError(message)
-        return f"{self.quote_mark}{name}{self.quote_mark}"
+        folded = name.lower() if self.folds_names else name
+        return f"{self.quote_mark}{folded}{self.quote_mark}"
 
     def insert(self, table: Table) -> RowStatement:
         """Return the statement that adds rows, in the order of the table's columns."""

@@ -102,6 +102,33 @@ class AddIndex(Step):
         await session.execute(f"CREATE {kind} {self.name} ON {self.table} ({self.columns})")
 
 
+@dataclass(frozen=True, slots=True)
+class OneSnapshotEach(Step):
+    """Take `last_sequence` out of the key of snapshots, where the Rust crates put it there.
+
+    Only PostgreSQL's has it. Of each aggregate's snapshots the last one stays.
+    """
+
+    async def apply(self, session: Session) -> None:
+        """Change the key unless it is changed."""
+        if session.dialect.list_key is None:
+            return
+        key = [
+            column for (column,) in await session.fetch(session.dialect.list_key, ("snapshots",))
+        ]
+        if "last_sequence" not in key:
+            return
+        await session.execute(
+            """
+            DELETE FROM snapshots USING snapshots AS later
+            WHERE later.aggregate_type = snapshots.aggregate_type
+            AND later.aggregate_id = snapshots.aggregate_id
+            AND later.last_sequence > snapshots.last_sequence;
+            ALTER TABLE snapshots DROP CONSTRAINT snapshots_pkey;
+            ALTER TABLE snapshots ADD PRIMARY KEY (aggregate_type, aggregate_id)"""
+        )
+
+
 MIGRATIONS: Final[tuple[tuple[Step, ...], ...]] = (
     (
         CreateTable(
@@ -137,6 +164,7 @@ MIGRATIONS: Final[tuple[tuple[Step, ...], ...]] = (
             PRIMARY KEY (aggregate_type, aggregate_id)""",
         ),
         CompareByBytes("snapshots"),
+        OneSnapshotEach(),
         CreateTable(
             "log_partitions",
             """

@@ -130,6 +130,11 @@ async def to_its_end(running: asyncio.Future[T], on_cancel: Callable[[], None] |
         raise
 
 
+def left_usable(error: errors.CqrsError) -> bool:
+    """Tell whether a server's connection can be used again after it raised an error."""
+    return isinstance(error, RolledBack) or not isinstance(error, errors.Unavailable)
+
+
 def _take_note(ended: asyncio.Future[Any]) -> None:
     """Look at how something ended, lest asyncio report that nobody did."""
     if not ended.cancelled():

@@ -1,0 +1,108 @@
+"""PostgreSQL as a database: how to connect, and whose turn it is to migrate."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+
+import asyncpg
+
+from cqrs_es import errors
+from cqrs_es.stores.postgres.failures import mapped_errors
+from cqrs_es.stores.postgres.session import PostgresSession
+from cqrs_es.stores.sql import pool
+from cqrs_es.stores.sql.pool import MIGRATING, ServerDatabase
+from cqrs_es.stores.sql.session import RolledBack
+
+IDLE_SECONDS: Final = 60.0
+"""Twice as long as a connection that nobody needs is trusted to be there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where the database is, and who asks; `ssl` is one of libpq's modes."""
+
+    host: str
+    port: int
+    user: str
+    password: str = field(repr=False)
+    database: str
+    ssl: str = "prefer"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a lock is waited for and how long a transaction may idle, in milliseconds.
+
+    A process that freezes between lock and commit would otherwise block every
+    writer of its partitions for ever.
+    """
+
+    lock_wait: int
+    idle: int
+
+    @classmethod
+    def within(cls, lease_seconds: float) -> Limits:
+        """Return the limits that end before a lease does."""
+        return cls(lock_wait=int(lease_seconds * 500), idle=int(lease_seconds * 700))
+
+
+class PostgresDatabase(ServerDatabase[PostgresSession]):
+    """A database on a PostgreSQL server."""
+
+    def __init__(self, target: Target, limits: Limits) -> None:
+        super().__init__(IDLE_SECONDS)
+        self._target = target
+        self._limits = limits
+
+    async def _connect(self) -> PostgresSession:
+        target = self._target
+        connect = cast("Any", asyncpg.connect)
+        with mapped_errors():
+            async with asyncio.timeout(pool.CONNECT_SECONDS):
+                connection = await connect(
+                    host=target.host,
+                    port=target.port,
+                    user=target.user,
+                    password=target.password,
+                    database=target.database,
+                    ssl=target.ssl,
+                    server_settings=_settings(self._limits),
+                )
+        session = PostgresSession(connection)
+        try:
+            await session.prepare()
+        except BaseException:
+            session.cut()
+            raise
+        return session
+
+    async def _lock_migrations(self, session: PostgresSession) -> None:
+        await session.execute(f"SET lock_timeout = {int(pool.MIGRATION_SECONDS * 100)}")
+        try:
+            await session.fetch("SELECT pg_advisory_lock(?)", (self._migration_lock,))
+        except RolledBack as exc:
+            raise errors.StoreLocked(MIGRATING) from exc
+
+    async def _unlock_migrations(self, session: PostgresSession) -> None:
+        await session.fetch("SELECT pg_advisory_unlock(?)", (self._migration_lock,))
+        await session.execute("RESET lock_timeout")
+
+    @property
+    def _migration_lock(self) -> int:
+        """What the lock of the database's migrations is known by: 63 bits of a hash."""
+        digest = hashlib.sha256(f"cqrs-es:{self._target.database}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _settings(limits: Limits) -> dict[str, str]:
+    return {
+        "application_name": "cqrs-es",
+        "default_transaction_isolation": "read committed",
+        "lock_timeout": str(limits.lock_wait),
+        "idle_in_transaction_session_timeout": str(limits.idle),
+        "timezone": "UTC",
+        "jit": "off",  # statements are short: compiling them costs more than running them
+    }

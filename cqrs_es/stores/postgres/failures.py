@@ -1,0 +1,78 @@
+"""What the driver raises, as errors of ours, by SQLSTATE [PostgreSQL manual, appendix A]."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+import asyncpg
+
+from cqrs_es import errors
+from cqrs_es.stores.sql.session import DuplicateKey, RolledBack
+from cqrs_es.stores.sql.tables import FRAMEWORK_NAMES
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+_NO_SUCH_TABLE: Final = "42P01"
+_CONNECTION_CLASS: Final = "08"
+
+_ERRORS: Final[Mapping[str, type[errors.CqrsError]]] = {
+    "40001": RolledBack,  # serialization failure
+    "40P01": RolledBack,  # deadlock
+    "55P03": RolledBack,  # lock timeout
+    "23505": DuplicateKey,
+    "53100": errors.StoreFull,
+    "25006": errors.StoreReadOnly,
+    "XX001": errors.StoreCorrupt,
+    "XX002": errors.StoreCorrupt,
+    "22001": errors.TooLarge,  # too long for the column
+    "54000": errors.TooLarge,
+    "54001": errors.TooLarge,  # JSON nested too deep for the stack
+    "53200": errors.StoreUnavailable,  # out of memory
+    "53300": errors.StoreUnavailable,  # too many connections
+    "57014": errors.StoreUnavailable,  # cancelled
+    "57P01": errors.StoreUnavailable,  # shutting down
+    "57P02": errors.StoreUnavailable,  # crashed
+    "57P03": errors.StoreUnavailable,  # starting
+    "57P05": errors.StoreUnavailable,  # closed for idling
+    "25P03": errors.StoreUnavailable,  # closed for idling in a transaction
+}
+_SETTINGS: Final = {
+    "28000": "the user may not connect",
+    "28P01": "the user or the password is wrong",
+    "3D000": "there is no such database",
+    "42501": "the user may not use the database's tables",
+}
+_TABLE: Final = re.compile(r'relation "(?:\w+\.)?(\w+)" does not exist')
+
+
+@contextmanager
+def mapped_errors() -> Generator[None]:
+    """Turn what the driver and the network raise into errors of ours."""
+    try:
+        yield
+    except asyncpg.InvalidCachedStatementError as exc:
+        raise RolledBack from exc  # a table was changed since; the next try knows it
+    except asyncpg.PostgresError as exc:
+        raise _error_for(exc) from exc
+    except (asyncpg.InterfaceError, asyncpg.InternalClientError) as exc:
+        raise errors.StoreUnavailable from exc
+    except (OSError, EOFError) as exc:  # TimeoutError, the deadline's, is an OSError
+        raise errors.StoreUnavailable from exc
+
+
+def _error_for(exc: asyncpg.PostgresError) -> errors.CqrsError:
+    state: str = exc.sqlstate or ""
+    if state.startswith(_CONNECTION_CLASS):
+        return errors.StoreUnavailable()
+    if state in _SETTINGS:
+        return errors.SettingsError(f"{_SETTINGS[state]}: check CQRS_ES_STORE_URL")
+    if state in _ERRORS:
+        return _ERRORS[state]()
+    missing = _TABLE.search(str(exc))
+    if state == _NO_SUCH_TABLE and missing and missing[1] in FRAMEWORK_NAMES:
+        return errors.StoreNotInitialised()
+    return errors.StoreError(f"the database refused the statement: ({state}) {exc}")

@@ -1,0 +1,140 @@
+"""One connection to PostgreSQL: every statement under a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+
+from cqrs_es import errors
+from cqrs_es.stores.postgres.dialect import POSTGRES, numbered
+from cqrs_es.stores.postgres.failures import mapped_errors
+from cqrs_es.stores.sql.dialect import utc_moment
+from cqrs_es.stores.sql.pool import CLOSE_SECONDS, ServerSession
+from cqrs_es.stores.sql.session import chunks, left_usable
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Sequence
+    from datetime import datetime
+
+    from cqrs_es.stores.sql.dialect import Dialect, Parameter, RowStatement
+    from cqrs_es.stores.sql.session import Row
+
+
+class PostgresSession(ServerSession):
+    """A connection while somebody has it to itself."""
+
+    def __init__(self, connection: Any) -> None:
+        super().__init__()
+        self._connection = connection
+
+    async def prepare(self) -> None:
+        """Read sums as whole numbers or floats, as the other databases give them."""
+        async with self._answering():
+            await self._connection.set_type_codec(
+                "numeric", schema="pg_catalog", encoder=str, decoder=_number, format="text"
+            )
+
+    @property
+    def dialect(self) -> Dialect:
+        """PostgreSQL's."""
+        return POSTGRES
+
+    async def fetch(
+        self, sql: str, parameters: Sequence[Parameter] = (), *, lock: bool = False
+    ) -> list[Row]:
+        """Run a query, locking its rows until the transaction ends if wanted."""
+        text = numbered(f"{sql}{self.dialect.for_update}" if lock else sql)
+        async with self._answering():
+            found = await self._connection.fetch(text, *map(_readable, parameters))
+        return [tuple(row) for row in found]
+
+    async def execute(self, sql: str, parameters: Sequence[Parameter] = ()) -> int:
+        """Run a statement; return how many rows it matched. Without parameters it may be several.
+
+        The server says `UPDATE 3`, or just what it did where no rows are counted.
+        """
+        count = (await self._do(sql, parameters)).rpartition(" ")[2]
+        return int(count) if count.isdecimal() else 0
+
+    async def write(self, statement: RowStatement, rows: Sequence[Sequence[Parameter]]) -> None:
+        """Run a statement for many rows, in one round trip for each chunk."""
+        text = numbered(str(statement))
+        for some in chunks(rows):
+            async with self._answering():
+                await self._connection.executemany(
+                    text, [tuple(map(_readable, row)) for row in some]
+                )
+
+    async def now(self) -> datetime:
+        """Return the server's time."""
+        return utc_moment((await self.fetch("SELECT clock_timestamp()"))[0][0])
+
+    # --- The connection ---
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection is known to be gone."""
+        closed: bool = self._connection.is_closed()
+        return closed
+
+    async def begin(self) -> None:
+        """Begin a transaction, at the isolation that the session was given."""
+        await self._do("BEGIN")
+
+    async def commit(self) -> None:
+        """Commit; raise `StoreError` where a refused statement had ended the transaction.
+
+        The server then answers a COMMIT with ROLLBACK, without an error.
+        """
+        if await self._do("COMMIT") != "COMMIT":
+            message = "a statement of the transaction was refused, so nothing of it was committed"
+            raise errors.StoreError(message)
+
+    async def rollback(self) -> None:
+        """Roll back where that can still be said."""
+        if self.usable:
+            with contextlib.suppress(errors.Unavailable):
+                await self._do("ROLLBACK")
+
+    async def say_goodbye(self) -> None:
+        """Close the connection as the protocol has it, or cut it where that takes long."""
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._connection.close()
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            self.cut()
+
+    def cut(self) -> None:
+        """Drop the connection at once."""
+        self._connection.terminate()
+
+    # --- Statements ---
+
+    async def _do(self, sql: str, parameters: Sequence[Parameter] = ()) -> str:
+        async with self._answering():
+            done: str = await self._connection.execute(numbered(sql), *map(_readable, parameters))
+        return done
+
+    @contextlib.asynccontextmanager
+    async def _answering(self) -> AsyncGenerator[None]:
+        self.usable = False
+        try:
+            with mapped_errors():
+                async with asyncio.timeout(self.deadline):
+                    yield
+        except errors.CqrsError as exc:
+            self.usable = left_usable(exc)
+            raise
+        self.usable = True
+
+
+def _readable(value: Parameter) -> Parameter:
+    """Replace what PostgreSQL's text can't hold; JSON escapes it, so this is prose."""
+    return value.replace("\0", "\N{SYMBOL FOR NULL}") if isinstance(value, str) else value
+
+
+def _number(text: str) -> int | float:
+    return float(text) if "." in text else int(text)

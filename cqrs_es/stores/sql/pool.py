@@ -1,0 +1,193 @@
+"""A server's connections, kept and lent; and a database whose sessions come from there."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import abstractmethod
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
+
+from cqrs_es import errors
+from cqrs_es.stores.sql.session import Database, Session, Work, to_its_end
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+MAX_CONNECTIONS: Final = 16
+CONNECT_SECONDS: Final = 10.0
+STATEMENT_SECONDS: Final = 30.0
+MIGRATION_SECONDS: Final = 600.0
+"""Adopting a large table copies it."""
+CLOSE_SECONDS: Final = 2.0
+MIGRATING: Final = "another process is changing the store's tables; try again when it has finished"
+
+
+class ServerSession(Session):
+    """A connection to a server, every statement under `deadline` seconds.
+
+    `usable` is False from a statement's beginning until the server's answer has
+    been read: after a cancellation or a timeout nobody knows what comes next.
+    """
+
+    def __init__(self) -> None:
+        self.deadline = STATEMENT_SECONDS
+        self.usable = True
+
+    @property
+    @abstractmethod
+    def closed(self) -> bool:
+        """Whether the connection is known to be gone."""
+
+    @abstractmethod
+    async def begin(self) -> None:
+        """Begin a transaction, READ COMMITTED."""
+
+    @abstractmethod
+    async def commit(self) -> None:
+        """Commit it; raises where the server did not."""
+
+    @abstractmethod
+    async def rollback(self) -> None:
+        """Roll back where that can still be said; cutting the connection does it too."""
+
+    @abstractmethod
+    async def say_goodbye(self) -> None:
+        """Close the connection as the protocol has it, or cut it where that takes long."""
+
+    @abstractmethod
+    def cut(self) -> None:
+        """Drop the connection at once."""
+
+
+S = TypeVar("S", bound=ServerSession)
+T = TypeVar("T")
+
+
+class Pool(Generic[S]):
+    """At most `MAX_CONNECTIONS` connections, made when they are needed.
+
+    One that has idled for half of `idle_seconds` is not trusted any more: the
+    server, or something on the way, may have closed it.
+    """
+
+    def __init__(self, connect: Callable[[], Awaitable[S]], idle_seconds: float) -> None:
+        self._connect = connect
+        self._idle_seconds = idle_seconds
+        self._open = False
+        self._free = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._idle: list[tuple[S, float]] = []
+
+    async def open(self) -> None:
+        """Connect once, to know that it can be done."""
+        self._open = True
+        try:
+            async with self.lent():
+                pass
+        except BaseException:
+            self._open = False
+            raise
+
+    async def close(self) -> None:
+        """Say goodbye on every idle connection; those in use are closed when given back."""
+        self._open = False
+        idle, self._idle = self._idle, []
+        for session, _ in idle:
+            await session.say_goodbye()
+
+    @asynccontextmanager
+    async def lent(self) -> AsyncGenerator[S]:
+        """Lend a connection for the length of a block."""
+        await self._wait_for_a_place()
+        try:
+            session = self._take_idle() or await self._connect()
+            try:
+                yield session
+            finally:
+                self._give_back(session)
+        finally:
+            self._free.release()
+
+    async def _wait_for_a_place(self) -> None:
+        if not self._open:
+            message = "the store is not open: call open() first"
+            raise errors.StoreUnavailable(message)
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await self._free.acquire()
+        except TimeoutError as exc:
+            message = f"all {MAX_CONNECTIONS} connections to the store are in use; try again"
+            raise errors.StoreUnavailable(message) from exc
+
+    def _take_idle(self) -> S | None:
+        """Return the connection that was used last, unless the server may have closed it."""
+        oldest = asyncio.get_running_loop().time() - self._idle_seconds / 2
+        while self._idle:
+            session, since = self._idle.pop()
+            if since >= oldest and not session.closed:
+                return session
+            session.cut()
+        return None
+
+    def _give_back(self, session: S) -> None:
+        if session.usable and self._open:
+            self._idle.append((session, asyncio.get_running_loop().time()))
+        else:
+            session.cut()
+
+
+class ServerDatabase(Database, Generic[S]):
+    """A database on a server; an adapter says how to connect, and how to take turns migrating."""
+
+    def __init__(self, idle_seconds: float) -> None:
+        self._pool: Pool[S] = Pool(self._connect, idle_seconds)
+
+    @abstractmethod
+    async def _connect(self) -> S:
+        """Make a connection, ready for work."""
+
+    @abstractmethod
+    async def _lock_migrations(self, session: S) -> None:
+        """Wait until nobody else migrates; raise `StoreLocked` when that takes too long."""
+
+    @abstractmethod
+    async def _unlock_migrations(self, session: S) -> None:
+        """Let others migrate."""
+
+    async def open(self) -> None:
+        """Connect once, to know that it can be done."""
+        await self._pool.open()
+
+    async def close(self) -> None:
+        """Let go of every connection."""
+        await self._pool.close()
+
+    async def read(self, work: Work[T]) -> T:
+        """Do work with each statement on its own, committed as it ends."""
+        async with self._pool.lent() as session:
+            return await work(session)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncGenerator[Session]:
+        """Lend a connection in a transaction; commit at the end."""
+        async with self._pool.lent() as session:
+            try:
+                await session.begin()
+                yield session
+                await to_its_end(asyncio.ensure_future(session.commit()))
+            except BaseException:
+                await session.rollback()
+                raise
+
+    @asynccontextmanager
+    async def migration(self) -> AsyncGenerator[Session]:
+        """Lend a connection that holds a lock for the whole database; DDL commits by itself."""
+        async with self._pool.lent() as session:
+            session.deadline = MIGRATION_SECONDS
+            await self._lock_migrations(session)
+            try:
+                yield session
+            finally:
+                if session.usable:
+                    await self._unlock_migrations(session)
+                    session.deadline = STATEMENT_SECONDS

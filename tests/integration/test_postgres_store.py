@@ -1,0 +1,165 @@
+"""What only PostgreSQL does: transactions that an error ends, and the Rust crates' tables there."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import orjson
+import pytest
+
+from cqrs_es import errors
+from cqrs_es.ports.store import NewEvent, Snapshot
+from cqrs_es.stores import storage_for
+from tests.contract.building import (
+    PARTITIONS,
+    accepted,
+    account,
+    chain,
+    commit,
+    conflict,
+    letter,
+    one,
+    stream,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from cqrs_es.ports.storage import Storage
+    from cqrs_es.ports.views import SqlValue
+
+
+@pytest.fixture
+async def storage(postgres_url: str) -> AsyncIterator[Storage]:
+    storage = storage_for(postgres_url)
+    await storage.open()
+    await storage.initialise(PARTITIONS)
+    yield storage
+    await storage.close()
+
+
+async def test_sessions_are_set_up(storage: Storage) -> None:
+    """What correctness rests on: the isolation, the limits, the clock's zone."""
+    names = (
+        "default_transaction_isolation",
+        "lock_timeout",
+        "idle_in_transaction_session_timeout",
+        "timezone",
+    )
+    found = [(await storage.views.query(f"SHOW {name}"))[0][0] for name in names]
+    assert found == ["read committed", "5s", "7s", "UTC"]
+
+
+async def test_a_transaction_that_an_error_ended_does_not_pass_for_committed(
+    storage: Storage,
+) -> None:
+    """A projector that swallows the error of a statement commits nothing, and is told."""
+    columns = "name VARCHAR(40) PRIMARY KEY, total BIGINT NOT NULL"
+    await storage.views.create_table("totals__1", columns)
+
+    async def swallow() -> None:
+        async with storage.views.transaction() as sql:
+            await sql.execute("INSERT INTO totals__1 VALUES ('a', 1)")
+            with contextlib.suppress(errors.StoreError):
+                await sql.execute("INSERT INTO totals__1 VALUES ('a', 2)")
+
+    with pytest.raises(errors.StoreError, match="nothing of it was committed"):
+        await swallow()
+    assert await storage.views.query("SELECT name FROM totals__1") == []
+
+
+async def test_names_of_views_may_be_in_any_case(storage: Storage) -> None:
+    """The database folds names that are not quoted, as in a projector's own SQL."""
+    columns = "name VARCHAR(40) PRIMARY KEY, total BIGINT NOT NULL"
+    await storage.views.create_table("BankTotals__1", columns)
+    await storage.views.publish_table("BankTotals", "BankTotals__1")
+    async with storage.views.transaction() as sql:
+        for _ in range(2):
+            rows: list[dict[str, SqlValue]] = [{"name": "a", "total": 1}]
+            added = {"total": "old.total + new.total"}
+            await sql.upsert("BankTotals__1", ["name"], rows, added)
+    assert await storage.views.query("SELECT total FROM BankTotals") == [(2,)]
+
+
+async def test_sums_are_whole_numbers(storage: Storage) -> None:
+    """As on the other stores, not Decimals."""
+    [(total, half)] = await storage.views.query("SELECT SUM(n), AVG(n) FROM (VALUES (1), (2)) t(n)")
+    assert (total, half) == (3, 1.5)
+    assert (type(total), type(half)) == (int, float)
+
+
+async def test_text_that_the_database_can_not_hold(storage: Storage) -> None:
+    """A NUL in an error's text is replaced: the letter matters more than the character."""
+    await storage.dead_letters.add(letter("1", reason="bad byte \0 here"))
+    kept = await storage.dead_letters.get("1")
+    assert kept is not None
+    assert kept.reason == "bad byte ␀ here"
+
+
+async def test_json_with_an_escaped_nul(storage: Storage) -> None:
+    """Events hold it as their senders wrote it."""
+    event = NewEvent("Named", "1.0", orjson.dumps({"name": "a\0b"}), b"{}")
+    key = account()
+    await commit(storage, chain(key, 0, accepted(key, 0, [event])))
+    [found] = await stream(storage, key)
+    assert orjson.loads(found.payload) == {"name": "a\0b"}
+
+
+# --- Rows that the Rust crates wrote -------------------------------------------
+
+RUST_SCHEMA = """
+    CREATE TABLE events (
+        aggregate_type text NOT NULL, aggregate_id text NOT NULL,
+        sequence bigint NOT NULL CHECK (sequence >= 0),
+        event_type text NOT NULL, event_version text NOT NULL,
+        payload json NOT NULL, metadata json NOT NULL,
+        timestamp timestamp with time zone DEFAULT (CURRENT_TIMESTAMP),
+        PRIMARY KEY (aggregate_type, aggregate_id, sequence));
+    CREATE TABLE snapshots (
+        aggregate_type text NOT NULL, aggregate_id text NOT NULL,
+        last_sequence bigint NOT NULL CHECK (last_sequence >= 0),
+        current_snapshot bigint NOT NULL CHECK (current_snapshot >= 0),
+        payload json NOT NULL,
+        PRIMARY KEY (aggregate_type, aggregate_id, last_sequence));
+    INSERT INTO events (aggregate_type, aggregate_id, sequence, event_type, event_version,
+        payload, metadata) VALUES ('account', 'a', 1, 'Opened', '1.0', '{"a":1}', '{}');
+    INSERT INTO snapshots VALUES
+        ('account', 'a', 1, 1, '{"old":1}'), ('account', 'a', 2, 2, '{"new":1}'),
+        ('account', 'b', 1, 1, '{"b":1}')"""
+
+
+async def test_a_database_of_the_rust_crates_is_adopted(postgres_url: str) -> None:
+    """Its events load and count as versions; of each aggregate's snapshots the last one stays."""
+    storage = storage_for(postgres_url)
+    await storage.open()
+    async with storage.views.transaction() as transaction:
+        await transaction.execute(RUST_SCHEMA)
+    for _ in range(2):
+        await storage.initialise(PARTITIONS)
+    [found] = await stream(storage, account("a"))
+    assert (found.payload, found.partition, found.offset) == (b'{"a":1}', 0, 0)
+    assert await conflict(storage, one(account("a"), 0)) == 1
+    snapshots = await storage.views.query(
+        "SELECT aggregate_id, last_sequence, payload FROM snapshots ORDER BY aggregate_id"
+    )
+    assert snapshots == [("a", 2, '{"new":1}'), ("b", 1, '{"b":1}')]
+    await storage.close()
+
+
+async def test_an_adopted_snapshot_is_replaced(postgres_url: str) -> None:
+    """There is one row for each aggregate, also after the next snapshot."""
+    storage = storage_for(postgres_url)
+    await storage.open()
+    async with storage.views.transaction() as transaction:
+        await transaction.execute(RUST_SCHEMA)
+    await storage.initialise(PARTITIONS)
+    key = account("a")
+    event = NewEvent("Changed", "1.0", b"{}", b"{}")
+    snapshot = Snapshot(key, 2, 3, b'{"newest":1}')
+    await commit(storage, chain(key, 1, accepted(key, 1, [event]), snapshot=snapshot))
+    found = await storage.views.query(
+        "SELECT current_snapshot FROM snapshots WHERE aggregate_id='a'"
+    )
+    assert found == [(3,)]
+    await storage.close()
