@@ -137,6 +137,11 @@ class FaultyEvents(EventStore):
             "record_attempt", lambda: self._inner.record_attempt(command_id, error)
         )
 
+    async def record_first_attempts(self, command_ids: Collection[str]) -> dict[str, int]:
+        return await self._faults.around(
+            "record_first_attempts", lambda: self._inner.record_first_attempts(command_ids)
+        )
+
     async def forget_attempts(self, command_ids: Collection[str]) -> None:
         await self._inner.forget_attempts(command_ids)
 

@@ -174,6 +174,10 @@ class EventStore(ABC):
         """Count an attempt at a command durably; return how many there are now."""
 
     @abstractmethod
+    async def record_first_attempts(self, command_ids: Collection[str]) -> dict[str, int]:
+        """Count an attempt, durably, at those that have none; return how many the others have."""
+
+    @abstractmethod
     async def forget_attempts(self, command_ids: Collection[str]) -> None:
         """Delete what was counted; ids that were not attempted are no error."""
 

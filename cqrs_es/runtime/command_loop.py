@@ -8,6 +8,7 @@ was committed already is then answered from the store.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -25,7 +26,7 @@ from cqrs_es.runtime.waiting import unless
 from cqrs_es.telemetry.meter import NO_METER, Meter
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from cqrs_es.execution.executor import Executor
     from cqrs_es.execution.work import Answer
@@ -38,9 +39,12 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("cqrs_es.worker")
 
-# A command that the process died of so often, alone, fails: the batch it first
-# came in is one death more.
-MOST_LONE_ATTEMPTS: Final = 2
+# A command that the process died of so often, first among other suspects and then
+# alone, fails: the batch it first came in is one death more.
+MOST_ATTEMPTS: Final = 2
+# So many at most are to be tried one by one after the second death; more would
+# recover faster from a death that none of them is to blame for.
+SUSPECTS_TOGETHER: Final = 64
 # After so long without an error an intake is as good as one that had something to do.
 CALM_SECONDS: Final = 1.0
 PRUNE_CHUNK: Final = 1000
@@ -180,8 +184,12 @@ class _Consumer:
         """Receive and submit, never more than the bound at once."""
         while True:
             room = await self._room()
-            for delivery in await self._intake.receive(room):
-                await self._take(delivery)
+            received = await self._intake.receive(room)
+            for redelivered, some in itertools.groupby(received, lambda it: it.redelivered):
+                if redelivered:
+                    await self._take_again(list(some))
+                else:
+                    await self._take(some)
 
     async def _room(self) -> int:
         most = self._worker.most_in_hand
@@ -189,47 +197,72 @@ class _Consumer:
             await self._some_settled.wait_for(lambda: self._assignment.in_hand < most)
         return most - self._assignment.in_hand
 
-    async def _take(self, delivery: Delivery) -> None:
+    async def _take(self, deliveries: Iterable[Delivery]) -> None:
+        for delivery in deliveries:
+            message = await self._parsed(delivery)
+            if message is not None:
+                self._worker.meter.delivered(delivery.queued_at, message.sent_at)
+                await self._worker.isolation.wait_open()
+                _ = self._submit(delivery, message)
+
+    async def _parsed(self, delivery: Delivery) -> CommandMessage | None:
+        """Read a message; bury what is none."""
         try:
-            message = wire.parse_command(delivery.body, self._worker.max_message_bytes)
+            return wire.parse_command(delivery.body, self._worker.max_message_bytes)
         except errors.InvalidMessage as exc:
             await self._worker.bury(delivery, exc.message)
             self._assignment.in_hand += 1
             self._note_done(_InHand(delivery))
-            return
-        if not delivery.redelivered:
-            self._worker.meter.delivered(delivery.queued_at, message.sent_at)
-        elif not await self._is_answered(message):
-            await self._take_alone(delivery, message)
-            return
-        await self._worker.isolation.wait_open()
-        self._submit(delivery, message)
+            return None
 
-    async def _is_answered(self, message: CommandMessage) -> bool:
-        outage = self._worker.outage()
-        events = self._worker.storage.events
-        return bool(await outage.wait_out(lambda: events.find_outcomes([message.id])))
+    async def _take_again(self, deliveries: Sequence[Delivery]) -> None:
+        """Handle what was out when a process ended, in order and few at a time.
+
+        Most of it is innocent, and was only near the command that the process
+        died of, if it did. So the first time they go together, an attempt at
+        each recorded first; who was among those when the process died again
+        goes alone from then on.
+        """
+        for start in range(0, len(deliveries), SUSPECTS_TOGETHER):
+            few = deliveries[start : start + SUSPECTS_TOGETHER]
+            messages = [(each, await self._parsed(each)) for each in few]
+            suspects = [(each, message) for each, message in messages if message is not None]
+            if suspects:
+                await self._take_suspects(suspects)
+
+    async def _take_suspects(self, suspects: Sequence[tuple[Delivery, CommandMessage]]) -> None:
+        outage, events = self._worker.outage(), self._worker.storage.events
+        ids = {message.id for _, message in suspects}
+        unanswered = ids - (await outage.wait_out(lambda: events.find_outcomes(ids))).keys()
+        async with self._worker.isolation.alone():
+            before = await outage.wait_out(lambda: events.record_first_attempts(unanswered))
+            log.info("commands redelivered", commands=len(unanswered), attempted=len(before))
+            together: list[Answer] = []
+            for delivery, message in suspects:
+                if message.id in before:
+                    await _all_answered(together)
+                    await self._take_alone(delivery, message)
+                else:
+                    attempts = 1 if message.id in unanswered else 0
+                    together.append(self._submit(delivery, message, attempts))
+            await _all_answered(together)
 
     async def _take_alone(self, delivery: Delivery, message: CommandMessage) -> None:
-        """Handle a redelivered command with nothing beside it, its attempt recorded first."""
-        async with self._worker.isolation.alone():
-            outage = self._worker.outage()
-            events = self._worker.storage.events
-            attempts = await outage.wait_out(lambda: events.record_attempt(message.id))
-            log.info("command redelivered", command_id=message.id, attempts=attempts)
-            in_hand = self._submit(delivery, message, attempts=attempts)
-            if in_hand.answer is not None:
-                await asyncio.wait([in_hand.answer])
+        """Handle a command with nothing beside it, its attempt recorded first."""
+        outage, events = self._worker.outage(), self._worker.storage.events
+        attempts = await outage.wait_out(lambda: events.record_attempt(message.id))
+        log.warning("command attempted again", command_id=message.id, attempts=attempts)
+        await _all_answered([self._submit(delivery, message, attempts)])
 
-    def _submit(self, delivery: Delivery, message: CommandMessage, attempts: int = 0) -> _InHand:
+    def _submit(self, delivery: Delivery, message: CommandMessage, attempts: int = 0) -> Answer:
         condemned = None
-        if attempts > MOST_LONE_ATTEMPTS:
+        if attempts > MOST_ATTEMPTS:
             condemned = f"the process died at {attempts} attempts to handle the command"
         answer = self._worker.executor.submit(message, attempts=attempts, condemned=condemned)
         in_hand = _InHand(delivery, message, answer, attempted=attempts > 0)
         self._assignment.in_hand += 1
         answer.add_done_callback(lambda _: self._note_done(in_hand))
-        return in_hand
+        return answer
 
     # --- Settling ------------------------------------------------------------
 
@@ -290,6 +323,11 @@ class _Consumer:
                 await self._worker.broker.reply(wanted)
         except errors.BrokerUnavailable as exc:
             log.warning("replies lost", replies=len(wanted), error=exc.message)
+
+
+async def _all_answered(answers: Sequence[Answer]) -> None:
+    if answers:
+        await asyncio.wait(answers)
 
 
 def _trouble_of(item: _InHand) -> BaseException | None:

@@ -119,6 +119,18 @@ async def test_g9_concurrent_attempts(storage: Storage) -> None:
     assert sorted(counts) == list(range(1, 11))
 
 
+async def test_g9_first_attempts_are_counted_together(storage: Storage) -> None:
+    """Those attempted before keep their count, which is returned; the others have one now."""
+    first, second, third = (new_command_id() for _ in range(3))
+    await storage.events.record_attempt(first)
+    await storage.events.record_attempt(first)
+    assert await storage.events.record_first_attempts({first, second}) == {first: 2}
+    assert await storage.events.record_first_attempts([third, second]) == {second: 1}
+    assert await storage.events.record_first_attempts([]) == {}
+    counts = [await storage.events.record_attempt(id_) for id_ in (first, second, third)]
+    assert counts == [3, 2, 2]
+
+
 async def test_g9_attempts_are_forgotten(storage: Storage) -> None:
     """Counting starts again for those named, and goes on for others."""
     first, second, unknown = new_command_id(), new_command_id(), new_command_id()

@@ -24,6 +24,8 @@ from tests.waiting import eventually
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from cqrs_es.ports.broker import Broker
+
 
 @pytest.fixture
 def storage() -> FaultyStorage:
@@ -65,6 +67,38 @@ async def test_a_store_that_refuses_condemns_no_command(t: TestApp, storage: Fau
     await t.drain()
     assert await t.dead_letters() == []
     assert [e.data.n for e in await t.events(Counter, "A")] == list(range(5))
+
+
+async def _left_by_a_dead_worker(count: int) -> tuple[Broker, list[str]]:
+    """Return a broker with commands that a worker had when it died, and their ids."""
+    broker = broker_for("memory://", service="tests")
+    messages = [added(n) for n in range(count)]
+    await broker.send([OutgoingCommand(0, "", message) for message in messages])
+    intake = await broker.open_intake(0, "dead")
+    await intake.receive(count)
+    await intake.close()
+    return broker, [orjson.loads(message)["id"] for message in messages]
+
+
+async def test_those_near_a_death_go_together(storage: FaultyStorage) -> None:
+    """What was out when a worker died is handled few at a time: most of it is innocent."""
+    broker, _ = await _left_by_a_dead_worker(100)
+    async with TestApp(counting_app(), storage=storage, broker=broker) as t:
+        await t.drain()
+        assert [e.data.n for e in await t.events(Counter, "A")] == list(range(100))
+        assert storage.faults.calls["record_first_attempts"] == 2
+        assert storage.faults.calls["record_attempt"] == 0
+
+
+async def test_those_near_two_deaths_go_alone(storage: FaultyStorage) -> None:
+    """Who was among few when the worker died again is attempted alone, and only those are."""
+    broker, ids = await _left_by_a_dead_worker(20)
+    await storage.events.record_first_attempts(ids[5:8])
+    async with TestApp(counting_app(), storage=storage, broker=broker) as t:
+        await t.drain()
+        assert [e.data.n for e in await t.events(Counter, "A")] == list(range(20))
+        assert storage.faults.calls["record_attempt"] == 3
+    assert await storage.events.record_first_attempts(ids) == {}
 
 
 @pytest.mark.parametrize("error", [errors.StoreFull(), errors.StoreReadOnly()])

@@ -137,6 +137,12 @@ class MemoryEvents(EventStore):
         self._attempts[command_id] = _Attempts(count, error)
         return count
 
+    async def record_first_attempts(self, command_ids: Collection[str]) -> dict[str, int]:
+        """Count an attempt at those that have none; return how many the others have."""
+        before = {id_: self._attempts[id_].count for id_ in command_ids if id_ in self._attempts}
+        self._attempts |= {id_: _Attempts(1, None) for id_ in command_ids if id_ not in before}
+        return before
+
     async def forget_attempts(self, command_ids: Collection[str]) -> None:
         """Delete what was counted."""
         for command_id in command_ids:

@@ -85,6 +85,13 @@ class SqlEvents(EventStore):
             lambda session: outcomes.count_attempt(session, command_id, error)
         )
 
+    async def record_first_attempts(self, command_ids: Collection[str]) -> dict[str, int]:
+        """Count an attempt at those that have none; return how many the others have."""
+        ids = sorted(command_ids)
+        if not ids:
+            return {}
+        return await self._database.run(lambda session: outcomes.count_first_attempts(session, ids))
+
     async def forget_attempts(self, command_ids: Collection[str]) -> None:
         """Delete what was counted."""
         ids = sorted(command_ids)

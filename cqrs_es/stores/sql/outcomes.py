@@ -21,7 +21,7 @@ _PRUNABLE: Final = """
     SELECT command_id FROM command_outcomes WHERE recorded_at < ? AND {status} <> 'failed'
     ORDER BY recorded_at LIMIT ?"""
 _DELETE: Final = "DELETE FROM command_outcomes WHERE command_id IN "
-_COUNT_ATTEMPTS: Final = "SELECT attempts FROM command_attempts WHERE command_id = ?"
+_ATTEMPTS: Final = "SELECT command_id, attempts FROM command_attempts WHERE command_id IN "
 _DELETE_ATTEMPTS: Final = "DELETE FROM command_attempts WHERE command_id IN "
 _ONE_MORE: Final = {
     "attempts": "old.attempts + 1",
@@ -66,8 +66,24 @@ async def prune(session: Session, before: datetime, limit: int) -> int:
 async def count_attempt(session: Session, command_id: str, error: str | None) -> int:
     """Add one to a command's attempts; return how many there are."""
     await session.write(session.dialect.upsert(ATTEMPTS, _ONE_MORE), [(command_id, 1, error)])
-    rows = await session.fetch(_COUNT_ATTEMPTS, (command_id,))
-    return int(rows[0][0])
+    return (await _attempts(session, [command_id]))[command_id]
+
+
+async def count_first_attempts(session: Session, command_ids: Sequence[str]) -> dict[str, int]:
+    """Add an attempt at those without any; return how many the others have."""
+    before = await _attempts(session, command_ids)
+    first = [(command_id, 1, None) for command_id in command_ids if command_id not in before]
+    if first:
+        await session.write(session.dialect.upsert(ATTEMPTS, _ONE_MORE), first)
+    return before
+
+
+async def _attempts(session: Session, command_ids: Sequence[str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for ids in chunks(command_ids):
+        rows = await session.fetch(_ATTEMPTS + marks(len(ids)), ids)
+        found.update({command_id: int(attempts) for command_id, attempts in rows})
+    return found
 
 
 async def forget_attempts(session: Session, command_ids: Sequence[str]) -> None:
