@@ -59,7 +59,7 @@ def republish(
 
     For subscribers of a broker that lost data.
 
-    On Redis, what the stream still has stays as it is.
+    On Redis the stream is made anew and keeps what it has; consumer groups get the events again.
 
     Example: cqrs-es republish 3 --from 1200
     """
@@ -74,22 +74,18 @@ def republish(
 
 
 async def _republish(opened: OpenApplication, partition: int, start: int) -> int:
-    """Publish from one offset up to the present head; return that."""
+    """Publish from one offset up to the log's end; return that."""
     process = opened.process
     head = await _head(opened, partition)
     if start > head:
         raise errors.NotFound(f"partition {partition} ends at offset {head}, before {start}")
     epoch = (await process.storage.info()).log_epoch
-    after = start - 1
-    while after < head:
+
+    async def read(after: int) -> list[OutgoingEvent]:
         events = await process.storage.events.read_log(partition, after, CHUNK)
-        outgoing = [_outgoing(event, f"/{process.service}", epoch) for event in events]
-        confirmed = await process.broker.publish(partition, epoch, outgoing)
-        if confirmed == after:
-            message = f"the topic takes nothing of partition {partition} beyond offset {after}"
-            raise errors.BrokerUnavailable(f"{message}; try again")
-        after = confirmed  # before the start, where the topic lost even what is before that
-    return head
+        return [_outgoing(event, f"/{process.service}", epoch) for event in events]
+
+    return await process.broker.republish(partition, epoch, start, read)
 
 
 async def _head(opened: OpenApplication, partition: int) -> int:

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
+
+from cqrs_es.errors import BrokerUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,9 @@ class OutgoingEvent:
     aggregate_type: str
     event_type: str
     body: bytes
+
+
+ReadLog: TypeAlias = "Callable[[int], Awaitable[Sequence[OutgoingEvent]]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +189,22 @@ class Broker(ABC):
         It may lie before the first of `events` when the topic has lost its end:
         go on from there. Raises `LeaseLost` when the topic is of another epoch.
         """
+
+    async def republish(self, partition: int, log_epoch: str, start: int, read: ReadLog) -> int:
+        """Publish a partition's events from `start` to the log's end again; return the last.
+
+        For subscribers of a topic that has lost some: it holds them afterwards, or
+        delivers them to whoever is bound. `read(after)` returns the next events of the
+        log, none at its end.
+        """
+        reached = start - 1
+        while events := await read(reached):
+            confirmed = await self.publish(partition, log_epoch, events)
+            if confirmed == reached:
+                message = f"the topic takes nothing of partition {partition} beyond {reached}"
+                raise BrokerUnavailable(f"{message}; try again")
+            reached = confirmed
+        return reached
 
     @abstractmethod
     async def topic_end(self, partition: int) -> int | None:

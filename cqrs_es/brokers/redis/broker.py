@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from cqrs_es.brokers.redis import commands as queues
 from cqrs_es.brokers.redis import replies as inboxes
 from cqrs_es.brokers.redis.connection import Names, RedisConnection
+from cqrs_es.brokers.redis.republishing import Republication
 from cqrs_es.brokers.redis.topic import RedisTopic
 from cqrs_es.ports.broker import Broker, Topology
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         OutgoingCommand,
         OutgoingEvent,
         OutgoingReply,
+        ReadLog,
         ReplyInbox,
     )
 
@@ -35,6 +37,7 @@ class RedisBroker(Broker):
         self._connection = connection
         self._names = Names(service)
         self._topic = RedisTopic(connection, self._names, event_retention)
+        self._retention = event_retention
 
     @property
     def durable(self) -> bool:
@@ -78,6 +81,13 @@ class RedisBroker(Broker):
     async def publish(self, partition: int, log_epoch: str, events: Sequence[OutgoingEvent]) -> int:
         """Append contiguous events to a partition's stream, in one script."""
         return await self._topic.publish(partition, log_epoch, events)
+
+    async def republish(self, partition: int, log_epoch: str, start: int, read: ReadLog) -> int:
+        """Make a partition's stream anew: entry ids grow, so nothing can be put back into it."""
+        again = Republication(
+            self._connection, self._names, partition, read, retention=self._retention
+        )
+        return await again.run(log_epoch, start)
 
     async def topic_end(self, partition: int) -> int | None:
         """Return the last offset that a partition's stream ever got."""

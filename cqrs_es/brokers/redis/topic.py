@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 CHECK_SECONDS = BLOCK_MS / 1000  # how often a feed looks whether its streams have started again
 
-_OTHER_EPOCH = -1
+OTHER_EPOCH = -1
 
 # XINFO knows the last id also of a stream that was trimmed to nothing.
-_END = """
+END = """
 local function end_of(stream)
   if redis.call('EXISTS', stream) == 0 then
     return 0
@@ -37,7 +37,7 @@ end
 
 # KEYS: streams. Returns the last offset that each ever got.
 _ENDS = (
-    _END
+    END
     + """
 local ends = {}
 for i, stream in ipairs(KEYS) do
@@ -52,7 +52,7 @@ return ends
 # One script for a chunk: an entry refused for want of memory could otherwise never
 # be put before a later one that got in.
 _PUBLISH = (
-    _END
+    END
     + """
 local epoch = redis.call('HGET', KEYS[1], 'logepoch')
 if epoch and epoch ~= ARGV[1] then
@@ -121,7 +121,7 @@ class RedisTopic:
         known = "" if self._partitions is None else self._partitions
         header = [log_epoch, known, self._retention, events[0].offset]
         end: int = await self._publish(keys, [*header, *(event.body for event in events)])
-        if end == _OTHER_EPOCH:
+        if end == OTHER_EPOCH:
             message = f"the topic is of another epoch than {log_epoch}; read the store's info again"
             raise errors.LeaseLost(message)
         return end
