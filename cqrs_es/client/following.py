@@ -176,7 +176,7 @@ class Follower:
     async def _read_again(self, gaps: Sequence[Gap]) -> None:
         for gap in gaps:
             if (gap.partition, gap.first) in self._reread:
-                raise errors.EventsGone(_gone(gap))
+                raise errors.EventsGone(f"{_gone(gap)}, or {_again(gap)}, then subscribe again")
         self._reread.update((gap.partition, gap.first) for gap in gaps)
         self._order.forget_held()
         await self.close()
@@ -185,13 +185,16 @@ class Follower:
         now = asyncio.get_running_loop().time()
         self._held_since = self._held_since or now
         if now - self._held_since > HOLD_SECONDS or self._order.held > MOST_HELD:
-            again = f"run `cqrs-es republish {gap.partition} --from {gap.first}` while subscribed"
-            raise errors.EventsGone(f"{_gone(gap)}, or {again}")
+            raise errors.EventsGone(f"{_gone(gap)}, or {_again(gap)} while subscribed")
 
 
 def _gone(gap: Gap) -> str:
     missing = f"offsets {gap.first} to {gap.last} of partition {gap.partition}"
     return f"the topic no longer holds {missing}; give the client store_url, to read them there"
+
+
+def _again(gap: Gap) -> str:
+    return f"run `cqrs-es republish {gap.partition} --from {gap.first}`"
 
 
 async def _received(feed: EventFeed) -> list[TopicEvent]:

@@ -162,6 +162,13 @@ class Broker(ABC):
     async def declare(self, partitions: int, log_epoch: str) -> None:
         """Create the topology, idempotently; a new epoch empties the topic."""
 
+    async def restore(self, partitions: int, log_epoch: str) -> None:
+        """Note again what a topic that lost everything can't tell; what is there stays.
+
+        There is nothing to do where the server keeps no such notes.
+        """
+        del partitions, log_epoch
+
     @abstractmethod
     async def topology(self) -> Topology | None:
         """Return what was declared, also by another process; None before that."""

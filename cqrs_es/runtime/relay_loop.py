@@ -14,7 +14,7 @@ import structlog
 from cqrs_es import errors
 from cqrs_es.cloudevents import to_cloudevent
 from cqrs_es.ports.broker import OutgoingEvent
-from cqrs_es.runtime.waiting import unless
+from cqrs_es.runtime.waiting import unless, within
 from cqrs_es.telemetry.meter import NO_METER, Meter
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ log = structlog.get_logger("cqrs_es.relay")
 
 RELAY_MARK: Final = "$relay"
 CHUNK: Final = 500
+# Seconds without a new event after which the topic is looked at: it may have lost what it held.
+QUIET_SECONDS: Final = 5.0
 
 
 class Relay:
@@ -57,20 +59,30 @@ class Relay:
         lease, stopping = assignment.lease, assignment.stopping
         epoch = (await self._storage.info()).log_epoch
         marks = await self._storage.views.checkpoints(RELAY_MARK)
-        mark = await self._starting_point(lease.partition, marks.get(lease.partition, 0))
+        mark = await self._look(lease.partition, marks.get(lease.partition, 0), epoch)
         stored = marks.get(lease.partition, 0)
         assignment.position = mark
         while not stopping.is_set():
             if self._watcher.head(lease.partition) <= mark:
                 assignment.went_well()
-            if await unless(stopping, self._watcher.wait_beyond(lease.partition, mark)) is None:
-                break
-            mark = await self._publish_after(lease.partition, mark, epoch)
-            stored = await self._advance(lease, stored, mark)
-            assignment.reached(mark)
+            waiting = within(QUIET_SECONDS, self._watcher.wait_beyond(lease.partition, mark))
+            if await unless(stopping, waiting) is not None:
+                mark = await self._publish_after(lease.partition, mark, epoch)
+                stored = await self._advance(lease, stored, mark)
+                assignment.reached(mark)
+            elif not stopping.is_set():
+                mark = await self._look(lease.partition, mark, epoch)
 
-    async def _starting_point(self, partition: int, mark: int) -> int:
-        """Return the lesser of our mark and what the topic holds: a flushed one is filled again."""
+    async def _look(self, partition: int, mark: int, epoch: str) -> int:
+        """Return the lesser of our mark and what the topic holds: a flushed one is filled again.
+
+        Raises `LeaseLost` when the log has begun a new life: the mark was of the old one.
+        """
+        info = await self._storage.info()
+        if info.log_epoch != epoch:
+            message = f"the log has left epoch {epoch} for {info.log_epoch}"
+            raise errors.LeaseLost(message)
+        await self._broker.restore(info.partitions, epoch)
         end = await self._broker.topic_end(partition)
         return mark if end is None else min(mark, end)
 

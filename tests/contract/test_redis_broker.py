@@ -197,6 +197,15 @@ async def test_a_flushed_topic_is_filled_again(server: AnyRedisServer, broker: B
     assert await server.raw.hget("bank:meta", "partitions") == b"4"
 
 
+async def test_what_meta_lost_is_restored(server: AnyRedisServer, broker: Broker) -> None:
+    """What it still has stays: another epoch is not for a relay to end."""
+    await server.raw.hset("bank:meta", "logepoch", "another")
+    await server.raw.hdel("bank:meta", "partitions")
+    await broker.restore(PARTITIONS, EPOCH)
+    meta = await server.raw.hgetall("bank:meta")
+    assert meta == {b"partitions": b"4", b"logepoch": b"another"}
+
+
 async def test_a_subscriber_of_a_flushed_topic_misses_nothing_new(
     server: AnyRedisServer, broker: Broker
 ) -> None:

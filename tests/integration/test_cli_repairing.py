@@ -137,6 +137,21 @@ def test_republish_fills_a_topic_that_lost_everything(
     assert [entry_id for entry_id, _ in entries] == [f"{n}-0".encode() for n in range(1, 27)]
 
 
+def test_republish_puts_back_what_was_trimmed(
+    bank: Here, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Redis from the given offset on, in front of what is there."""
+    monkeypatch.setenv("CQRS_ES_BROKER_URL", redis_url)
+    bank.done("republish", "0", "--from", "1")
+    with redis.Redis.from_url(redis_url) as client:  # pyright: ignore[reportUnknownMemberType]
+        client.xtrim("bank:events:0", maxlen=3, approximate=False)
+        done = bank.done("republish", "0", "--from", "20", "--json").json
+        assert done == {"partition": 0, "from": "20", "to": "26"}
+        entries = client.xrange("bank:events:0")
+    assert entries is not None
+    assert [entry_id for entry_id, _ in entries] == [f"{n}-0".encode() for n in range(20, 27)]
+
+
 @pytest.mark.parametrize(("partition", "offset", "code"), [("0", "27", 1), ("7", "1", 2)])
 def test_republish_what_is_not_there(
     bank: Here, redis_url: str, monkeypatch: pytest.MonkeyPatch, partition: str, offset: str,

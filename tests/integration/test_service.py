@@ -7,86 +7,34 @@ import random
 import time
 from collections import defaultdict
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from uuid import uuid4
+from typing import TYPE_CHECKING
 
 import orjson
-import pymysql
 import pytest
 
 from tests.bank_data import bank_balances, bank_folder
+from tests.bank_service import (
+    PATIENCE,
+    all_decided,
+    balances,
+    decided,
+    message,
+    projected,
+    published,
+    query,
+    until,
+)
 from tests.outside import Outside, RabbitOutside, RedisOutside
 from tests.processes import Service, service
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
-PATIENCE = 100.0
 ACCOUNTS = int(os.environ.get("CQRS_ES_TEST_ACCOUNTS", "40"))
 COMMANDS_EACH = 200
-VIEWS = ("account_query", "bank_totals")
 
 pytestmark = pytest.mark.timeout(900)
-
-
-def message(name: str, account: str, payload: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    return {
-        "id": str(uuid4()),
-        "type": name,
-        "aggregate_type": "account",
-        "aggregate_id": account,
-        "payload": payload,
-    } | fields
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
-
-
-def query(store_url: str, sql: str) -> list[tuple[Any, ...]]:
-    url = urlsplit(store_url)
-    connection = pymysql.connect(
-        host=url.hostname,
-        port=url.port or 3306,
-        user=url.username,
-        password=url.password or "",
-        database=url.path[1:],
-        charset="utf8mb4",
-    )
-    with connection, connection.cursor() as cursor:
-        cursor.execute(sql)
-        return list(cursor.fetchall())
-
-
-def balances(store_url: str) -> dict[str, Decimal]:
-    rows = query(store_url, "SELECT view_id, payload FROM account_query")
-    return {view_id: Decimal(orjson.loads(payload)["balance"]) for view_id, payload in rows}
-
-
-def decided(bank: Service) -> int:
-    ((outcomes,),) = query(bank.store_url, "SELECT COUNT(*) FROM command_outcomes")
-    return int(outcomes)
-
-
-def all_decided(bank: Service, count: int) -> None:
-    until(lambda: decided(bank) == count, "commands remain undecided")
-
-
-def projected(bank: Service, views: tuple[str, ...] = VIEWS) -> bool:
-    return all(
-        partition["relay"] == partition["head"]
-        and all(partition["projectors"][view] == partition["head"] for view in views)
-        for partition in bank.status()["partitions"]
-    )
-
-
-def published(outside: Outside, name: str) -> int:
-    return sum(map(len, outside.topic(name).values()))
 
 
 @pytest.fixture(params=["redis", "amqp"])
@@ -336,3 +284,21 @@ def test_the_broker_loses_everything(bank: Service, outside: Outside) -> None:
     until(lambda: projected(bank), "projectors lag behind")
     assert balances(bank.store_url) == dict.fromkeys(accounts, Decimal(6))
     assert [bank.stop(process) for process in processes] == [0] * 3
+
+
+def test_redis_is_flushed_while_all_is_quiet(
+    mysql_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    """With no command to come, topic and `meta` are back within seconds all the same."""
+    outside = RedisOutside(redis_url)
+    with service("worker.app:app", mysql_url, redis_url, tmp_path) as bank:
+        for role in ("worker", "relay"):
+            bank.start(role)
+        accounts = [f"A-{number}" for number in range(30)]
+        outside.send("bank", [message("OpenAccount", a, {"account_id": a}) for a in accounts])
+        until(lambda: published(outside, "bank") == 30, "not published")
+        meta = outside.client.hgetall("bank:meta")
+        outside.lose_everything("bank")
+        until(lambda: published(outside, "bank") == 30, "not published again")
+        until(lambda: outside.client.hgetall("bank:meta") == meta, "meta is not as it was")
+    outside.close()

@@ -56,6 +56,13 @@ class RedisBroker(Broker):
         """Create what is missing; a new epoch empties the topic."""
         await self._topic.declare(partitions, log_epoch)
 
+    async def restore(self, partitions: int, log_epoch: str) -> None:
+        """Fill in what the hash `<service>:meta` lacks."""
+        fields: dict[str, str | int] = {"partitions": partitions, "logepoch": log_epoch}
+        await self._connection.run_together(
+            ("HSETNX", self._names.meta, name, value) for name, value in fields.items()
+        )
+
     async def topology(self) -> Topology | None:
         """Read the hash `<service>:meta`."""
         fields = await self._connection.run("HMGET", self._names.meta, "partitions", "logepoch")
@@ -83,7 +90,12 @@ class RedisBroker(Broker):
         return await self._topic.publish(partition, log_epoch, events)
 
     async def republish(self, partition: int, log_epoch: str, start: int, read: ReadLog) -> int:
-        """Make a partition's stream anew: entry ids grow, so nothing can be put back into it."""
+        """Make a partition's stream anew: entry ids grow, so nothing can be put back into it.
+
+        Where only its end was lost, that is published as a relay does.
+        """
+        if (await self._topic.ends([partition]))[partition] < start - 1:
+            return await super().republish(partition, log_epoch, start, read)
         again = Republication(
             self._connection, self._names, partition, read, retention=self._retention
         )
