@@ -215,9 +215,10 @@ def _fits(path: Path, rule: str) -> bool:
 
 
 def _python() -> Path:
-    """Return a Python that other users can run too: one in root's home is none."""
+    """Return a Python that the image's user can run too: one in root's home is none."""
     own = Path(sys.base_prefix, "bin", f"python3.{sys.version_info.minor}").resolve()
-    if all(parent.stat().st_mode & 0o005 == 0o005 for parent in own.parents):
+    open_to_all = all(parent.stat().st_mode & 0o005 == 0o005 for parent in own.parents)
+    if open_to_all or os.geteuid() != 0:
         return own
     if SYSTEM_PYTHON.exists():
         return SYSTEM_PYTHON

@@ -9,24 +9,32 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jsonschema
 import kubernetes_validate
+import orjson
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from tests.bank_data import PROJECT
 from tests.deployment.files import (
     ALERTS,
     COMPOSE,
     CONFIG,
+    DASHBOARD,
     DEPLOY,
     Document,
     documents,
     manifest_files,
 )
 from tests.servers import installed, unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # The oldest that the manifests are meant for.
 KUBERNETES = "1.30"
@@ -77,6 +85,23 @@ def test_rule_for_the_operator() -> None:
     assert rule["spec"] == yaml.safe_load(ALERTS.read_text())
 
 
+def test_dashboard() -> None:
+    """Grafana's own model of a dashboard keeps all that is in it, so nothing is misspelt."""
+    register_default_plugins()
+    board = orjson.loads(DASHBOARD.read_bytes())
+    understood = orjson.loads(JSONEncoder().encode(Dashboard.from_json(board)))
+    assert not list(lost(board, understood))
+
+
+def test_a_misspelt_panel_is_found() -> None:
+    """A field that Grafana does not know gets lost on the way through its model."""
+    register_default_plugins()
+    board = orjson.loads(DASHBOARD.read_bytes())
+    board["panels"][1]["fieldConfigs"] = board["panels"][1].pop("fieldConfig")
+    understood = orjson.loads(JSONEncoder().encode(Dashboard.from_json(board)))
+    assert list(lost(board, understood)) == ["panels.1.fieldConfigs"]
+
+
 def test_prometheus_configuration() -> None:
     """Promtool takes it, and the rules that it names."""
     run(promtool(), "check", "config", str(CONFIG / "prometheus.yml"))
@@ -96,6 +121,20 @@ def validate(document: Document) -> None:
         jsonschema.validate(document, CUSTOM[document["kind"]])
     else:
         kubernetes_validate.validate(document, KUBERNETES, strict=True)
+
+
+def lost(given: Any, understood: Any, path: str = "") -> Iterator[str]:
+    """Yield where something of one document is not in the other."""
+    if type(given) in {dict, list} and type(given) is type(understood):
+        known = dict(items(understood))
+        for key, value in items(given):
+            yield from lost(value, known.get(key), f"{path}.{key}".lstrip("."))
+    elif given != understood:
+        yield path
+
+
+def items(collection: Any) -> list[tuple[Any, Any]]:
+    return [*(collection.items() if hasattr(collection, "items") else enumerate(collection))]
 
 
 def beside_python(program: str) -> str:
