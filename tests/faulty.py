@@ -199,4 +199,4 @@ class FaultyViews(ViewStore):
         await self._inner.set_generation(projector, live)
 
     async def list_parked(self, projector: str | None = None) -> list[ParkedAggregate]:
-        return await self._inner.list_parked(projector)
+        return await self._faults.around("list_parked", lambda: self._inner.list_parked(projector))
