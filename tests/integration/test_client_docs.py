@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
-import signal
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -19,76 +11,15 @@ from cqrs_es.brokers.amqp import driver
 from cqrs_es.brokers.amqp.address import Address
 from cqrs_es.brokers.amqp.topology import Names, topology
 from tests.bank_data import PROJECT
-from tests.command_line import environment
+from tests.pages import check, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 PAGE = PROJECT / "docs" / "clients.md"
 RABBITMQ = "## With nothing but RabbitMQ"
 EXAMPLE = PROJECT / "examples" / "send_and_follow.py"
-TIMEOUT_SECONDS = 100.0
-ANYTHING = "…"
-END = "\N{SYMBOL FOR RECORD SEPARATOR}"
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A piece of code on the page, and what the page says that it prints."""
-
-    language: str
-    code: str
-    prints: str | None
-
-    @property
-    def script(self) -> str:
-        """The block as part of a shell script, followed by a mark in the output."""
-        code = f"python - <<'END_OF_BLOCK'\n{self.code}END_OF_BLOCK\n"
-        return f"{self.code if self.language == 'sh' else code}echo '{END}'\n"
-
-    def check(self, printed: str) -> None:
-        if self.prints is None:
-            return
-        expected = ".*".join(map(re.escape, self.prints.split(ANYTHING)))
-        assert re.fullmatch(expected, printed), f"after\n{self.code}\nthere was\n{printed}"
-
-
-def blocks(page: str) -> list[Block]:
-    """Find the pieces of code on a page, each with the text block that follows it."""
-    found = re.findall(r"^```(\w+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    followers = [*found[1:], ("", "")]
-    return [
-        Block(language, code, follower[1] if follower[0] == "text" else None)
-        for (language, code), follower in zip(found, followers, strict=True)
-        if language in {"sh", "python"}
-    ]
-
-
-def run(script: str, folder: Path) -> str:
-    """Run a shell script in a folder, with what it starts in the background ended after it."""
-    path, log = folder / "stdout", folder / "stderr"
-    with path.open("wb") as out, log.open("wb") as err:
-        shell = subprocess.Popen(
-            ["/bin/bash", "-euc", script],
-            cwd=folder,
-            env=on_the_path(environment({"CQRS_ES_APP": "worker.app:app"})),
-            stdout=out,
-            stderr=err,
-            start_new_session=True,
-        )
-        try:
-            code = shell.wait(TIMEOUT_SECONDS)
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # it has ended already
-                os.killpg(shell.pid, signal.SIGKILL)
-            shell.wait()
-    assert code == 0, f"{path.read_text()}\n{log.read_text()}"
-    return path.read_text()
-
-
-def on_the_path(variables: dict[str, str]) -> dict[str, str]:
-    """Have `python` and `cqrs-es` be those of this test run."""
-    return {**variables, "PATH": f"{Path(sys.executable).parent}:{variables['PATH']}"}
 
 
 def test_redis_prints_what_the_page_says(redis_url: str, tmp_path: Path) -> None:
@@ -122,14 +53,6 @@ def forget_the_bank(url: str) -> None:
     for exchange in declared.exchanges:
         channel.exchange_delete(exchange.name)
     connection.close()
-
-
-def check(page: str, folder: Path) -> None:
-    every = blocks(page)
-    printed = run("".join(block.script for block in every), folder).split(f"{END}\n")
-    assert len(printed) == len(every) + 1
-    for block, output in zip(every, printed, strict=False):
-        block.check(output)
 
 
 def test_the_example_sends_and_follows(redis_url: str, tmp_path: Path) -> None:

@@ -1,0 +1,30 @@
+"""The guide's code runs as it stands and prints what the page says."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from tests import pages
+from tests.bank_data import PROJECT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PAGE = PROJECT / "docs" / "guide.md"
+
+
+def test_the_guide_prints_what_it_says(tmp_path: Path) -> None:
+    """From the first class to processes: every block, one after another, in one folder."""
+    pages.check(PAGE.read_text(), tmp_path)
+
+
+def test_its_table_of_contents_leads_to_its_chapters() -> None:
+    """Every link is to a heading, in their order."""
+    text = PAGE.read_text()
+    links = re.findall(r"^\d+\. \[(.+)\]\(#(.+)\)$", text, re.MULTILINE)
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert [name for name, _ in links] == headings
+    assert [anchor for _, anchor in links] == [
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings
+    ]
