@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from decimal import Decimal
+from typing import TypeAlias, assert_never
 
-from cqrs_es import Aggregate, command, event
+from cqrs_es import Aggregate, DomainError, command, event
 from cqrs_es.application import Application
-from domain.account import Event as KnownEvent
+from domain.account import (
+    AccountOpened,
+    CustomerDepositedMoney,
+    CustomerWithdrewCash,
+    CustomerWroteCheck,
+    DepositMoney,
+    OpenAccount,
+)
 
 
 @command
@@ -20,18 +28,47 @@ class AccountClosed:
     """The account is closed."""
 
 
-Event: TypeAlias = KnownEvent | AccountClosed
+Command: TypeAlias = OpenAccount | DepositMoney | CloseAccount
+Event: TypeAlias = (
+    AccountOpened
+    | CustomerDepositedMoney
+    | CustomerWithdrewCash
+    | CustomerWroteCheck
+    | AccountClosed
+)
+
+
+class AccountIsClosed(DomainError):
+    """account is closed"""  # noqa: D400 - what the customer is told
 
 
 @dataclass
-class BankAccount(Aggregate[CloseAccount, Event, None], type="account"):
-    events: int = 0
+class BankAccount(Aggregate[Command, Event, None], type="account"):
+    balance: Decimal = Decimal(0)
+    closed: bool = False
 
-    def handle(self, command: CloseAccount, services: None) -> list[AccountClosed]:  # noqa: ARG002
-        return [AccountClosed()]
+    def handle(self, command: Command, services: None) -> list[Event]:
+        del services
+        match command:
+            case OpenAccount(account_id):
+                return [AccountOpened(account_id)]
+            case DepositMoney(amount):
+                if self.closed:
+                    raise AccountIsClosed
+                return [CustomerDepositedMoney(amount, self.balance + amount)]
+            case CloseAccount():
+                return [AccountClosed()]
 
-    def apply(self, event: Event) -> None:  # noqa: ARG002 - any event counts
-        self.events += 1
+    def apply(self, event: Event) -> None:
+        match event:
+            case AccountClosed():
+                self.closed = True
+            case AccountOpened():
+                pass
+            case CustomerDepositedMoney() | CustomerWithdrewCash() | CustomerWroteCheck():
+                self.balance = event.balance
+            case _:
+                assert_never(event)
 
 
 app = Application("bank")

@@ -37,19 +37,6 @@ COMMANDS_EACH = 200
 pytestmark = pytest.mark.timeout(900)
 
 
-@pytest.fixture(params=["redis", "amqp"])
-def broker_url(request: pytest.FixtureRequest) -> str:
-    url: str = request.getfixturevalue(f"{request.param}_url")
-    return url
-
-
-@pytest.fixture
-def outside(broker_url: str) -> Iterator[Outside]:
-    made = (RedisOutside if broker_url.startswith("redis") else RabbitOutside)(broker_url)
-    yield made
-    made.close()
-
-
 @pytest.fixture
 def bank(mysql_url: str, broker_url: str, outside: Outside, tmp_path: Path) -> Iterator[Service]:
     with service("worker.app:app", mysql_url, broker_url, tmp_path) as made:
