@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import tomllib
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.bank_data import PROJECT
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
@@ -27,6 +30,14 @@ def test_the_image_can_do_nothing_but_its_work(image: Image) -> None:
         code, _ = image.run(["python", "-c", script], {})
         assert code == 1
         assert not (image.inside("/app") / "written").exists()
+
+
+def test_the_image_has_extras_that_there_are() -> None:
+    """Pip only warns of one that it does not know."""
+    dockerfile = (PROJECT / "Dockerfile").read_text()
+    (extras,) = re.findall(r"^ARG EXTRAS=(.*)$", dockerfile, re.MULTILINE)
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
 
 
 def test_the_image_explains_itself(image: Image) -> None:
