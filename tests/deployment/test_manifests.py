@@ -178,6 +178,18 @@ def test_the_monitor_finds_every_process() -> None:
         assert endpoint["port"] in {port["name"] for port in container_of(deployment)["ports"]}
 
 
+def test_nobody_calls_the_pods_from_outside() -> None:
+    """The policy is for every pod, and lets the cluster in where probes are served."""
+    (policy,) = manifests("NetworkPolicy").values()
+    (ingress,) = policy["spec"]["ingress"]
+    chosen = policy["spec"]["podSelector"]["matchLabels"].items()
+    for pod in PODS.values():
+        assert chosen <= pod["spec"]["template"]["metadata"]["labels"].items()
+    for deployment in DEPLOYMENTS.values():
+        names = [{"port": port["name"]} for port in container_of(deployment)["ports"]]
+        assert ingress == {"from": [{"namespaceSelector": {}}], "ports": names}
+
+
 def test_every_deployment_is_scaled() -> None:
     """KEDA scales each up to the number of partitions, and none to nothing."""
     scaled = {
