@@ -149,6 +149,10 @@ class RabbitOutside(Outside):
             self._reading.queue_delete(inbox)
         self._connection.close()
 
+    def hang_up(self) -> None:
+        """Leave everything as it is."""
+        self._connection.close()
+
     def follow(self, name: str, *reply_to: str) -> None:
         """Bind a queue to the topic; declare those of replies before anything is sent."""
         self._services.add(name)
