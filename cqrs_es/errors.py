@@ -64,6 +64,10 @@ class StoreLocked(StoreUnavailable):
     """Another process holds the event store's write lock; try again when it has finished."""
 
 
+class RolledBack(StoreUnavailable):
+    """The store rolled the transaction back (a deadlock, a lock's timeout); try it again."""
+
+
 class BrokerUnavailable(Unavailable):
     """The broker can't be reached; check CQRS_ES_BROKER_URL and the server, then try again."""
 
@@ -81,6 +85,10 @@ class Conflict(CqrsError):
         super().__init__(message)
         self.expected = expected
         self.actual = actual
+
+
+class CheckpointMoved(Conflict):
+    """Another process projects the same partition; read the checkpoint again."""
 
 
 class LeaseLost(CqrsError):
@@ -208,6 +216,10 @@ class BrokenLog(CqrsError):
 
 class ViewFailed(CqrsError):
     """A view can't apply an event; mend the view and try again."""
+
+
+class ViewLost(CqrsError):
+    """A view's table is gone though its checkpoints say that it held rows; rebuild the view."""
 
 
 class TooManyParked(CqrsError):

@@ -16,11 +16,18 @@ from cqrs_es.execution.baselines import baseline_from, load_request, mended_base
 from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome, spec_of
 from cqrs_es.ports.store import LoadRequest
 from cqrs_es.projection.folding import folding_for
-from cqrs_es.projection.generations import FIRST, live_name
-from cqrs_es.projection.parking import retry_parked
+from cqrs_es.projection.generations import (
+    live_name,
+    make_sure_of_tables,
+    note_first,
+    publish,
+    read_generations,
+)
+from cqrs_es.projection.parking import ParkedRetry
 from cqrs_es.projection.rebuild import Rebuild
 from cqrs_es.projection.replay import replay, stored_stream
 from cqrs_es.projection.seen import wait_until_seen
+from cqrs_es.projector import generation_of
 from cqrs_es.registry import ViewDefinition
 from cqrs_es.runtime.supervisor import Process, Supervisor
 from cqrs_es.types import (
@@ -38,7 +45,6 @@ if TYPE_CHECKING:
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.store import StoreInfo
     from cqrs_es.ports.views import ParkedAggregate, ViewRow
-    from cqrs_es.projection.folding import Folding
     from cqrs_es.projection.rebuild import RebuildProgress
     from cqrs_es.registry import AggregateDefinition, ProjectionDefinition, Registry
     from cqrs_es.view import View
@@ -85,19 +91,18 @@ class OpenApplication:
         """Create or migrate tables, views and, with `declare`, the topology; idempotent."""
         partitions = self._process.partitions
         info = await self.storage.initialise(partitions, new_epoch=new_epoch)
-        generations = await self.storage.views.generations()
-        for name in self.registry.projections:
-            folding = self._folding(name, generations.get(name, FIRST))
-            await folding.create_tables(self.storage.views)
-            await folding.publish_tables(self.storage.views)
-            if name not in generations:
-                await self.storage.views.set_generation(name, FIRST)
+        for definition in self.registry.projections.values():
+            await self._initialise_view(definition)
         if declare:
             await self._process.broker.declare(info.partitions, info.log_epoch)
         return info
 
-    def _folding(self, name: str, generation: int) -> Folding:
-        return folding_for(self.projection(name), generation)
+    async def _initialise_view(self, definition: ProjectionDefinition) -> None:
+        views = self.storage.views
+        await note_first(views, definition.name)
+        live = (await read_generations(views, definition.name)).live
+        await make_sure_of_tables(views, folding_for(definition, live))
+        await publish(views, definition)
 
     def projection(self, name: str) -> ProjectionDefinition:
         """Return the definition of a view or projector; raise `NotFound`."""
@@ -211,8 +216,16 @@ class OpenApplication:
         view: V = definition.state.decode(row.payload)
         return view
 
+    async def view_page(
+        self, cls: type[V], *, after: str = "", limit: int = 100
+    ) -> list[tuple[str, V]]:
+        """Read up to `limit` rows of a view with an id above `after`: ids and views, by id."""
+        state = self._view_definition(cls).state
+        rows = await self.view_rows(cls.name, after=after, limit=limit)
+        return [(row.view_id, state.decode(row.payload)) for row in rows]
+
     async def view_rows(self, name: str, *, after: str = "", limit: int = 100) -> list[ViewRow]:
-        """Read up to `limit` rows of a view with an id above `after`, by id."""
+        """Read up to `limit` rows of a view with an id above `after`, by id, as JSON."""
         return await self.storage.views.page(await self.table(name), after=after, limit=limit)
 
     async def table(self, name: str) -> str:
@@ -251,10 +264,12 @@ class OpenApplication:
         return [marker for marker in every if marker.projector in live]
 
     async def retry_parked(self, name: str, marker: ParkedAggregate) -> bool:
-        """Apply a parked aggregate's events to a view again; return whether it caught up."""
-        generations = await self.storage.views.generations()
-        folding = self._folding(name, generations.get(name, FIRST))
-        return await retry_parked(self.registry, self.storage, folding, marker)
+        """Apply a parked aggregate's events to a view again; return whether it caught up.
+
+        Raises `StoreUnavailable` while the store is away; what was applied is kept.
+        """
+        folding = folding_for(self.projection(name), generation_of(marker.projector))
+        return await ParkedRetry(self.registry, self.storage, folding, marker).run()
 
     # --- Roles ---------------------------------------------------------------
 

@@ -82,6 +82,11 @@ def physical_name(name: str, generation: int) -> str:
     return f"{name}__{generation}"
 
 
+def generation_of(key: str) -> int:
+    """Return the generation that a table's or checkpoint's name is of."""
+    return int(key.rpartition("__")[2])
+
+
 def check_view_name(name: str) -> str:
     """Return a view's or table's name; raise `DefinitionError` for one CONTRACT §1 forbids."""
     if not VIEW_NAME.fullmatch(name) or "__" in name:

@@ -53,6 +53,11 @@ class Faults:
         """Let the next calls fail with everything done."""
         self._after[method].extend(faults)
 
+    def clear(self) -> None:
+        """Forget what has not gone wrong yet."""
+        self._before.clear()
+        self._after.clear()
+
     def raise_before(self, method: str) -> None:
         self.calls[method] += 1
         _raise_next(self._before[method])
@@ -171,6 +176,9 @@ class FaultyViews(ViewStore):
     async def create_table(self, table: str, columns: str | None = None) -> None:
         await self._inner.create_table(table, columns)
 
+    async def columns(self, table: str) -> list[str]:
+        return await self._inner.columns(table)
+
     async def drop_table(self, table: str) -> None:
         await self._inner.drop_table(table)
 
@@ -189,14 +197,8 @@ class FaultyViews(ViewStore):
     async def checkpoints(self, projector: str) -> dict[int, int]:
         return await self._inner.checkpoints(projector)
 
-    async def forget(self, projector: str) -> None:
-        await self._inner.forget(projector)
-
     async def generations(self) -> Mapping[str, int]:
         return await self._inner.generations()
-
-    async def set_generation(self, projector: str, live: int) -> None:
-        await self._inner.set_generation(projector, live)
 
     async def list_parked(self, projector: str | None = None) -> list[ParkedAggregate]:
         return await self._faults.around("list_parked", lambda: self._inner.list_parked(projector))

@@ -88,6 +88,18 @@ class ViewTransaction(SqlSession):
     async def unpark(self, projector: str, key: AggregateKey) -> None:
         """Clear an aggregate's marker."""
 
+    @abstractmethod
+    async def forget(self, projector: str) -> None:
+        """Delete a projector's checkpoints and parked markers."""
+
+    @abstractmethod
+    async def generations(self) -> dict[str, int]:
+        """Lock and return what `ViewStore.generations` returns; do it before anything else."""
+
+    @abstractmethod
+    async def set_generation(self, projector: str, live: int) -> None:
+        """Make a generation live."""
+
 
 class ViewStore(ABC):
     """The views of a store; see the module for what is promised."""
@@ -99,6 +111,10 @@ class ViewStore(ABC):
     @abstractmethod
     async def create_table(self, table: str, columns: str | None = None) -> None:
         """Create a table unless it is there: a view's, or one with the given column definitions."""
+
+    @abstractmethod
+    async def columns(self, table: str) -> list[str]:
+        """Return the names of a table's columns, in order; none where there is no such table."""
 
     @abstractmethod
     async def drop_table(self, table: str) -> None:
@@ -125,16 +141,8 @@ class ViewStore(ABC):
         """Return a projector's checkpoints by partition; those at 0 may be absent."""
 
     @abstractmethod
-    async def forget(self, projector: str) -> None:
-        """Delete a projector's checkpoints and parked markers."""
-
-    @abstractmethod
     async def generations(self) -> Mapping[str, int]:
         """Return the live generation of each view and projector."""
-
-    @abstractmethod
-    async def set_generation(self, projector: str, live: int) -> None:
-        """Make a generation live; one row, so it happens or does not."""
 
     @abstractmethod
     async def list_parked(self, projector: str | None = None) -> list[ParkedAggregate]:

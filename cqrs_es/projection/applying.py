@@ -14,7 +14,8 @@ import structlog
 
 from cqrs_es import errors
 from cqrs_es.ports.views import ParkedAggregate
-from cqrs_es.projection.parking import reason_of, relevant
+from cqrs_es.projection.generations import generations_of, lost
+from cqrs_es.projection.writing import NOT_POISON, past_collisions, reason_of, write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,17 +30,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger("cqrs_es.projection")
 
 READ_LIMIT: Final = 500
-# A batch collides once for each row that another partition inserts first: rarely more than one.
-MOST_COLLISIONS: Final = 5
-# Not the event's fault: the store's, another process's, or the deployment's.
-_NOT_POISON: Final = (
-    errors.Unavailable,
-    errors.Conflict,
-    errors.StoreFull,
-    errors.StoreReadOnly,
-    errors.StoreCorrupt,
-    errors.UnknownEvent,
-)
 
 
 class Applier:
@@ -103,62 +93,75 @@ class Applier:
                 await self.catch_up(most=run[-1].offset)
 
     async def _apply(self, events: Sequence[StoredEvent]) -> None:
-        """Apply a contiguous run: at once, or one by one where one of them does not apply."""
+        """Apply a contiguous run: at once, or in halves where one of them does not apply."""
+        if self._breaker is not None:
+            self._breaker.check()
         try:
-            await self._commit_past_collisions(events)
-        except _NOT_POISON:
+            await past_collisions(lambda: self._commit(events), self._folding.name)
+        except NOT_POISON:
             raise
         except Exception as exc:  # noqa: BLE001 - a view can raise anything
             if len(events) == 1:
-                await self._park(events[0], exc)
+                await self._give_up_on(events[0], exc)
                 return
-            for event in events:
-                await self._apply([event])
-
-    async def _commit_past_collisions(self, events: Sequence[StoredEvent]) -> None:
-        """Commit; again where SQL of the projector's own was refused, a few times.
-
-        Projectors look for a row and insert it where there is none: another
-        partition may do the same in between. The next try finds its row.
-        """
-        for _ in range(MOST_COLLISIONS):
-            try:
-                await self._commit(events)
-            except _NOT_POISON:
-                raise
-            except errors.StoreError as exc:
-                log.debug("projection refused", view=self._folding.name, error=exc.message)
-            else:
-                return
-        await self._commit(events)
+            half = len(events) // 2
+            await self._apply(events[:half])
+            await self._apply(events[half:])
 
     async def _commit(self, events: Sequence[StoredEvent]) -> None:
         async with self._storage.views.transaction() as transaction:
+            # Its lock comes first: of two projectors one waits here, then conflicts.
             await self._move_checkpoint(transaction, events[-1].offset)
-            wanted = await self._without_parked(transaction, events)
-            envelopes = relevant(self._registry, self._folding, wanted)
-            if envelopes:
-                await self._folding.fold(envelopes, transaction)
+            await write(self._registry, self._folding, events, transaction)
         self._moved(events[-1].offset)
 
     async def _move_checkpoint(self, transaction: ViewTransaction, to: int) -> None:
-        """Take the checkpoint's lock first: of two projectors one waits here, then conflicts."""
         key = self._folding.key
-        await transaction.advance(key, self._partition, self.checkpoint, to)
+        try:
+            await transaction.advance(key, self._partition, self.checkpoint, to)
+        except errors.Conflict as exc:
+            raise errors.CheckpointMoved(
+                exc.message, expected=exc.expected, actual=exc.actual
+            ) from exc
 
-    async def _without_parked(
-        self, transaction: ViewTransaction, events: Sequence[StoredEvent]
-    ) -> Sequence[StoredEvent]:
-        parked = await transaction.parked(self._folding.key, {event.key for event in events})
-        return [event for event in events if event.key not in parked] if parked else events
+    async def _give_up_on(self, event: StoredEvent, exc: Exception) -> None:
+        """Park the event's aggregate, or raise: what no view could do is no fault of the event."""
+        missing = await self._folding.missing_tables(self._storage.views)
+        if missing:
+            raise lost(self._folding, missing) from exc
+        if self._breaker is None:
+            self._tell(event, exc)
+            raise _view_failed(self._folding.name, event, exc) from exc
+        async with self._storage.views.transaction() as transaction:
+            await self._require_live(transaction)
+            self._tell(event, exc)
+            self._breaker.count(self._folding.name, exc)
+            await self._move_checkpoint(transaction, event.offset)
+            await transaction.park(self._marker(event, exc))
+        self._moved(event.offset)
+        self._log_parked(event, exc)
 
-    async def _park(self, event: StoredEvent, exc: Exception) -> None:
-        """Set the event's aggregate aside for this view; the partition goes on."""
+    async def _require_live(self, transaction: ViewTransaction) -> None:
+        """Raise `Conflict` where a rebuild has switched: what is left behind needs no marker."""
+        live = generations_of(await transaction.generations(), self._folding.name).live
+        if live != self._folding.generation:
+            message = f"generation {live} of {self._folding.name} is live now: go on with that one"
+            raise errors.Conflict(message)
+
+    def _tell(self, event: StoredEvent, exc: Exception) -> None:
         if self._on_failure is not None:
             self._on_failure(event, exc)
-        if self._breaker is None:
-            raise _view_failed(self._folding.name, event, exc) from exc
-        self._breaker.count(self._folding.name, exc)
+
+    def _marker(self, event: StoredEvent, exc: Exception) -> ParkedAggregate:
+        return ParkedAggregate(
+            projector=self._folding.key,
+            key=event.key,
+            from_sequence=event.sequence,
+            partition=self._partition,
+            reason=reason_of(exc),
+        )
+
+    def _log_parked(self, event: StoredEvent, exc: Exception) -> None:
         log.error(
             "aggregate parked",
             view=self._folding.name,
@@ -168,17 +171,6 @@ class Applier:
             offset=event.offset,
             exc_info=exc,
         )
-        marker = ParkedAggregate(
-            projector=self._folding.key,
-            key=event.key,
-            from_sequence=event.sequence,
-            partition=self._partition,
-            reason=reason_of(exc),
-        )
-        async with self._storage.views.transaction() as transaction:
-            await self._move_checkpoint(transaction, event.offset)
-            await transaction.park(marker)
-        self._moved(event.offset)
 
     def _moved(self, to: int) -> None:
         before, self.checkpoint = self.checkpoint, to

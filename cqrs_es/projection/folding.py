@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from cqrs_es import errors
 from cqrs_es.ports.views import ViewRow
 from cqrs_es.projector import physical_name
 from cqrs_es.registry import ProjectorDefinition, ViewDefinition
+from cqrs_es.types import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from cqrs_es.messages import Envelope
     from cqrs_es.ports.views import ViewStore, ViewTransaction
     from cqrs_es.registry import AnyView, ProjectionDefinition
+
+
+MAX_VIEW_ID_CHARACTERS: Final = 255
 
 
 class Folding(ABC):
@@ -26,17 +31,33 @@ class Folding(ABC):
         self.key = physical_name(definition.name, generation)
         self.event_classes = definition.event_classes
 
+    @property
     @abstractmethod
+    def tables(self) -> Mapping[str, str | None]:
+        """The tables' names, without the generation, and their columns: None for rows of JSON."""
+
     async def create_tables(self, views: ViewStore) -> None:
         """Create the generation's tables, unless they are there."""
+        for name, columns in self.tables.items():
+            await views.create_table(self._physical(name), columns)
 
-    @abstractmethod
+    async def missing_tables(self, views: ViewStore) -> list[str]:
+        """Return the names of those of the generation's tables that are not there."""
+        tables = [self._physical(name) for name in self.tables]
+        return [table for table in tables if not await views.columns(table)]
+
     async def drop_tables(self, views: ViewStore) -> None:
         """Drop the generation's tables."""
+        for name in self.tables:
+            await views.drop_table(self._physical(name))
 
-    @abstractmethod
     async def publish_tables(self, views: ViewStore) -> None:
-        """Make the view's own names show this generation."""
+        """Make the tables' own names show this generation."""
+        for name in self.tables:
+            await views.publish_table(name, self._physical(name))
+
+    def _physical(self, name: str) -> str:
+        return physical_name(name, self.generation)
 
     @abstractmethod
     async def fold(self, events: Sequence[Envelope[Any]], transaction: ViewTransaction) -> None:
@@ -50,17 +71,10 @@ class ViewFolding(Folding):
         super().__init__(definition, generation)
         self._definition = definition
 
-    async def create_tables(self, views: ViewStore) -> None:
-        """Create the table of rows."""
-        await views.create_table(self.key)
-
-    async def drop_tables(self, views: ViewStore) -> None:
-        """Drop the table of rows."""
-        await views.drop_table(self.key)
-
-    async def publish_tables(self, views: ViewStore) -> None:
-        """Show this generation's rows under the view's name."""
-        await views.publish_table(self.name, self.key)
+    @property
+    def tables(self) -> Mapping[str, str | None]:
+        """The one table of rows, called like the view."""
+        return {self.name: None}
 
     async def fold(self, events: Sequence[Envelope[Any]], transaction: ViewTransaction) -> None:
         """Load every row that the events touch, update them in order, save what changed."""
@@ -122,20 +136,10 @@ class SqlFolding(Folding):
         self._tables = definition.cls.tables
         self._projector = definition.cls(generation)
 
-    async def create_tables(self, views: ViewStore) -> None:
-        """Create the projector's tables."""
-        for name, columns in self._tables.items():
-            await views.create_table(physical_name(name, self.generation), columns)
-
-    async def drop_tables(self, views: ViewStore) -> None:
-        """Drop the projector's tables."""
-        for name in self._tables:
-            await views.drop_table(physical_name(name, self.generation))
-
-    async def publish_tables(self, views: ViewStore) -> None:
-        """Show this generation's tables under their own names."""
-        for name in self._tables:
-            await views.publish_table(name, physical_name(name, self.generation))
+    @property
+    def tables(self) -> Mapping[str, str | None]:
+        """The projector's tables."""
+        return self._tables
 
     async def fold(self, events: Sequence[Envelope[Any]], transaction: ViewTransaction) -> None:
         """Call the projector once with all events."""
@@ -150,8 +154,21 @@ def folding_for(definition: ProjectionDefinition, generation: int) -> Folding:
 
 
 def _view_ids(cls: type[AnyView], event: Envelope[Any]) -> list[str]:
-    """Return the rows an event belongs to, each once."""
+    """Return the rows an event belongs to, each once; raise `ViewFailed` for what is no id."""
     found = cls.view_id(event)
     if found is None:
         return []
-    return [found] if isinstance(found, str) else list(dict.fromkeys(found))
+    view_ids = [found] if isinstance(found, str) else list(dict.fromkeys(found))
+    for view_id in view_ids:
+        _check_view_id(cls, view_id)
+    return view_ids
+
+
+def _check_view_id(cls: type[AnyView], view_id: object) -> None:
+    """Refuse what some store could not hold, or would never list."""
+    if not isinstance(view_id, str) or not 1 <= len(view_id) <= MAX_VIEW_ID_CHARACTERS:
+        most = MAX_VIEW_ID_CHARACTERS
+        message = (
+            f"{cls.__qualname__}.view_id gave {shown(view_id)}, not text of 1 to {most} characters"
+        )
+        raise errors.ViewFailed(message)

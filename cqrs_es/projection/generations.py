@@ -1,7 +1,12 @@
-"""Generations of a view: which one is live, and which one a rebuild is filling (DESIGN §7).
+"""Generations of a view: which is live, which a rebuild fills, and changing that (DESIGN §7).
 
-The table `generations` holds the live number under the view's name and, while
-a rebuild is under way, the number it fills under `$rebuild:<name>`.
+The table `generations` holds the live number under the view's name. Under
+`$rebuild:<name>` it holds the number that a rebuild fills; with a minus, where
+none is under way, the last number that one has filled. No number is filled
+twice: what may be left of a generation that was given up, in whatever order it
+was dropped, is never mistaken for a beginning.
+
+Everything here that changes a number locks the table first.
 """
 
 from __future__ import annotations
@@ -9,23 +14,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from cqrs_es import errors
+from cqrs_es.projection.folding import folding_for
 from cqrs_es.projector import physical_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from cqrs_es.ports.views import ViewStore
+    from cqrs_es.ports.views import ViewStore, ViewTransaction
+    from cqrs_es.projection.folding import Folding
+    from cqrs_es.registry import ProjectionDefinition
 
 FIRST: Final = 1
-_NONE: Final = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Generations:
-    """A view's generations as they stand; `building` is None without a rebuild under way."""
+    """A view's generations as they stand; `building` is None without a rebuild under way.
+
+    `last` is the highest number there has been.
+    """
 
     live: int
     building: int | None
+    last: int
 
 
 async def read_generations(views: ViewStore, name: str) -> Generations:
@@ -35,8 +47,9 @@ async def read_generations(views: ViewStore, name: str) -> Generations:
 
 def generations_of(numbers: Mapping[str, int], name: str) -> Generations:
     """Pick a view's generations out of the whole table."""
-    building = numbers.get(_building_key(name), _NONE)
-    return Generations(numbers.get(name, FIRST), building or None)
+    live = numbers.get(name, FIRST)
+    noted = numbers.get(_building_key(name), 0)
+    return Generations(live, noted if noted > 0 else None, max(live, abs(noted)))
 
 
 def live_name(numbers: Mapping[str, int], name: str) -> str:
@@ -44,10 +57,99 @@ def live_name(numbers: Mapping[str, int], name: str) -> str:
     return physical_name(name, numbers.get(name, FIRST))
 
 
-async def note_building(views: ViewStore, name: str, generation: int | None) -> None:
-    """Write down which generation a rebuild fills, or that there is no rebuild any more."""
-    await views.set_generation(_building_key(name), generation or _NONE)
-
-
 def _building_key(name: str) -> str:
     return f"$rebuild:{name}"
+
+
+# --- Changing them -----------------------------------------------------------
+
+
+async def note_first(views: ViewStore, name: str) -> None:
+    """Write down that a view's first generation is live, unless another is."""
+    async with views.transaction() as transaction:
+        if name not in await transaction.generations():
+            await transaction.set_generation(name, FIRST)
+
+
+async def begin_building(views: ViewStore, name: str) -> int:
+    """Return the number that a rebuild is to fill: that of one under way, else a new one."""
+    async with views.transaction() as transaction:
+        now = generations_of(await transaction.generations(), name)
+        if now.building is None:
+            await transaction.set_generation(_building_key(name), now.last + 1)
+        return now.building or now.last + 1
+
+
+async def make_live(transaction: ViewTransaction, name: str, number: int) -> None:
+    """Make a generation live in a transaction that has locked the table."""
+    now = generations_of(await transaction.generations(), name)
+    await transaction.set_generation(name, number)
+    if now.building == number:
+        await transaction.set_generation(_building_key(name), -now.last)
+
+
+async def give_up(views: ViewStore, name: str) -> int:
+    """End a rebuild under way and forget how far it was; return its number, or `NotFound`."""
+    async with views.transaction() as transaction:
+        now = generations_of(await transaction.generations(), name)
+        if now.building is None:
+            message = f"no rebuild of {name} is under way"
+            raise errors.NotFound(message)
+        await transaction.set_generation(_building_key(name), -now.last)
+        await transaction.forget(physical_name(name, now.building))
+        return now.building
+
+
+async def retire(views: ViewStore, name: str, number: int) -> None:
+    """Forget how far a generation was, so that it can be dropped.
+
+    Raises `ConfigurationError` for one in use, `NotFound` for one that there never was.
+    """
+    async with views.transaction() as transaction:
+        now = generations_of(await transaction.generations(), name)
+        if number in {now.live, now.building}:
+            state = "live" if number == now.live else "being built: `rebuild --abort` ends that"
+            message = f"generation {number} of {name} is {state}; it can't be dropped"
+            raise errors.ConfigurationError(message)
+        if number > now.last:
+            message = f"{name} has no generation {number}; the last one was {now.last}"
+            raise errors.NotFound(message)
+        await transaction.forget(physical_name(name, number))
+
+
+# --- Their tables ------------------------------------------------------------
+
+
+async def make_sure_of_tables(views: ViewStore, folding: Folding) -> None:
+    """Create a generation's tables where nothing was ever written to them.
+
+    Raises `ViewLost` where there are none though the checkpoints say what they
+    held: an empty table would stand for a full one.
+    """
+    held = any((await views.checkpoints(folding.key)).values())
+    missing = await folding.missing_tables(views)
+    if missing and held:
+        raise lost(folding, missing)
+    if missing:
+        await folding.create_tables(views)
+
+
+def lost(folding: Folding, missing: list[str]) -> errors.ViewLost:
+    """Say that tables are gone, and what to do about it."""
+    tables, name = " and ".join(missing), folding.name
+    message = f"the table {tables} of the view {name} is gone: run `cqrs-es rebuild {name}`"
+    return errors.ViewLost(f"{message}, with --abort first where one is under way")
+
+
+async def publish(views: ViewStore, definition: ProjectionDefinition) -> None:
+    """Make a view's own names show its live generation.
+
+    Again where another became live meanwhile: whoever publishes last looks last.
+    """
+    published = None
+    while True:
+        live = (await read_generations(views, definition.name)).live
+        if live == published:
+            return
+        await folding_for(definition, live).publish_tables(views)
+        published = live

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from cqrs_es import errors
 from cqrs_es.ports.store import LoadRequest
+from cqrs_es.projection.writing import NOT_POISON, past_collisions, reason_of, write_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cqrs_es.messages import Envelope, StoredEvent
+    from cqrs_es.messages import StoredEvent
     from cqrs_es.ports.clock import Clock
     from cqrs_es.ports.storage import Storage
-    from cqrs_es.ports.views import ParkedAggregate, ViewTransaction
+    from cqrs_es.ports.views import ParkedAggregate
     from cqrs_es.projection.folding import Folding
     from cqrs_es.registry import Registry
 
@@ -30,11 +31,21 @@ RETRY_CHUNK: Final = 500
 
 
 class ParkingBreaker:
-    """Stops a projector whose parks come too fast; one for each projector and process."""
+    """Stops a projector whose parks come too fast; one for each projector and process.
+
+    What it has stopped stays so until the process is started again, with a view
+    that is mended: trying again it would park as many every minute.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._parks: deque[float] = deque()
+        self._stopped: str | None = None
+
+    def check(self) -> None:
+        """Raise `TooManyParked` if the projector is stopped."""
+        if self._stopped is not None:
+            raise errors.TooManyParked(self._stopped)
 
     def count(self, name: str, exc: Exception) -> None:
         """Count a park about to happen; raise `TooManyParked` when it would be one too many."""
@@ -42,103 +53,93 @@ class ParkingBreaker:
         while self._parks and self._parks[0] <= now - MINUTE:
             self._parks.popleft()
         if len(self._parks) >= MOST_PARKS_PER_MINUTE:
-            message = (
+            self._stopped = (
                 f"{name} failed on events of more than {MOST_PARKS_PER_MINUTE} aggregates within "
-                f"a minute, the last with {type(exc).__name__}: mend the view, then start it again"
+                f"a minute, the last with {reason_of(exc)}: mend the view, then start it again"
             )
-            raise errors.TooManyParked(message) from exc
+            log.error("projector stopped", view=name, error=self._stopped, exc_info=exc)
+            raise errors.TooManyParked(self._stopped) from exc
         self._parks.append(now)
 
 
-async def retry_parked(
-    registry: Registry, storage: Storage, folding: Folding, marker: ParkedAggregate
-) -> bool:
-    """Apply a parked aggregate's events, in order, up to its partition's checkpoint.
+class ParkedRetry:
+    """Applies a parked aggregate's events, in order, up to its partition's checkpoint.
 
-    Works in transactions that hold the checkpoint, so that the projector can't
-    pass meanwhile: the marker goes in the one that has caught up with it, and
-    no event is skipped or applied twice. Returns whether it got there; when an
-    event fails again the marker says so and False is returned.
+    Works in transactions that hold the checkpoint, so that neither the
+    projector nor another retry can pass meanwhile; the marker says how far it
+    is and goes in the one that has caught up. So no event is skipped or applied
+    twice, wherever it is interrupted. `folding` is that of the marker's generation.
     """
-    while True:
-        try:
-            rest = await _apply_chunk(registry, storage, folding, marker)
-        except errors.CqrsError as exc:
-            if isinstance(exc, errors.Unavailable | errors.Conflict | errors.StoreError):
+
+    def __init__(
+        self, registry: Registry, storage: Storage, folding: Folding, marker: ParkedAggregate
+    ) -> None:
+        self._registry = registry
+        self._storage = storage
+        self._folding = folding
+        self._marker = marker
+        self._known: list[StoredEvent] = []
+        self._most = RETRY_CHUNK
+
+    async def run(self) -> bool:
+        """Return whether it got there; when an event fails again the marker says so.
+
+        Raises `Unavailable` while the store is away, and what else is no fault
+        of the event; what was applied until then is kept.
+        """
+        while True:
+            try:
+                if await past_collisions(self._apply_chunk, self._folding.name):
+                    return True
+            except NOT_POISON:
                 raise
-            await _note_failure(storage, marker, exc)
+            except Exception as exc:  # noqa: BLE001 - a view can raise anything
+                if self._most == 1:
+                    await self._note_failure(exc)
+                    return False
+                self._most //= 2  # apply what comes before the event that fails
+            else:
+                self._most = min(2 * self._most, RETRY_CHUNK)
+
+    async def _apply_chunk(self) -> bool:
+        """Apply what fits in one transaction; return whether nothing remains."""
+        key = self._marker.key
+        async with self._storage.views.transaction() as transaction:
+            checkpoint = await transaction.checkpoint(self._folding.key, self._marker.partition)
+            marker = (await transaction.parked(self._folding.key, [key])).get(key)
+            if marker is None:  # another retry has caught up, or the generation is gone
+                return True
+            due = await self._due(marker.from_sequence, checkpoint)
+            chunk = due[: self._most]
+            await write_all(self._registry, self._folding, chunk, transaction)
+            if len(chunk) == len(due):
+                await transaction.unpark(self._folding.key, key)
+                return True
+            await transaction.park(replace(marker, from_sequence=chunk[-1].sequence + 1))
             return False
-        except Exception as exc:  # noqa: BLE001 - a view can raise anything
-            await _note_failure(storage, marker, exc)
-            return False
-        if rest is None:
-            return True
-        marker = rest
 
+    async def _due(self, first: int, checkpoint: int) -> Sequence[StoredEvent]:
+        """Return what the projector has passed over: from one sequence up to the checkpoint.
 
-async def _apply_chunk(
-    registry: Registry, storage: Storage, folding: Folding, marker: ParkedAggregate
-) -> ParkedAggregate | None:
-    """Apply what fits in one transaction; return the marker of what remains, None when done."""
-    async with storage.views.transaction() as transaction:
-        checkpoint = await transaction.checkpoint(folding.key, marker.partition)
-        due = await _events_due(storage, marker, checkpoint)
-        chunk = due[:RETRY_CHUNK]
-        await _fold(registry, folding, chunk, transaction)
-        if len(chunk) == len(due):
-            await transaction.unpark(folding.key, marker.key)
-            return None
-        rest = replace(marker, from_sequence=chunk[-1].sequence + 1)
-        await transaction.park(rest)
-        return rest
+        What was read for an earlier chunk is not read again.
+        """
+        self._known = [event for event in self._known if event.sequence >= first]
+        if len(self._known) <= RETRY_CHUNK:
+            request = LoadRequest(self._marker.key, after=first - 1)
+            (loaded,) = await self._storage.events.load([request])
+            self._known = list(loaded.events)
+        return [event for event in self._known if event.offset <= checkpoint]
 
-
-async def _events_due(
-    storage: Storage, marker: ParkedAggregate, checkpoint: int
-) -> list[StoredEvent]:
-    """Read the events the projector has passed over: from the marker up to the checkpoint."""
-    request = LoadRequest(marker.key, after=marker.from_sequence - 1)
-    (loaded,) = await storage.events.load([request])
-    return [event for event in loaded.events if event.offset <= checkpoint]
-
-
-async def _fold(
-    registry: Registry,
-    folding: Folding,
-    events: Sequence[StoredEvent],
-    transaction: ViewTransaction,
-) -> None:
-    envelopes = relevant(registry, folding, events)
-    if envelopes:
-        await folding.fold(envelopes, transaction)
-
-
-def relevant(
-    registry: Registry, folding: Folding, events: Sequence[StoredEvent]
-) -> list[Envelope[Any]]:
-    """Decode the events that a view folds."""
-    return [
-        envelope
-        for event in events
-        for envelope in registry.envelopes(event)
-        if type(envelope.data) in folding.event_classes
-    ]
-
-
-async def _note_failure(storage: Storage, marker: ParkedAggregate, exc: Exception) -> None:
-    log.warning(
-        "parked aggregate failed again",
-        view=marker.projector,
-        aggregate=str(marker.key),
-        exc_info=exc,
-    )
-    again = replace(marker, attempts=marker.attempts + 1, reason=reason_of(exc))
-    async with storage.views.transaction() as transaction:
-        known = await transaction.parked(marker.projector, [marker.key])
-        if marker.key in known:
-            await transaction.park(again)
-
-
-def reason_of(exc: Exception) -> str:
-    """Say for an operator why an event was not applied."""
-    return f"{type(exc).__name__}: {exc}"[:1000]
+    async def _note_failure(self, exc: Exception) -> None:
+        key = self._marker.key
+        log.warning(
+            "parked aggregate failed again",
+            view=self._folding.name,
+            aggregate=str(key),
+            exc_info=exc,
+        )
+        async with self._storage.views.transaction() as transaction:
+            marker = (await transaction.parked(self._folding.key, [key])).get(key)
+            if marker is not None:
+                again = replace(marker, attempts=marker.attempts + 1, reason=reason_of(exc))
+                await transaction.park(again)

@@ -1,29 +1,34 @@
 """Rebuilding a view beside the live one, and changing between generations (DESIGN §7).
 
 The next generation has tables and checkpoints of its own, so the live one goes
-on untouched. The switch is one row. Whatever instant the process dies at, a
-second `rebuild` goes on where the first stopped: what is filled is told by the
-checkpoints, which generation is filled by the row `$rebuild:<name>`, and
-whether the switch has happened by the live number.
+on untouched. Whatever instant the process dies at, a second `rebuild` goes on
+where the first stopped: what is filled is told by the checkpoints, what is
+being filled and what is live by `generations`. Two at once help each other.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import structlog
 
 from cqrs_es import errors
+from cqrs_es.execution.policy import backoff
 from cqrs_es.projection.applying import READ_LIMIT, Applier
 from cqrs_es.projection.folding import folding_for
 from cqrs_es.projection.generations import (
-    Generations,
-    note_building,
+    begin_building,
+    give_up,
+    make_sure_of_tables,
+    publish,
     read_generations,
+    retire,
 )
+from cqrs_es.projection.switch import Switch, require_building, require_kept
 from cqrs_es.projector import physical_name
 
 if TYPE_CHECKING:
@@ -33,24 +38,43 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("cqrs_es.projection")
 
+T = TypeVar("T")
+
 # Partitions filled side by side.
 PARALLEL: Final = 8
-# Events behind the log at which the switch is made; readers miss these for a
-# moment. Waiting for none would never end while commands keep arriving.
+# Events behind the log at which the switch is tried, which applies what the live
+# generation is ahead. Waiting for none would never end while commands keep arriving.
 CLOSE_ENOUGH: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
 class RebuildProgress:
-    """How much of the log a generation holds; `done` and `total` count events."""
+    """How much of the log a generation holds; `done` and `total` count events.
+
+    `per_second` is how many were applied since this process went to work.
+    """
 
     generation: int
     done: int
     total: int
+    per_second: float
+
+    @property
+    def share(self) -> float:
+        """The part done, from 0 to 1."""
+        return self.done / self.total if self.total else 1.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """How long the rest takes at this rate, None before there is one."""
+        return (self.total - self.done) / self.per_second if self.per_second else None
 
 
 class Rebuild:
-    """Fills another generation of one view from the log, then makes it live."""
+    """Fills another generation of one view from the log, then makes it live.
+
+    While the store is away it waits.
+    """
 
     def __init__(
         self,
@@ -66,6 +90,8 @@ class Rebuild:
         self._on_progress = on_progress
         self._at: dict[int, int] = {}
         self._heads: dict[int, int] = {}
+        self._building = False
+        self._began: tuple[float, int] | None = None
 
     @property
     def _name(self) -> str:
@@ -76,75 +102,80 @@ class Rebuild:
 
         Goes on with a rebuild that was interrupted. Raises `ViewFailed` for an
         event that the view can't apply: nothing is parked, the live generation
-        is untouched, and a later run goes on from there.
+        is untouched, and a later run goes on from there. Raises `NotFound` when
+        somebody gives the rebuild up meanwhile.
         """
-        generations = await read_generations(self._storage.views, self._name)
-        number = await self._next(generations)
-        await self.switch_to(number)
+        number = await self._patiently(lambda: begin_building(self._storage.views, self._name))
+        self._building = True
+        await self._bring_up(number)
         return number
-
-    async def _next(self, generations: Generations) -> int:
-        if generations.building is not None:
-            return generations.building
-        number = generations.live + 1
-        while await self._exists(number):
-            number += 1
-        await note_building(self._storage.views, self._name, number)
-        return number
-
-    async def _exists(self, number: int) -> bool:
-        return bool(await self._storage.views.checkpoints(physical_name(self._name, number)))
 
     async def switch_to(self, number: int) -> None:
-        """Bring a generation up to date and make it live."""
-        folding = folding_for(self._definition, number)
-        await folding.create_tables(self._storage.views)
-        await self._fill(folding, close_enough=CLOSE_ENOUGH)
-        await self._storage.views.set_generation(self._name, number)
-        await folding.publish_tables(self._storage.views)
-        await note_building(self._storage.views, self._name, None)
-        log.info("generation live", view=self._name, generation=number)
-        await self._fill(folding, close_enough=0)
+        """Bring a generation up to date and make it live; raise `NotFound` for one dropped."""
+        now = await read_generations(self._storage.views, self._name)
+        if number not in {now.live, now.building} and not await self._holds_anything(number):
+            message = f"{self._name} has no generation {number}; live is {now.live}"
+            raise errors.NotFound(message)
+        self._building = number == now.building
+        await self._bring_up(number)
+
+    async def _holds_anything(self, number: int) -> bool:
+        key = physical_name(self._name, number)
+        return any((await self._storage.views.checkpoints(key)).values())
 
     async def abort(self) -> int:
         """Give up a rebuild under way and drop what it filled; return the generation's number.
 
         Raises `NotFound` when there is none.
         """
-        generations = await read_generations(self._storage.views, self._name)
-        if generations.building is None:
-            message = f"no rebuild of {self._name} is under way"
-            raise errors.NotFound(message)
-        await self._drop(generations.building)
-        await note_building(self._storage.views, self._name, None)
-        return generations.building
+        number = await give_up(self._storage.views, self._name)
+        await self._drop_tables(number)
+        return number
 
     async def drop(self, number: int) -> None:
-        """Drop a generation that is not live; raise `ConfigurationError` for the live one."""
-        generations = await read_generations(self._storage.views, self._name)
-        if number in {generations.live, generations.building}:
-            state = "live" if number == generations.live else "being built: abort the rebuild"
-            message = f"generation {number} of {self._name} is {state}; it can't be dropped"
-            raise errors.ConfigurationError(message)
-        if not await self._exists(number):
-            message = f"{self._name} has no generation {number} that holds anything"
-            raise errors.NotFound(message)
-        await self._drop(number)
+        """Drop a generation, or what is left of it.
 
-    async def _drop(self, number: int) -> None:
+        Raises `ConfigurationError` for one that is live or being built.
+        """
+        await retire(self._storage.views, self._name, number)
+        await self._drop_tables(number)
+
+    async def _drop_tables(self, number: int) -> None:
+        await publish(self._storage.views, self._definition)  # names must not show what goes
+        await folding_for(self._definition, number).drop_tables(self._storage.views)
+
+    # --- Filling and switching -----------------------------------------------
+
+    async def _bring_up(self, number: int) -> None:
         folding = folding_for(self._definition, number)
-        await folding.drop_tables(self._storage.views)
-        await self._storage.views.forget(folding.key)
+        await self._patiently(lambda: self._until_live(folding))
+        log.info("generation live", view=self._name, generation=number)
+        await self._patiently(lambda: publish(self._storage.views, self._definition))
+        await self._patiently(lambda: self._bridge(folding))
 
-    # --- Filling -------------------------------------------------------------
+    async def _until_live(self, folding: Folding) -> None:
+        await make_sure_of_tables(self._storage.views, folding)
+        switch = Switch(self._registry, self._storage, folding, building=self._building)
+        while True:
+            await self._fill(folding)
+            if await switch.attempt(self._at):
+                return
 
-    async def _fill(self, folding: Folding, *, close_enough: int) -> None:
-        """Apply the log, partitions side by side, until at most so many events remain."""
+    async def _bridge(self, folding: Folding) -> None:
+        """Fill up to the present heads: projectors take a moment to notice the switch."""
+        self._heads = dict(await self._storage.events.heads())
+        try:
+            await self._fill_round(folding)
+        except (errors.ViewFailed, errors.NotFound) as exc:
+            log.warning("left to the projector", view=self._name, error=exc.message)
+
+    async def _fill(self, folding: Folding) -> None:
+        """Apply the log, partitions side by side, until it is close enough."""
         self._at = dict(await self._storage.views.checkpoints(folding.key))
         while True:
             self._heads = dict(await self._storage.events.heads())
             self._report(folding)
-            if sum(self._heads.values()) - sum(self._at.values()) <= close_enough:
+            if sum(self._heads.values()) - sum(self._at.values()) <= CLOSE_ENOUGH:
                 return
             await self._fill_round(folding)
 
@@ -163,20 +194,50 @@ class Rebuild:
         head = self._heads[partition]
         async with limit:
             applier = Applier(self._registry, self._storage, folding, partition)
-            await applier.read_checkpoint()
+            self._at[partition] = await applier.read_checkpoint()  # another rebuild may help
             while applier.checkpoint < head:
-                await self._step(applier, min(head, applier.checkpoint + READ_LIMIT))
+                await self._step(applier, folding, min(head, applier.checkpoint + READ_LIMIT))
                 self._at[partition] = applier.checkpoint
                 self._report(folding)
 
-    @staticmethod
-    async def _step(applier: Applier, to: int) -> None:
+    async def _step(self, applier: Applier, folding: Folding, to: int) -> None:
         try:
             await applier.catch_up(most=to)
         except errors.Conflict:  # another rebuild, or a projector after the switch, was faster
+            await self._require_wanted(folding)
             await applier.read_checkpoint()
+        except (errors.ViewFailed, errors.ViewLost):
+            await self._require_wanted(folding)
+            raise
+
+    async def _require_wanted(self, folding: Folding) -> None:
+        """Raise `NotFound` where somebody has dropped the generation that is being filled."""
+        if self._building:
+            require_building(await read_generations(self._storage.views, self._name), folding)
+        require_kept(folding, self._at, await self._storage.views.checkpoints(folding.key))
+
+    # --- Patience and progress -----------------------------------------------
+
+    async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do work that can be done again, until the store is there for it.
+
+        A locked SQLite file is no server: `StoreLocked` is raised.
+        """
+        failures = 0
+        while True:
+            try:
+                return await work()
+            except errors.StoreLocked:
+                raise
+            except errors.Unavailable as exc:
+                failures += 1
+                log.warning("waiting for the store", view=self._name, error=exc.message)
+                await asyncio.sleep(backoff(failures))
 
     def _report(self, folding: Folding) -> None:
-        if self._on_progress is not None:
-            done, total = sum(self._at.values()), sum(self._heads.values())
-            self._on_progress(RebuildProgress(folding.generation, done, total))
+        if self._on_progress is None:
+            return
+        now, done, total = time.monotonic(), sum(self._at.values()), sum(self._heads.values())
+        began, first = self._began = self._began or (now, done)
+        rate = (done - first) / (now - began) if now > began else 0.0
+        self._on_progress(RebuildProgress(folding.generation, done, total, max(0.0, rate)))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from cqrs_es.cloudevents import from_cloudevent
-from cqrs_es.projection.applying import Applier
+from cqrs_es.projection.applying import READ_LIMIT, Applier
 from cqrs_es.projection.folding import folding_for
-from cqrs_es.projection.generations import read_generations
+from cqrs_es.projection.generations import make_sure_of_tables, publish, read_generations
 from cqrs_es.projection.parking import ParkingBreaker
 from cqrs_es.runtime.waiting import unless, within
 from cqrs_es.telemetry.meter import NO_METER, Meter
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from cqrs_es.ports.broker import Broker, EventFeed, TopicEvent
     from cqrs_es.ports.clock import Clock
     from cqrs_es.ports.storage import Storage
+    from cqrs_es.ports.views import ViewStore
     from cqrs_es.projection.folding import Folding
     from cqrs_es.registry import ProjectionDefinition, Registry
     from cqrs_es.runtime.leases import Assignment
@@ -65,23 +65,31 @@ class ProjectorLoop:
         Either way everything received is applied or will be received again.
         """
         partition = assignment.lease.partition
-        folding = await self._live_folding()
+        self._breaker.check()
+        folding = await self._live_folding(partition)
         applier = self._applier(folding, assignment)
         assignment.position = await applier.read_checkpoint()
-        await applier.catch_up()
+        live = _Live(self._storage.views, folding, self._clock)
+        await self._catch_up(applier, live, assignment)
         feed = await self._broker.subscribe({partition: applier.checkpoint})
         try:
             assignment.went_well()
-            await self._follow(feed, applier, folding.generation, assignment.stopping)
+            await self._follow(feed, applier, live, assignment)
         finally:
             await feed.close()
 
-    async def _live_folding(self) -> Folding:
-        """Return the live generation, its tables made sure of: a switch may have been cut short."""
+    async def _live_folding(self, partition: int) -> Folding:
+        """Return the live generation, its tables made sure of.
+
+        Whoever has the first partition also sees to the names: a switch may
+        have been cut short before it did.
+        """
         views = self._storage.views
         generations = await read_generations(views, self._definition.name)
         folding = folding_for(self._definition, generations.live)
-        await folding.create_tables(views)
+        await make_sure_of_tables(views, folding)
+        if partition == 0:
+            await publish(views, self._definition)
         return folding
 
     def _applier(self, folding: Folding, assignment: Assignment) -> Applier:
@@ -108,23 +116,44 @@ class ProjectorLoop:
         )
 
     async def _follow(
-        self, feed: EventFeed, applier: Applier, generation: int, stopping: asyncio.Event
+        self, feed: EventFeed, applier: Applier, live: _Live, assignment: Assignment
     ) -> None:
         epoch = (await self._storage.info()).log_epoch
-        looked_at = self._clock.monotonic()
-        while not stopping.is_set():
+        stopping = assignment.stopping
+        while not stopping.is_set() and await live.still():
             arrived = await unless(stopping, within(QUIET_SECONDS, feed.receive(BATCH)))
-            if arrived is None:
-                await applier.catch_up()
-            else:
-                await applier.offer(_of_epoch(arrived, epoch))
-            if self._clock.monotonic() - looked_at >= GENERATION_SECONDS:
-                looked_at = self._clock.monotonic()
-                if (await self._live_generation()) != generation:
-                    return
+            events = _of_epoch(arrived or (), epoch)
+            gap = not events or events[0].offset > applier.checkpoint + 1
+            if gap and not await self._catch_up(applier, live, assignment):
+                return
+            await applier.offer(events)
 
-    async def _live_generation(self) -> int:
-        return (await read_generations(self._storage.views, self._definition.name)).live
+    @staticmethod
+    async def _catch_up(applier: Applier, live: _Live, assignment: Assignment) -> bool:
+        """Apply what the store holds, however much that is; False where told to stop before."""
+        while not assignment.stopping.is_set() and await live.still():
+            if not await applier.catch_up(most=applier.checkpoint + READ_LIMIT):
+                return True
+        return False
+
+
+class _Live:
+    """Whether a generation is still the live one: looked up now and then."""
+
+    def __init__(self, views: ViewStore, folding: Folding, clock: Clock) -> None:
+        self._views = views
+        self._folding = folding
+        self._clock = clock
+        self._looked_at = clock.monotonic()
+        self._still = True
+
+    async def still(self) -> bool:
+        now = self._clock.monotonic()
+        if self._still and now - self._looked_at >= GENERATION_SECONDS:
+            self._looked_at = now
+            live = (await read_generations(self._views, self._folding.name)).live
+            self._still = live == self._folding.generation
+        return self._still
 
 
 def _of_epoch(arrived: Sequence[TopicEvent], epoch: str) -> list[StoredEvent]:

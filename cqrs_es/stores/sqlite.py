@@ -59,7 +59,7 @@ SQLITE: Final = Dialect(
     for_update="",  # a transaction holds the only write lock from its beginning
     to_time=utc_text,
     outcome_status="json_extract(outcome, '$.status')",
-    list_columns="SELECT name FROM pragma_table_info(?)",
+    list_columns="SELECT name FROM pragma_table_info(?) ORDER BY cid",
     list_indexes="SELECT name FROM sqlite_master WHERE type = 'index' AND tbl_name = ?",
 )
 

@@ -56,6 +56,7 @@ async def write_everything(transaction: ViewTransaction) -> None:
     await transaction.delete(TABLE, ["doomed"])
     await transaction.park(MARKER)
     await transaction.execute(f"INSERT INTO {OWN_TABLE} VALUES (?, ?)", ("new", 1))
+    await transaction.set_generation("ledger", 2)
 
 
 async def save_something(storage: Storage) -> None:
@@ -70,6 +71,7 @@ async def assert_untouched(storage: Storage) -> None:
     found = await storage.views.page(TABLE)
     assert [(r.view_id, r.version) for r in found] == [("doomed", 1), ("kept", 1)]
     assert await storage.views.list_parked() == []
+    assert await storage.views.generations() == {}
     assert await storage.views.query(f"SELECT name FROM {OWN_TABLE}") == []
 
 
@@ -360,6 +362,24 @@ async def test_g7_racing_for_a_new_row(database: Database, storage: Storage) -> 
     stored = await storage.views.get(TABLE, "1")
     assert stored is not None
     assert stored.version == 6
+
+
+async def test_generations_are_locked(database: Database, storage: Storage) -> None:
+    """Who has read which generations are live may change that before anybody else reads it."""
+    storages = [storage, await database.open()]
+    async with storage.views.transaction() as transaction:
+        await transaction.set_generation("ledger", 1)
+
+    async def step(nth: int) -> None:
+        async with storages[nth % 2].views.transaction() as transaction:
+            live = (await transaction.generations())["ledger"]
+            await asyncio.sleep(0)
+            await transaction.set_generation("ledger", live + 1)
+
+    async with asyncio.TaskGroup() as group:
+        for nth in range(20):
+            group.create_task(step(nth))
+    assert await storage.views.generations() == {"ledger": 21}
 
 
 # --- Markers -----------------------------------------------------------------

@@ -96,6 +96,16 @@ async def test_dropping_a_table_twice(storage: Storage) -> None:
     assert await storage.views.page(TABLE) == []
 
 
+async def test_columns_of_a_table(storage: Storage) -> None:
+    """A table's columns are named in their order; a table that is not there has none."""
+    assert await storage.views.columns(TABLE) == ["view_id", "version", "payload"]
+    await storage.views.create_table(
+        "own__1", "z INT, a DECIMAL(10, 2), CHECK ((a > 0) AND (z > 0)), PRIMARY KEY (z)"
+    )
+    assert await storage.views.columns("own__1") == ["z", "a"]
+    assert await storage.views.columns("nothing__1") == []
+
+
 async def test_table_with_a_reserved_name(storage: Storage) -> None:
     """A view may be called like a word of SQL."""
     for name in ("order", "select__1", "Group"):
@@ -199,9 +209,13 @@ async def test_query_that_is_wrong(storage: Storage) -> None:
 async def test_generations(storage: Storage) -> None:
     """The live generation of a view is set and replaced; each view has its own."""
     assert await storage.views.generations() == {}
-    await storage.views.set_generation("ledger", 1)
-    await storage.views.set_generation("bank_totals", 4)
-    await storage.views.set_generation("ledger", 2)
+    async with storage.views.transaction() as transaction:
+        assert await transaction.generations() == {}
+        await transaction.set_generation("ledger", 1)
+        await transaction.set_generation("bank_totals", 4)
+    async with storage.views.transaction() as transaction:
+        await transaction.set_generation("ledger", 2)
+        assert await transaction.generations() == {"ledger": 2, "bank_totals": 4}
     assert await storage.views.generations() == {"ledger": 2, "bank_totals": 4}
 
 
@@ -241,8 +255,9 @@ async def test_forgetting_a_projector(storage: Storage) -> None:
             await transaction.advance(name, 0, 0, 5)
         await transaction.park(marker("ledger__1", account()))
         await transaction.park(kept)
-    await storage.views.forget("ledger__1")
-    await storage.views.forget("ledger__1")
+    for _ in range(2):
+        async with storage.views.transaction() as transaction:
+            await transaction.forget("ledger__1")
     assert await storage.views.checkpoints("ledger__1") == {}
     assert await storage.views.checkpoints("totals__1") == {0: 5}
     assert await storage.views.list_parked() == [kept]

@@ -29,7 +29,8 @@ async def test_two_stores_share_nothing() -> None:
     for storage in (first, second):
         await storage.initialise(4)
     await commit(first, one(account(), 0, 1))
-    await first.views.set_generation("ledger", 2)
+    async with first.views.transaction() as transaction:
+        await transaction.set_generation("ledger", 2)
     assert await stream(second, account()) == []
     assert await second.views.generations() == {}
     assert (await first.info()).log_epoch != (await second.info()).log_epoch

@@ -55,7 +55,8 @@ class MemoryStorage(Storage):
             self._log.create_partitions(partitions)
         _check(self._info, partitions)
         if new_epoch:
-            await self.views.forget(RELAY_MARK)
+            async with self.views.transaction() as transaction:
+                await transaction.forget(RELAY_MARK)
             self._info = _new_info(partitions)
         return self._info
 

@@ -41,6 +41,7 @@ _SCHEMA = (
         log_partition INTEGER, reason TEXT, attempts INTEGER,
         PRIMARY KEY (projector, aggregate_type, aggregate_id))""",
 )
+_COLUMNS = "SELECT name FROM pragma_table_info(?) ORDER BY cid"
 _VIEW_COLUMNS = "view_id TEXT PRIMARY KEY, version INTEGER NOT NULL, payload TEXT NOT NULL"
 
 
@@ -84,6 +85,11 @@ class MemoryViews(ViewStore):
                 f"CREATE TABLE IF NOT EXISTS {_quoted(table)} ({columns or _VIEW_COLUMNS})"
             )
 
+    async def columns(self, table: str) -> list[str]:
+        """Return the names of a table's columns, in order; none where there is no such table."""
+        async with self._alone() as database:
+            return [name for (name,) in database.rows(_COLUMNS, table)]
+
     async def drop_table(self, table: str) -> None:
         """Drop a table if it is there."""
         async with self._alone() as database:
@@ -118,21 +124,10 @@ class MemoryViews(ViewStore):
         async with self._alone() as database:
             return dict(database.rows(sql, projector))
 
-    async def forget(self, projector: str) -> None:
-        """Delete a projector's checkpoints and parked markers."""
-        async with self.transaction() as transaction:
-            await transaction.execute("DELETE FROM checkpoints WHERE projector = ?", (projector,))
-            await transaction.execute("DELETE FROM parked WHERE projector = ?", (projector,))
-
     async def generations(self) -> Mapping[str, int]:
         """Return the live generation of each view and projector."""
         async with self._alone() as database:
-            return dict(database.rows("SELECT projector, live FROM generations"))
-
-    async def set_generation(self, projector: str, live: int) -> None:
-        """Make a generation live."""
-        async with self._alone() as database:
-            database.run("INSERT OR REPLACE INTO generations VALUES (?, ?)", projector, live)
+            return database.generations()
 
     async def list_parked(self, projector: str | None = None) -> list[ParkedAggregate]:
         """Return the markers there are, by projector and aggregate."""
@@ -227,6 +222,16 @@ class _MemoryTransaction(ViewTransaction):
             key.id,
         )
 
+    async def forget(self, projector: str) -> None:
+        self._database.run("DELETE FROM checkpoints WHERE projector = ?", projector)
+        self._database.run("DELETE FROM parked WHERE projector = ?", projector)
+
+    async def generations(self) -> dict[str, int]:
+        return self._database.generations()
+
+    async def set_generation(self, projector: str, live: int) -> None:
+        self._database.run("INSERT OR REPLACE INTO generations VALUES (?, ?)", projector, live)
+
 
 class _Database:
     """SQLite in this process: no call waits for anything, so none can be cancelled half-way."""
@@ -266,6 +271,10 @@ class _Database:
         sql = f"SELECT view_id, version, payload FROM {_quoted(table)} WHERE {condition}"
         rows = self.rows(sql, *parameters)
         return [ViewRow(view_id, version, payload.encode()) for view_id, version, payload in rows]
+
+    def generations(self) -> dict[str, int]:
+        """Read which generations are live."""
+        return dict(self.rows("SELECT projector, live FROM generations"))
 
     def parked(self, projector: str | None) -> list[ParkedAggregate]:
         """Read the markers of one projector, or of all."""

@@ -58,7 +58,7 @@ MARIADB: Final = Dialect(
     replace_view=("CREATE OR REPLACE VIEW {name} AS SELECT * FROM {table}",),
     list_columns="""
         SELECT column_name FROM information_schema.columns
-        WHERE table_schema = DATABASE() AND table_name = ?""",
+        WHERE table_schema = DATABASE() AND table_name = ? ORDER BY ordinal_position""",
     list_indexes="""
         SELECT DISTINCT index_name FROM information_schema.statistics
         WHERE table_schema = DATABASE() AND table_name = ?""",

@@ -42,7 +42,7 @@ POSTGRES: Final = Dialect(
     replace_view=("DROP VIEW IF EXISTS {name}; CREATE VIEW {name} AS SELECT * FROM {table}",),
     list_columns="""
         SELECT column_name FROM information_schema.columns
-        WHERE table_schema = current_schema() AND table_name = ?""",
+        WHERE table_schema = current_schema() AND table_name = ? ORDER BY ordinal_position""",
     list_indexes="""
         SELECT indexname FROM pg_indexes
         WHERE schemaname = current_schema() AND tablename = ?""",

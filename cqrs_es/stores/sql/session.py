@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from cqrs_es import errors
+from cqrs_es.errors import RolledBack as RolledBack  # what drivers raise, beside DuplicateKey
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
@@ -23,10 +24,6 @@ MAX_TRIES: Final = 8
 PAUSE_SECONDS: Final = 0.01
 CHUNK: Final = 500
 """How many ids or rows go into one statement: enough to amortise it, far from any limit."""
-
-
-class RolledBack(errors.StoreUnavailable):
-    """The database rolled the transaction back (a deadlock, a lock's timeout); try it again."""
 
 
 class DuplicateKey(errors.StoreError):

@@ -48,6 +48,13 @@ class SqlViews(ViewStore):
         async with self._database.migration() as session:
             await CreateTable(table, columns or VIEW_COLUMNS).apply(session)
 
+    async def columns(self, table: str) -> list[str]:
+        """Return the names of a table's columns, in order; none where there is no such table."""
+        rows = await self._database.read(
+            lambda session: session.fetch(session.dialect.list_columns, (table,))
+        )
+        return [name for (name,) in rows]
+
     async def drop_table(self, table: str) -> None:
         """Drop a table if it is there."""
         async with self._database.migration() as session:
@@ -85,24 +92,9 @@ class SqlViews(ViewStore):
         """Return a projector's checkpoints by partition."""
         return await self._database.read(lambda session: checkpoints.all_of(session, projector))
 
-    async def forget(self, projector: str) -> None:
-        """Delete a projector's checkpoints and parked markers."""
-
-        async def work(session: Session) -> None:
-            await checkpoints.forget(session, projector)
-            await session.execute(_FORGET_MARKERS, (projector,))
-
-        await self._database.run(work)
-
     async def generations(self) -> Mapping[str, int]:
         """Return the live generation of each view and projector."""
         return dict(await self._database.read(lambda session: session.fetch(_GENERATIONS)))
-
-    async def set_generation(self, projector: str, live: int) -> None:
-        """Make a generation live; one row, so it happens or does not."""
-        await self._database.run(
-            lambda session: session.write(session.dialect.upsert(GENERATIONS), [(projector, live)])
-        )
 
     async def list_parked(self, projector: str | None = None) -> list[ParkedAggregate]:
         """Return the markers there are, of one projector or of all."""
@@ -173,6 +165,17 @@ class _SqlTransaction(ViewTransaction):
 
     async def unpark(self, projector: str, key: AggregateKey) -> None:
         await self._session.execute(_UNPARK, (projector, key.type, key.id))
+
+    async def forget(self, projector: str) -> None:
+        await checkpoints.forget(self._session, projector)
+        await self._session.execute(_FORGET_MARKERS, (projector,))
+
+    async def generations(self) -> dict[str, int]:
+        return dict(await self._session.fetch(_GENERATIONS, lock=True))
+
+    async def set_generation(self, projector: str, live: int) -> None:
+        statement = self._session.dialect.upsert(GENERATIONS)
+        await self._session.write(statement, [(projector, live)])
 
     async def _versions(self, table: str, rows: Sequence[ViewRow]) -> dict[str, int]:
         name = self._session.dialect.quoted(table)

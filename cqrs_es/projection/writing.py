@@ -1,0 +1,93 @@
+"""Writing events to a generation of a view, within a transaction, and what may go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import structlog
+
+from cqrs_es import errors
+from cqrs_es.execution.policy import backoff
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from cqrs_es.messages import Envelope, StoredEvent
+    from cqrs_es.ports.views import ViewTransaction
+    from cqrs_es.projection.folding import Folding
+    from cqrs_es.registry import Registry
+
+log = structlog.get_logger("cqrs_es.projection")
+
+T = TypeVar("T")
+
+# A batch collides once for each row that another partition inserts first: rarely more than one.
+MOST_COLLISIONS: Final = 5
+# Not the event's fault: the store's, another process's, or the deployment's.
+NOT_POISON: Final = (
+    errors.Unavailable,
+    errors.Conflict,
+    errors.StoreUnusable,
+    errors.UnknownEvent,
+)
+
+
+async def write(
+    registry: Registry,
+    folding: Folding,
+    events: Sequence[StoredEvent],
+    transaction: ViewTransaction,
+) -> None:
+    """Write what events mean to a view, but for those of parked aggregates."""
+    parked = await transaction.parked(folding.key, {event.key for event in events})
+    await write_all(
+        registry, folding, [event for event in events if event.key not in parked], transaction
+    )
+
+
+async def write_all(
+    registry: Registry,
+    folding: Folding,
+    events: Sequence[StoredEvent],
+    transaction: ViewTransaction,
+) -> None:
+    """Write what events mean to a view; raises whatever the author's code raises."""
+    envelopes = _relevant(registry, folding, events)
+    if envelopes:
+        await folding.fold(envelopes, transaction)
+
+
+def _relevant(
+    registry: Registry, folding: Folding, events: Sequence[StoredEvent]
+) -> list[Envelope[Any]]:
+    """Decode the events that a view folds."""
+    return [
+        envelope
+        for event in events
+        for envelope in registry.envelopes(event)
+        if type(envelope.data) in folding.event_classes
+    ]
+
+
+async def past_collisions(work: Callable[[], Awaitable[T]], view: str) -> T:
+    """Do a transaction's work; again where a row or a lock stood in its way, a few times.
+
+    Views and projectors look for a row and insert it where there is none:
+    another partition may do the same in between. The next try finds its row.
+    """
+    for _ in range(MOST_COLLISIONS):
+        try:
+            return await work()
+        except (errors.CheckpointMoved, errors.StoreUnusable):
+            raise
+        except (errors.Conflict, errors.StoreError, errors.RolledBack) as exc:
+            log.debug("projection refused", view=view, error=exc.message)
+            if isinstance(exc, errors.RolledBack):  # they met once, let them not meet again
+                await asyncio.sleep(backoff(1))
+    return await work()
+
+
+def reason_of(exc: Exception) -> str:
+    """Say for an operator why an event was not applied."""
+    return f"{type(exc).__name__}: {exc}"[:1000]
