@@ -106,22 +106,20 @@ def _accepts(port: int) -> bool:
 # --- MariaDB -----------------------------------------------------------------
 
 
-def start_mariadb(folder: Path) -> Server:
-    """Start a MariaDB of our own; its user is root, without a password."""
+def start_mariadb(folder: Path, *, port: int | None = None) -> Server:
+    """Start a MariaDB of our own, again with what it has on disk; its user is root, no password."""
     daemon, installer = installed("mariadbd"), installed("mariadb-install-db")
-    data, port = folder / "data", free_port()
-    subprocess.run(
-        [
-            installer,
-            "--no-defaults",
-            "--user=root",
-            f"--datadir={data}",
-            "--auth-root-authentication-method=normal",
-            "--skip-test-db",
-        ],
-        check=True,
-        capture_output=True,
-    )
+    data, port = folder / "data", port or free_port()
+    install = [
+        installer,
+        "--no-defaults",
+        "--user=root",
+        f"--datadir={data}",
+        "--auth-root-authentication-method=normal",
+        "--skip-test-db",
+    ]
+    if not data.exists():
+        subprocess.run(install, check=True, capture_output=True)
     command = [
         daemon,
         f"--defaults-file={CONFIG / 'mysql.cnf'}",
