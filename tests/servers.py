@@ -33,6 +33,12 @@ class Server:
 
     process: subprocess.Popen[bytes]
     port: int
+    command: Sequence[str] = ()
+
+    def kill(self) -> None:
+        """End the process as a power cut would."""
+        self.process.kill()
+        self.process.wait(STOP_SECONDS)
 
     def stop(self) -> None:
         """End the process; kill it when it takes too long."""
@@ -77,13 +83,18 @@ def launch(
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, user=user
         )
-    server = Server(process, port)
+    server = Server(process, port, command)
     try:
         _await_port(server, log)
     except BaseException:
         server.stop()
         raise
     return server
+
+
+def start_again(server: Server, log: Path) -> Server:
+    """Start a server that has ended again, on its port, with what it has on disk."""
+    return launch(server.command, server.port, log)
 
 
 def _await_port(server: Server, log: Path) -> None:

@@ -41,6 +41,7 @@ class Probes:
         roles: Collection[str] | None,
         stopping: asyncio.Event,
     ) -> None:
+        self._roles = sorted(roles or known_roles(app.registry))
         self._info = (version(), settings.service or app.service, settings.app or "")
         self._supervisor: Supervisor | None = None
         self._sampler: Sampler | None = None
@@ -49,7 +50,7 @@ class Probes:
         self.meter: Meter = NO_METER
         self._wanted = settings.health_port is not None
         if self._wanted:
-            self._measure(Metrics(app.registry, roles=roles or known_roles(app.registry)))
+            self._measure(Metrics(app.registry, roles=self._roles))
 
     def _measure(self, metrics: Metrics) -> None:
         try:
@@ -71,9 +72,9 @@ class Probes:
     def _readings(self) -> Iterator[Reading]:
         yield Reading(catalogue.INFO, 1.0, self._info)
         yield Reading(catalogue.READY, float(not self.health.reasons()))
-        if self._supervisor is not None:
-            for role, held in self._supervisor.held.items():
-                yield Reading(catalogue.PARTITIONS_HELD, len(held), (role,))
+        held = {} if self._supervisor is None else self._supervisor.held
+        for role in self._roles:
+            yield Reading(catalogue.PARTITIONS_HELD, len(held.get(role, ())), (role,))
         if self._sampler is not None:
             yield from self._sampler.readings
 

@@ -86,7 +86,7 @@ async def test_batches_and_their_phases(running: Measured) -> None:
     for number in range(20):
         await running.send("Add", aggregate_id=f"A{number}", reply_to="me")
     await running.shows("batch_commands_sum", value=20)
-    await running.shows("commands_total", "counter", "Add", "accepted", value=20)
+    await running.samples({("queue_commands", "0"): 0})
     found = running.read()
     assert 1 <= found["batch_commands_count",] <= 20
     for phase in ("lookup", "load", "append", "reply", "settle"):
