@@ -19,6 +19,7 @@ from cqrs_es.types import new_command_id
 
 if TYPE_CHECKING:
     from cqrs_es.application import Application
+    from cqrs_es.ports.broker import Topology
     from cqrs_es.ports.storage import Storage
     from cqrs_es.registry import AggregateDefinition
     from cqrs_es.settings import Settings
@@ -118,5 +119,16 @@ class _Checks:
         broker = make_broker(self._settings, self._service)
         self._stack.push_async_callback(broker.close)
         await broker.open()
+        await self._compare(await broker.topology(), durable=broker.durable)
         waiting = sum((await broker.queue_depth()).values())
         return f"{masked(self._settings.broker_url)} answers; {waiting} commands wait"
+
+    async def _compare(self, topology: Topology | None, *, durable: bool) -> None:
+        """Make sure that a server has the queues of as many partitions as the store."""
+        if self._storage is None or not durable:
+            return
+        wanted = (await self._storage.info()).partitions
+        found = 0 if topology is None else topology.partitions
+        if found != wanted:
+            message = f"the broker has {found} of {wanted} partitions: run `cqrs-es init`"
+            raise errors.ConfigurationError(message)

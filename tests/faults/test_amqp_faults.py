@@ -403,6 +403,41 @@ async def test_a_server_that_never_answers_is_given_up() -> None:
         await broker.close()
 
 
+@pytest.fixture
+def strict_rabbitmq(rabbitmq: RabbitServer) -> Iterator[RabbitServer]:
+    """Have the server end new channels that hold a message for a second."""
+
+    def limit(timeout: int, looks_every: int) -> None:
+        for name, milliseconds in (
+            ("consumer_timeout", timeout),
+            ("channel_tick_interval", looks_every),
+        ):
+            rabbitmq.control("eval", f"application:set_env(rabbit, {name}, {milliseconds}).")
+
+    limit(1_000, 200)
+    yield rabbitmq
+    limit(10_800_000, 60_000)
+
+
+async def test_a_command_held_for_too_long_goes_back(
+    strict_rabbitmq: RabbitServer, service: str
+) -> None:
+    """The server ends the intake by its own limit, says so, and delivers it again, in order."""
+    broker = _broker(strict_rabbitmq.port, service)
+    await broker.open()
+    await broker.declare(PARTITIONS, EPOCH)
+    await send(broker, 1, 2, 3)
+    intake = await broker.open_intake(0, "a")
+    held = await take(intake, 3)
+    async with asyncio.timeout(SERVER_SECONDS):
+        assert "consumer_timeout" in await _raises_unavailable(intake.receive(1))
+    assert "consumer_timeout" in await _raises_unavailable(intake.settle(held))
+    again = await take(await broker.open_intake(0, "a"), 3)
+    assert bodies(again) == ["1", "2", "3"]
+    assert all(delivery.redelivered for delivery in again)
+    await broker.close()
+
+
 # --- TLS ---------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import orjson
@@ -17,6 +18,7 @@ from cqrs_es.ports.broker import OutgoingCommand
 from cqrs_es.settings import Settings
 from cqrs_es.testing import TestApp
 from cqrs_es.types import new_command_id, partition_of
+from tests.command_line import cqrs_es
 from tests.contract.brokers import RabbitMqServer
 from tests.proxy import proxy_to
 from tests.samples import Add, Counter, Refuse, Totals, counting_app
@@ -79,6 +81,32 @@ async def test_what_the_broker_gives_up_comes_home(server: RabbitMqServer) -> No
     assert dead is not None
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(dead.receive(1), 0.2)
+
+
+def test_a_lost_queue_is_found(server: RabbitMqServer, sqlite_url: str) -> None:
+    """`check` says that queues are missing, and what declares them; so does a client."""
+    verb = partial(
+        cqrs_es,
+        CQRS_ES_APP="worker.app:app",
+        CQRS_ES_SERVICE=server.service,
+        CQRS_ES_STORE_URL=sqlite_url,
+        CQRS_ES_BROKER_URL=server.url,
+        CQRS_ES_PARTITIONS=str(PARTITIONS),
+    )
+    verb("init")
+    assert verb("check").code == 0
+    with server.channel() as channel:
+        channel.queue_delete(server.names.queue(PARTITIONS - 1))
+    check = verb("check", "--json")
+    assert check.code == 2
+    assert "the broker has 3 of 4 partitions: run `cqrs-es init`" in check.out
+    with server.channel() as channel:
+        channel.queue_delete(server.names.queue(1))
+    check = verb("check", "--json")
+    assert check.code == 3
+    assert f"lost the queue {server.names.queue(1)}" in check.out
+    verb("init")
+    assert verb("check").code == 0
 
 
 # --- With connections that are cut again and again -----------------------------
