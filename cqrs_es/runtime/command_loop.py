@@ -45,6 +45,9 @@ MOST_ATTEMPTS: Final = 2
 # So many at most are to be tried one by one after the second death; more would
 # recover faster from a death that none of them is to blame for.
 SUSPECTS_TOGETHER: Final = 64
+# Bytes of messages of one partition in hand, beside the number of commands: a queue of large
+# ones must not become the process's memory.
+MOST_BYTES_IN_HAND: Final = 16 * 1024 * 1024
 # After so long without an error an intake is as good as one that had something to do.
 CALM_SECONDS: Final = 1.0
 PRUNE_CHUNK: Final = 1000
@@ -174,6 +177,7 @@ class _Consumer:
         self._intake = intake
         self._assignment = assignment
         assignment.in_hand = 0
+        self._bytes_in_hand = 0
         self._done: deque[_InHand] = deque()
         self._something_done = asyncio.Event()
         self._some_settled = asyncio.Condition()
@@ -192,10 +196,17 @@ class _Consumer:
                     await self._take(some)
 
     async def _room(self) -> int:
-        most = self._worker.most_in_hand
         async with self._some_settled:
-            await self._some_settled.wait_for(lambda: self._assignment.in_hand < most)
-        return most - self._assignment.in_hand
+            await self._some_settled.wait_for(self._has_room)
+        return self._worker.most_in_hand - self._assignment.in_hand
+
+    def _has_room(self) -> bool:
+        few = self._assignment.in_hand < self._worker.most_in_hand
+        return few and self._bytes_in_hand < MOST_BYTES_IN_HAND
+
+    def _hold(self, in_hand: _InHand) -> None:
+        self._assignment.in_hand += 1
+        self._bytes_in_hand += len(in_hand.delivery.body)
 
     async def _take(self, deliveries: Iterable[Delivery]) -> None:
         for delivery in deliveries:
@@ -211,8 +222,9 @@ class _Consumer:
             return wire.parse_command(delivery.body, self._worker.max_message_bytes)
         except errors.InvalidMessage as exc:
             await self._worker.bury(delivery, exc.message)
-            self._assignment.in_hand += 1
-            self._note_done(_InHand(delivery))
+            buried = _InHand(delivery)
+            self._hold(buried)
+            self._note_done(buried)
             return None
 
     async def _take_again(self, deliveries: Sequence[Delivery]) -> None:
@@ -260,7 +272,7 @@ class _Consumer:
             condemned = f"the process died at {attempts} attempts to handle the command"
         answer = self._worker.executor.submit(message, attempts=attempts, condemned=condemned)
         in_hand = _InHand(delivery, message, answer, attempted=attempts > 0)
-        self._assignment.in_hand += 1
+        self._hold(in_hand)
         answer.add_done_callback(lambda _: self._note_done(in_hand))
         return answer
 
@@ -287,6 +299,7 @@ class _Consumer:
             self._assignment.reached((self._assignment.position or 0) + len(done))
             async with self._some_settled:
                 self._assignment.in_hand -= len(done)
+                self._bytes_in_hand -= sum(len(item.delivery.body) for item in done)
                 self._some_settled.notify_all()
 
     async def drain(self) -> None:

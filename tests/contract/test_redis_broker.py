@@ -197,6 +197,19 @@ async def test_a_flushed_topic_is_filled_again(server: AnyRedisServer, broker: B
     assert await server.raw.hget("bank:meta", "partitions") == b"4"
 
 
+async def test_a_read_is_bounded_in_bytes(broker: Broker) -> None:
+    """However many commands there is room for: large ones come a few at a time, all in order."""
+    intake = await broker.open_intake(0, "a")
+    large = [f"{n:03}" + "x" * 100_000 for n in range(250)]
+    await send(broker, *large)
+    first = await intake.receive(2_000)
+    assert len(first) == 100  # what one step of a read takes; the next would be over 4 MiB
+    rest = await take(intake, 150)
+    assert bodies([*first, *rest]) == large
+    again = await broker.open_intake(0, "b")
+    assert bodies(await take(again, 250)) == large
+
+
 async def test_what_meta_lost_is_restored(server: AnyRedisServer, broker: Broker) -> None:
     """What it still has stays: another epoch is not for a relay to end."""
     await server.raw.hset("bank:meta", "logepoch", "another")

@@ -13,12 +13,13 @@ from cqrs_es import errors
 from cqrs_es.brokers import broker_for
 from cqrs_es.messages import Status
 from cqrs_es.ports.broker import OutgoingCommand
+from cqrs_es.runtime import command_loop
 from cqrs_es.stores import storage_for
 from cqrs_es.testing import FakeClock, TestApp
 from cqrs_es.types import AggregateKey, new_command_id
 from tests.contract.building import accepted, chain, commit, event
 from tests.faulty import FaultyStorage
-from tests.samples import Add, Counter, counting_app
+from tests.samples import Add, Counter, Services, counting_app
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
@@ -186,3 +187,28 @@ async def test_replies_that_fail_hold_up_nothing(
     await t.enqueue(*(added(n, reply_to=t.reply_to) for n in range(5)))
     await t.drain()
     assert len(await t.events(Counter, "A")) == 5
+
+
+async def test_large_messages_stay_in_the_queue(
+    storage: FaultyStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a worker has in hand is bounded in bytes: a flood must not become its memory."""
+    monkeypatch.setattr(command_loop, "MOST_BYTES_IN_HAND", 1_000)
+    called, released = asyncio.Event(), asyncio.Event()
+
+    async def wait() -> None:
+        called.set()
+        await released.wait()
+
+    app = counting_app(Services({"wait": wait}))
+    async with TestApp(app, storage=storage) as t:
+        payload = {"name": "wait", "n": 1}
+        await t.enqueue(added(1, type="AddAfterCall", payload=payload, note="x" * 1_000))
+        await called.wait()
+        await t.enqueue(*(added(n) for n in range(5)))
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert t.opened.process.executor.in_hand == 1
+        released.set()
+        await t.drain()
+        assert len(await t.events(Counter, "A")) == 6

@@ -40,11 +40,12 @@ end
 return last
 """
 
-# KEYS: the stream. ARGV: the owner, the last entry it was handed, how many it wants.
-# Returns entries, or nil when another has taken over. Pending entries above the last
-# one are those of a read whose answer was lost; they come before new ones.
+# KEYS: the stream. ARGV: the owner, the last entry it was handed, how many it wants, and
+# about how many bytes. Returns entries, or nil when another has taken over. Pending entries
+# above the last one are those of a read whose answer was lost; they come before new ones.
 _READ = """
-local stream, owner, after, count = KEYS[1], ARGV[1], ARGV[2], ARGV[3]
+local stream, owner, after = KEYS[1], ARGV[1], ARGV[2]
+local count, room = tonumber(ARGV[3]), tonumber(ARGV[4])
 local created = redis.pcall('XGROUP', 'CREATECONSUMER', stream, 'workers', owner)
 if type(created) == 'table' then
   -- There is no group: the server has lost everything, so begin anew.
@@ -54,15 +55,32 @@ elseif created == 1 then
   redis.call('XGROUP', 'DELCONSUMER', stream, 'workers', owner)
   return nil
 end
-for _, from in ipairs({after, '>'}) do
+local entries = {}
+local function read(from, most)
   local found = redis.call(
-    'XREADGROUP', 'GROUP', 'workers', owner, 'COUNT', count, 'STREAMS', stream, from)
-  if found and #found[1][2] > 0 then
-    return found[1][2]
+    'XREADGROUP', 'GROUP', 'workers', owner, 'COUNT', most, 'STREAMS', stream, from)
+  return found and found[1][2] or {}
+end
+for _, from in ipairs({after, '>'}) do
+  repeat
+    local some = read(from, math.min(100, count - #entries))
+    for _, entry in ipairs(some) do
+      entries[#entries + 1] = entry
+      for _, text in ipairs(entry[2] or {}) do
+        room = room - #text
+      end
+      from = from == '>' and '>' or entry[1]
+    end
+  until #some == 0 or #entries == count or room <= 0
+  if #entries > 0 then
+    break
   end
 end
-return {}
+return entries
 """
+
+
+READ_BYTES = 4 * 1024 * 1024  # after which a read takes no more, however many it may take
 
 
 async def open_intake(
@@ -107,7 +125,8 @@ class RedisIntake(CommandIntake):
         if self._closed:
             message = "the intake was closed; open another"
             raise errors.BrokerUnavailable(message)
-        entries = await self._read_script([self._stream], [self._owner, self._after, limit])
+        wanted: list[str | int] = [self._owner, self._after, limit, READ_BYTES]
+        entries = await self._read_script([self._stream], wanted)
         if entries is None:
             raise errors.LeaseLost
         return self._hand_out(entries)
