@@ -58,6 +58,11 @@ class Faults:
         self._before.clear()
         self._after.clear()
 
+    def forgive(self, method: str) -> None:
+        """Let nothing more go wrong with a method."""
+        self._before.pop(method, None)
+        self._after.pop(method, None)
+
     def raise_before(self, method: str) -> None:
         self.calls[method] += 1
         _raise_next(self._before[method])

@@ -8,7 +8,9 @@ A look that fails leaves its figures out: none is better than an old one.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import structlog
 
@@ -19,15 +21,30 @@ from cqrs_es.telemetry import catalogue
 from cqrs_es.telemetry.metrics import Reading
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
+    from datetime import datetime
 
+    from cqrs_es.runtime.stalls import Place
     from cqrs_es.runtime.supervisor import Process, Standing, Supervisor
+    from cqrs_es.telemetry.catalogue import Metric
 
 log = structlog.get_logger("cqrs_es.runtime")
 
 EVERY_SECONDS: Final = 5.0
 # A look that takes longer is given up.
 LOOK_SECONDS: Final = 5.0
+
+_OfRelayAndView: TypeAlias = "tuple[Metric, Metric]"
+_EVENTS: Final = (catalogue.RELAY_LAG_EVENTS, catalogue.PROJECTOR_LAG_EVENTS)
+_SECONDS: Final = (catalogue.RELAY_LAG_SECONDS, catalogue.PROJECTOR_LAG_SECONDS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Oldest:
+    """When the first event after an offset was committed."""
+
+    after: int
+    recorded_at: datetime
 
 
 class Sampler:
@@ -39,6 +56,8 @@ class Sampler:
         self._views = {projector_role(name): name for name in process.registry.projections}
         self.depths: Mapping[int, int] = {}
         self.readings: list[Reading] = []
+        self._readers: list[Standing] = []
+        self._oldest: dict[Place, _Oldest] = {}
 
     async def run(self) -> None:
         """Look again and again, for ever; raises nothing."""
@@ -48,10 +67,10 @@ class Sampler:
 
     async def look(self) -> None:
         """Replace all figures by new ones."""
-        readings: list[Reading] = []
-        for figures in (self._depths, self._lags, self._dead_letters, self._parked):
-            readings += await self._tried(figures)
-        self.readings = readings
+        self._readers = self._readers_of_the_log()
+        asking = (self._depths, self._find_oldest, self._dead_letters, self._parked)
+        answers = await asyncio.gather(*(self._tried(figures) for figures in asking))
+        self.readings = [*chain.from_iterable(answers), *self._lags()]
 
     async def _tried(self, figures: Callable[[], Awaitable[list[Reading]]]) -> list[Reading]:
         try:
@@ -77,34 +96,56 @@ class Sampler:
             for number, depth in self.depths.items()
         ]
 
-    async def _lags(self) -> list[Reading]:
-        readings: list[Reading] = []
-        for standing in self._supervisor.standings():
-            if standing.role != WORKER and standing.position is not None:
-                readings += await self._lag(standing, standing.position)
-        return readings
-
-    async def _lag(self, standing: Standing, position: int) -> list[Reading]:
-        age = await self._age_after(standing.partition, position) if standing.backlog else 0.0
-        partition = str(standing.partition)
-        if standing.role == RELAY:
-            return [
-                Reading(catalogue.RELAY_LAG_EVENTS, standing.backlog, (partition,)),
-                Reading(catalogue.RELAY_LAG_SECONDS, age, (partition,)),
-            ]
-        labels = (self._views[standing.role], partition)
+    def _readers_of_the_log(self) -> list[Standing]:
+        """Return the standings of relays and projectors that know where they are."""
         return [
-            Reading(catalogue.PROJECTOR_LAG_EVENTS, standing.backlog, labels),
-            Reading(catalogue.PROJECTOR_LAG_SECONDS, age, labels),
+            standing
+            for standing in self._supervisor.standings()
+            if standing.role != WORKER and standing.position is not None
         ]
 
-    async def _age_after(self, partition: int, offset: int) -> float:
-        """Return how long ago the event after an offset was committed."""
-        events = await self._process.storage.events.read_log(partition, offset, 1)
-        if not events:
+    async def _find_oldest(self) -> list[Reading]:
+        """Read when the first event before each reader was committed.
+
+        That of a reader which stands still is known: while the store is away it
+        is told all the same, and grows.
+        """
+        for standing in self._readers:
+            offset = standing.position
+            if standing.backlog and offset is not None and self._oldest_of(standing) is None:
+                events = await self._process.storage.events.read_log(standing.partition, offset, 1)
+                if events:
+                    place = (standing.role, standing.partition)
+                    self._oldest[place] = _Oldest(offset, events[0].recorded_at)
+        return []
+
+    def _oldest_of(self, standing: Standing) -> _Oldest | None:
+        """Return what is known of the first event before a reader, None since it has moved."""
+        known = self._oldest.get((standing.role, standing.partition))
+        return known if known is not None and known.after == standing.position else None
+
+    def _lags(self) -> Iterator[Reading]:
+        now = self._process.clock.now()
+        for standing in self._readers:
+            yield self._lag(_EVENTS, standing, standing.backlog)
+            age = self._age(standing, now)
+            if age is not None:
+                yield self._lag(_SECONDS, standing, age)
+
+    def _age(self, standing: Standing, now: datetime) -> float | None:
+        if not standing.backlog:
             return 0.0
-        age = self._process.clock.now() - events[0].recorded_at
-        return max(0.0, age.total_seconds())
+        oldest = self._oldest_of(standing)
+        if oldest is None:
+            return None
+        return max(0.0, (now - oldest.recorded_at).total_seconds())
+
+    def _lag(self, metrics: _OfRelayAndView, standing: Standing, value: float) -> Reading:
+        of_relay, of_view = metrics
+        partition = str(standing.partition)
+        if standing.role == RELAY:
+            return Reading(of_relay, value, (partition,))
+        return Reading(of_view, value, (self._views[standing.role], partition))
 
     async def _dead_letters(self) -> list[Reading]:
         if 0 not in self._supervisor.held.get(WORKER, ()):
