@@ -20,6 +20,7 @@ from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
 from cqrs_es.telemetry import logs
 from cqrs_es.telemetry.meter import NO_METER, Meter
+from cqrs_es.telemetry.tracing import tracing_for
 from cqrs_es.types import NAME
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ class Application:
             initialise = initialise or not storage.shared
             partitions = await _partitions(storage, settings, may_be_new=initialise)
             watcher = LogWatcher(storage.events)
+            tracing = tracing_for(service, broker.system, self.registry.command_names)
             executor = Executor(
                 self.registry,
                 storage.events,
@@ -140,6 +142,7 @@ class Application:
                 on_failure=on_handler_failure,
                 on_commit=watcher.poke,
                 meter=meter,
+                tracing=tracing,
             )
             process = Process(
                 registry=self.registry,
@@ -154,6 +157,7 @@ class Application:
                 owner=new_owner(),
                 on_view_failure=on_view_failure,
                 meter=meter,
+                tracing=tracing,
             )
             opened = OpenApplication(process)
             if initialise:

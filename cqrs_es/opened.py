@@ -146,8 +146,10 @@ class OpenApplication:
 
     async def submit(self, message: CommandMessage, *, retrying: bool = False) -> Outcome:
         """Execute a command message; with `retrying`, also one whose outcome is `failed`."""
-        complete = _with_body(message)
-        return await asyncio.shield(self._process.executor.submit(complete, retrying=retrying))
+        traced, span = self._process.tracing.executing(message)
+        complete = _with_body(traced)
+        answer = self._process.executor.submit(complete, retrying=retrying, span=span)
+        return await asyncio.shield(answer)
 
     async def outcome(self, command_id: str) -> Outcome | None:
         """Look up what became of a command."""

@@ -327,6 +327,11 @@ class Registry:
                 )
                 raise errors.DefinitionError(message)
 
+    @property
+    def command_names(self) -> frozenset[str]:
+        """The commands that some aggregate has."""
+        return frozenset(name for known in self.aggregates.values() for name in known.commands)
+
     def aggregate_of(self, cls: type[AnyAggregate]) -> AggregateDefinition:
         """Return the definition of a class; raise `DefinitionError` when it is not registered."""
         definition = self.aggregates.get(getattr(cls, "aggregate_type", ""))

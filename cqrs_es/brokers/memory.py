@@ -40,6 +40,8 @@ class MemoryBroker(Broker):
     be opened again as a server can be reached again.
     """
 
+    system = "memory"
+
     def __init__(self, *, event_retention: int) -> None:
         self._retention = event_retention
         self._queues: defaultdict[int, _Queue] = defaultdict(_Queue)

@@ -97,7 +97,9 @@ def _checked(message: CommandMessage) -> CommandMessage:
 async def _send(opened: OpenApplication, message: CommandMessage) -> None:
     process = opened.process
     partition = message.key.partition(process.partitions)
-    await process.broker.send([OutgoingCommand(partition, message.id, message.body)])
+    with process.tracing.sending([message]) as (traced,):
+        body = traced.body or _checked(traced).body
+        await process.broker.send([OutgoingCommand(partition, message.id, body)])
 
 
 async def _send_and_wait(

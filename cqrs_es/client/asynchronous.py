@@ -17,6 +17,7 @@ from cqrs_es.client.subscription import Begin, Subscription, subscription_to
 from cqrs_es.execution.policy import backoff
 from cqrs_es.projection.seen import wait_until_seen
 from cqrs_es.stores import storage_for
+from cqrs_es.telemetry.tracing import NO_TRACING, tracing_for
 from cqrs_es.types import check_name, parse_command_id
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Client:
         self._sender = Sender(self._broker)
         self._replies = Replies(self._broker)
         self._source: EventSource | None = None
+        self._tracing = NO_TRACING
         self._closing = AsyncExitStack()
 
     # --- Living --------------------------------------------------------------
@@ -87,6 +89,7 @@ class Client:
                 if self._closes_storage:
                     stack.push_async_callback(self._storage.close)
                 await self._storage.open()
+            self._tracing = tracing_for(self._service, self._broker.system)
             partitions = await self._partitions()
             self._source = EventSource(self._broker, self._storage, partitions)
             stack.push_async_callback(self._replies.close)
@@ -146,8 +149,9 @@ class Client:
         messages again, what arrives twice is done once.
         """
         partitions = len(self._opened().partitions)
-        commands = [outgoing(message, partitions) for message in messages]
-        await self._enqueue(commands)
+        with self._tracing.sending(list(messages)) as traced:
+            commands = [outgoing(message, partitions) for message in traced]
+            await self._enqueue(commands)
         return [command.command_id for command in commands]
 
     async def _enqueue(self, commands: Sequence[OutgoingCommand]) -> None:
@@ -181,22 +185,34 @@ class Client:
         sent = outgoing(message, partitions)
         try:
             async with asyncio.timeout(timeout):
-                return await self._replied(sent, timeout / 2)
+                return await self._replied(message, sent, timeout / 2)
         except TimeoutError as exc:
             stored = await self._stored(sent.command_id, message.content_hash())
             if stored is None:
                 raise errors.WaitTimeout(_no_outcome(sent.command_id, timeout)) from exc
             return stored
 
-    async def _replied(self, command: OutgoingCommand, patience: float) -> Outcome:
-        with self._replies.expecting(command.command_id) as outcome:
+    async def _replied(
+        self, message: CommandMessage, sent: OutgoingCommand, patience: float
+    ) -> Outcome:
+        with self._replies.expecting(sent.command_id) as outcome:
             await self._replies.opened()
-            await self._enqueue([command])
+            command = await self._enqueue_traced(message, sent)
             async with asyncio.TaskGroup() as group:
                 again = group.create_task(self._send_again(command, patience))
                 await outcome
                 again.cancel()
             return outcome.result()
+
+    async def _enqueue_traced(
+        self, message: CommandMessage, sent: OutgoingCommand
+    ) -> OutgoingCommand:
+        """Enqueue a command, written anew where a trace's context has to go with it."""
+        with self._tracing.sending([message]) as (traced,):
+            if traced is not message:
+                sent = outgoing(traced, len(self._opened().partitions))
+            await self._enqueue([sent])
+        return sent
 
     async def _send_again(self, command: OutgoingCommand, patience: float) -> None:
         """Send once more after a while: the reply may be lost, and the id has one outcome."""

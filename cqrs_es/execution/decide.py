@@ -85,6 +85,7 @@ class Decider:
         )
         if delay is not None:
             self._meter.retry("handler")
+        job.span.failed(exc)
         if self._on_failure is not None:
             self._on_failure(job.message, exc)
         return delay
@@ -118,13 +119,14 @@ class Decider:
             return _decided(job, _rejected(job, "conflict", reason, lineage.sequence))
         collected = _CollectedEvents(definition, job.message, self._policy.max_event_bytes)
         try:
-            await run_handler(
-                lineage.scratch(),
-                command,
-                definition.services(_context(job.message)),
-                on_event=collected.add,
-                seconds=definition.handler_timeout or self._policy.handler_timeout,
-            )
+            with job.span.handling():
+                await run_handler(
+                    lineage.scratch(),
+                    command,
+                    definition.services(_context(job.message)),
+                    on_event=collected.add,
+                    seconds=definition.handler_timeout or self._policy.handler_timeout,
+                )
         except errors.DomainError as exc:
             return _decided(job, _rejected(job, exc.code, exc.message, lineage.sequence))
         except errors.TooLarge as exc:

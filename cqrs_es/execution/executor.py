@@ -30,10 +30,11 @@ from cqrs_es.execution.work import Answer, Job, Work, id_reused
 from cqrs_es.messages import CommandMessage, Outcome, Status
 from cqrs_es.ports.store import Chain, Committed, Snapshot, StoredOutcome
 from cqrs_es.telemetry.meter import NO_METER, Meter
+from cqrs_es.telemetry.tracing import NO_SPAN, NO_TRACING, CommandSpan, Tracing
 from cqrs_es.types import partition_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from cqrs_es.ports.clock import Clock
@@ -59,7 +60,9 @@ class Executor:
         on_failure: Callable[[CommandMessage, BaseException], None] | None = None,
         on_commit: Callable[[], None] | None = None,
         meter: Meter = NO_METER,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
+        self._tracing = tracing
         self._registry = registry
         self._events = events
         self._partitions = partitions
@@ -113,6 +116,7 @@ class Executor:
         retrying: bool = False,
         attempts: int = 0,
         condemned: str | None = None,
+        span: CommandSpan = NO_SPAN,
     ) -> Answer:
         """Take a command and return its outcome's future; never blocks.
 
@@ -128,7 +132,10 @@ class Executor:
             attempts=attempts,
             retrying=retrying,
             condemned=condemned,
+            span=span,
         )
+        if span is not NO_SPAN:
+            job.answer.add_done_callback(span.end)
         self._take_in(job)
         return job.answer
 
@@ -276,7 +283,7 @@ class Executor:
 
     async def _append(self, works: Sequence[Work]) -> list[ChainResult]:
         chains = [_chain(work, self._partitions) for work in works]
-        with self._reporter.timing("append"):
+        with self._reporter.timing("append"), self._tracing.appending(_spans(works)):
             return await self._events.append(chains, self._clock.now())
 
     async def _commit_in_parts(self, works: Sequence[Work], exc: errors.CqrsError) -> None:
@@ -306,6 +313,8 @@ class Executor:
     def _decide_again(self, work: Work) -> None:
         """Send a chain that met a conflict round again, on what the store holds now."""
         self._reporter.conflict()
+        for job in work.jobs:
+            job.span.conflicted()
         self._baselines.drop(work.key)
         self._lanes.release(work.key, work.jobs)
 
@@ -392,6 +401,10 @@ def _known_outcome(job: Job, stored: StoredOutcome) -> Outcome:
     if stored.content_hash != job.content_hash:
         return id_reused(job.message)
     return replace(stored.outcome, duplicate=not job.uncertain)
+
+
+def _spans(works: Sequence[Work]) -> Iterator[CommandSpan]:
+    return (job.span for work in works for job in work.jobs[: len(work.decided)])
 
 
 def _chain(work: Work, partitions: int) -> Chain:

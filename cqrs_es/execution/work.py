@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from cqrs_es.messages import CommandMessage, Outcome, OutcomeError, Status
+from cqrs_es.telemetry.tracing import NO_SPAN, CommandSpan
 
 if TYPE_CHECKING:
     from cqrs_es.execution.baselines import Baseline
@@ -37,6 +38,7 @@ class Job:
     failures: int = 0
     uncertain: bool = False
     alone: bool = False
+    span: CommandSpan = NO_SPAN
     followers: list[Job] = field(default_factory=list["Job"])
 
 

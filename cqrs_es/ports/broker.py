@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from cqrs_es.errors import BrokerUnavailable
 
@@ -139,6 +139,9 @@ class ReplyInbox(ABC):
 
 class Broker(ABC):
     """A message broker, opened; made by an adapter from a URL."""
+
+    system: ClassVar[str]
+    """What traces call it: OpenTelemetry's `messaging.system`."""
 
     @property
     @abstractmethod

@@ -16,6 +16,7 @@ from cqrs_es import errors
 from cqrs_es.ports.views import ParkedAggregate
 from cqrs_es.projection.generations import generations_of, lost
 from cqrs_es.projection.writing import NOT_POISON, past_collisions, reason_of, write
+from cqrs_es.telemetry.tracing import NO_TRACING, Tracing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,7 +41,7 @@ class Applier:
     of the checkpoint: from where, to where.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one argument for each part it works with
         self,
         registry: Registry,
         storage: Storage,
@@ -50,6 +51,7 @@ class Applier:
         breaker: ParkingBreaker | None = None,
         on_failure: Callable[[StoredEvent, Exception], None] | None = None,
         on_move: Callable[[int, int], None] | None = None,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self._registry = registry
         self._storage = storage
@@ -58,6 +60,7 @@ class Applier:
         self._partition = partition
         self._breaker = breaker
         self._on_failure = on_failure
+        self._tracing = tracing
         self.checkpoint = 0
 
     async def read_checkpoint(self) -> int:
@@ -109,11 +112,15 @@ class Applier:
             await self._apply(events[half:])
 
     async def _commit(self, events: Sequence[StoredEvent]) -> None:
+        with self._tracing.projecting(self._folding.name, events):
+            await self._fold(events)
+        self._moved(events[-1].offset)
+
+    async def _fold(self, events: Sequence[StoredEvent]) -> None:
         async with self._storage.views.transaction() as transaction:
             # Its lock comes first: of two projectors one waits here, then conflicts.
             await self._move_checkpoint(transaction, events[-1].offset)
             await write(self._registry, self._folding, events, transaction)
-        self._moved(events[-1].offset)
 
     async def _move_checkpoint(self, transaction: ViewTransaction, to: int) -> None:
         key = self._folding.key

@@ -24,6 +24,7 @@ from cqrs_es.runtime.dead_import import import_dead_letters
 from cqrs_es.runtime.isolation import Isolation
 from cqrs_es.runtime.waiting import unless
 from cqrs_es.telemetry.meter import NO_METER, Meter
+from cqrs_es.telemetry.tracing import NO_TRACING, Tracing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -68,6 +69,7 @@ class CommandWorker:
         most_in_hand: int,
         retention_days: float,
         meter: Meter = NO_METER,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self.storage = storage
         self.broker = broker
@@ -78,6 +80,7 @@ class CommandWorker:
         self.most_in_hand = most_in_hand
         self._retention = timedelta(days=retention_days)
         self.meter = meter
+        self.tracing = tracing
         self.dead = 0
 
     async def run_partition(self, assignment: Assignment) -> None:
@@ -270,7 +273,10 @@ class _Consumer:
         condemned = None
         if attempts > MOST_ATTEMPTS:
             condemned = f"the process died at {attempts} attempts to handle the command"
-        answer = self._worker.executor.submit(message, attempts=attempts, condemned=condemned)
+        span = self._worker.tracing.processing(message, self._assignment.lease.partition)
+        answer = self._worker.executor.submit(
+            message, attempts=attempts, condemned=condemned, span=span
+        )
         in_hand = _InHand(delivery, message, answer, attempted=attempts > 0)
         self._hold(in_hand)
         answer.add_done_callback(lambda _: self._note_done(in_hand))

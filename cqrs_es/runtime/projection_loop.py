@@ -13,6 +13,7 @@ from cqrs_es.projection.generations import make_sure_of_tables, publish, read_ge
 from cqrs_es.projection.parking import ParkingBreaker
 from cqrs_es.runtime.waiting import unless, within
 from cqrs_es.telemetry.meter import NO_METER, Meter
+from cqrs_es.telemetry.tracing import NO_TRACING, Tracing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,7 +39,7 @@ GENERATION_SECONDS: Final = 1.0
 class ProjectorLoop:
     """Projects partitions into the live generation of one view."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one argument for each part it works with
         self,
         registry: Registry,
         storage: Storage,
@@ -48,7 +49,9 @@ class ProjectorLoop:
         *,
         on_failure: Callable[[StoredEvent, Exception], None] | None = None,
         meter: Meter = NO_METER,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
+        self._tracing = tracing
         self._meter = meter
         self._registry = registry
         self._storage = storage
@@ -113,6 +116,7 @@ class ProjectorLoop:
             breaker=self._breaker,
             on_failure=self._on_failure,
             on_move=moved,
+            tracing=self._tracing,
         )
 
     async def _follow(

@@ -16,6 +16,7 @@ from cqrs_es.cloudevents import to_cloudevent
 from cqrs_es.ports.broker import OutgoingEvent
 from cqrs_es.runtime.waiting import unless, within
 from cqrs_es.telemetry.meter import NO_METER, Meter
+from cqrs_es.telemetry.tracing import NO_TRACING, Tracing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,12 +47,14 @@ class Relay:
         *,
         service: str,
         meter: Meter = NO_METER,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self._storage = storage
         self._broker = broker
         self._watcher = watcher
         self._source = f"/{service}"
         self._meter = meter
+        self._tracing = tracing
         self.published = 0
 
     async def run_partition(self, assignment: Assignment) -> None:
@@ -91,7 +94,8 @@ class Relay:
         if not events:
             return mark
         outgoing = self._encode(events, epoch)
-        confirmed = await self._broker.publish(partition, epoch, outgoing)
+        with self._tracing.publishing(partition, events):
+            confirmed = await self._broker.publish(partition, epoch, outgoing)
         self._note(partition, mark, confirmed)
         return confirmed
 

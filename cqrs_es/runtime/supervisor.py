@@ -19,6 +19,7 @@ from cqrs_es.runtime.leases import LeaseKeeper
 from cqrs_es.runtime.projection_loop import ProjectorLoop
 from cqrs_es.runtime.relay_loop import RELAY_MARK, Relay
 from cqrs_es.telemetry.meter import NO_METER, Meter
+from cqrs_es.telemetry.tracing import NO_TRACING, Tracing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -66,6 +67,7 @@ class Process:
     owner: str
     on_view_failure: Callable[[StoredEvent, Exception], None] | None = None
     meter: Meter = NO_METER
+    tracing: Tracing = NO_TRACING
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +210,7 @@ class Supervisor:
             process.clock,
             on_failure=process.on_view_failure,
             meter=process.meter,
+            tracing=process.tracing,
         )
 
     def _keeper(self, role: str, run_partition: PartitionRunner) -> LeaseKeeper:
@@ -256,6 +259,7 @@ def _make_relay(process: Process) -> Relay:
         process.watcher,
         service=process.service,
         meter=process.meter,
+        tracing=process.tracing,
     )
 
 
@@ -269,6 +273,7 @@ def _make_worker(process: Process) -> CommandWorker:
         most_in_hand=4 * process.settings.batch_size,
         retention_days=process.settings.outcome_retention_days,
         meter=process.meter,
+        tracing=process.tracing,
     )
 
 

@@ -45,6 +45,8 @@ def connect(url: str, *, service: str, event_retention: int) -> AmqpBroker:
 class AmqpBroker(Broker):
     """Commands, topic and replies of one service on a RabbitMQ server."""
 
+    system = "rabbitmq"
+
     def __init__(self, address: Address, *, service: str) -> None:
         self._names = topology.Names(service)
         self._connections = Connections(address, service)

@@ -33,6 +33,8 @@ def connect(url: str, *, service: str, event_retention: int) -> RedisBroker:
 class RedisBroker(Broker):
     """Commands, topic and replies of one service on a Redis server."""
 
+    system = "redis"
+
     def __init__(self, connection: RedisConnection, *, service: str, event_retention: int) -> None:
         self._connection = connection
         self._names = Names(service)
