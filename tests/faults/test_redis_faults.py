@@ -7,10 +7,12 @@ import signal
 from typing import TYPE_CHECKING
 
 import pytest
+from redis import Redis
 
 from cqrs_es import errors
 from cqrs_es.brokers import broker_for
 from cqrs_es.brokers.redis import connection
+from tests.bank_data import PROJECT
 from tests.certificates import self_signed
 from tests.contract.brokers import EPOCH, PARTITIONS, bodies, events, send, take
 from tests.servers import free_port, start_redis
@@ -152,3 +154,13 @@ async def test_tls(tmp_path: Path) -> None:
         await strict.close()
     finally:
         server.stop()
+
+
+def test_the_queue_is_configured_as_the_page_says(redis: Server) -> None:
+    """What `docs/durability.md` asks for is what a server with `config/redis.conf` does."""
+    page = (PROJECT / "docs" / "durability.md").read_text()
+    wanted = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
+    with Redis(port=redis.port, decode_responses=True) as client:
+        for name, value in wanted.items():
+            assert client.config_get(name) == {name: value}
+            assert f"`{name} {value}`" in page
