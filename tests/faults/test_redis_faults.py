@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from redis import Redis
@@ -160,7 +160,8 @@ def test_the_queue_is_configured_as_the_page_says(redis: Server) -> None:
     """What `docs/durability.md` asks for is what a server with `config/redis.conf` does."""
     page = (PROJECT / "docs" / "durability.md").read_text()
     wanted = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
-    with Redis(port=redis.port, decode_responses=True) as client:
+    client: Any = Redis(port=redis.port, decode_responses=True)
+    with client:
         for name, value in wanted.items():
             assert client.config_get(name) == {name: value}
             assert f"`{name} {value}`" in page
