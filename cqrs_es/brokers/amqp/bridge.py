@@ -64,6 +64,7 @@ class Bridge:
         self._wake_end, self._sleep_end = socket.socketpair()
         self._wake_end.setblocking(False)  # noqa: FBT003 - a socket's own method
         self._socket: socket.socket | None = None
+        self._woken = False
         self._stopping = False
         self._blocked = False
         self._opened = self._loop.create_future()
@@ -177,6 +178,10 @@ class Bridge:
                 sock.shutdown(socket.SHUT_RDWR)
 
     def _wake(self) -> None:
+        """Have the thread look for jobs; once is enough until it does."""
+        if self._woken:
+            return
+        self._woken = True
         with contextlib.suppress(OSError):  # full: it will wake; closed: it has ended
             self._wake_end.send(b"\0")
 
@@ -262,6 +267,7 @@ class Bridge:
         for key, _ in selector.select(seconds):
             if key.fileobj is self._sleep_end:
                 self._sleep_end.recv(4096)
+                self._woken = False  # before the jobs are looked at: none is overlooked
 
     def _do_jobs(self, connection: Connection) -> None:
         for _ in range(len(self._jobs)):

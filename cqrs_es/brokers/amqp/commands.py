@@ -97,10 +97,10 @@ class AmqpIntake(CommandIntake):
     async def settle(self, deliveries: Sequence[Delivery]) -> None:
         """Acknowledge commands, in few frames; what was settled before is no matter."""
         tags = [tag.number for delivery in deliveries if (tag := self._own_tag(delivery))]
-        if tags:
-            self._consumer.check()
-        for number, multiple in acknowledgements(self._unsettled, tags):
-            self._consumer.acknowledge(number, multiple=multiple)
+        if not tags:
+            return
+        self._consumer.check()
+        self._consumer.acknowledge(list(acknowledgements(self._unsettled, tags)))
         for number in tags:
             self._unsettled.pop(number, None)
 

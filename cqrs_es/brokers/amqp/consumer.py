@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -90,9 +90,9 @@ class Consumer:
             self._changed.clear()
             await self._changed.wait()
 
-    def acknowledge(self, tag: int, *, multiple: bool = False) -> None:
-        """Settle a delivery, with `multiple` also all before it."""
-        self._bridge.post(partial(self._acknowledge, tag, multiple))
+    def acknowledge(self, tags: Sequence[tuple[int, bool]]) -> None:
+        """Settle deliveries by their tags, each alone or with all before it."""
+        self._bridge.post(partial(self._acknowledge, tags))
 
     async def catch_up(self) -> None:
         """Return when everything has arrived that the server had sent before this was called."""
@@ -160,10 +160,10 @@ class Consumer:
         )
         self._bridge.hand_over(partial(self.end, lambda: error))
 
-    def _acknowledge(self, tag: int, multiple: bool, _: Connection) -> None:  # noqa: FBT001 - as the driver has it
-        # On another channel the tag would be another's, or an error that closes it.
+    def _acknowledge(self, tags: Sequence[tuple[int, bool]], _: Connection) -> None:
+        # On another channel a tag would be another's, or an error that closes it.
         if self._channel is not None and self._channel.is_open:
-            self._channel.basic_ack(tag, multiple)
+            self._channel.acknowledge(tags)
 
     def _round_trip(self, _: Connection) -> None:
         if self._channel is not None and self._channel.is_open:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -18,6 +18,7 @@ from kombu.transport import pyamqp
 from cqrs_es.brokers.amqp.frames import (
     HEADER,
     FrameReader,
+    acknowledgements,
     with_readable_routing_key,
     without_properties,
 )
@@ -67,6 +68,11 @@ class _Channel(pyamqp.Channel):
             if self.closed_by is None:
                 raise
             raise self.closed_by from None
+
+    def acknowledge(self, tags: Sequence[tuple[int, bool]]) -> None:
+        """Settle deliveries, each alone or with all before it, by one write."""
+        connection: Any = self.connection
+        connection.transport.write(acknowledgements(cast("int", self.channel_id), tags))
 
     def dispatch_method(self, method_sig: Any, payload: Any, content: Any) -> None:
         """Handle what arrived; a delivery that crosses our closing is no warning's worth."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Iterable
 
 Frame: TypeAlias = "tuple[int, int, bytes]"
 """Type, channel, payload."""
@@ -25,6 +26,9 @@ HEADER: Final = 2
 RECEIVE_BYTES: Final = 128 * 1024
 _START: Final = struct.Struct(">BHI")
 _END: Final = 0xCE
+_ACK: Final = struct.Struct(">BHIHHQBB")
+_ACK_BYTES: Final = 13
+_BASIC_ACK: Final = (60, 80)
 _DELIVER: Final = struct.pack(">HH", 60, 60)
 _FIXED_HEADER_BYTES: Final = 12  # class, weight and body size come before the properties
 _NO_PROPERTIES: Final = b"\0\0"
@@ -88,6 +92,17 @@ class FrameReader:
     def _decrypted(self) -> bool:
         """Whether TLS holds bytes in user space, of which the socket knows nothing."""
         return isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
+
+
+# --- Acknowledgements: py-amqp makes a system call for each ----------------------
+
+
+def acknowledgements(channel: int, tags: Iterable[tuple[int, bool]]) -> bytes:
+    """Return the frames that settle deliveries, each alone or with all before it."""
+    return b"".join(
+        _ACK.pack(METHOD, channel, _ACK_BYTES, *_BASIC_ACK, tag, multiple, _END)
+        for tag, multiple in tags
+    )
 
 
 # --- Bytes that any sender may choose, and py-amqp trips over ------------------

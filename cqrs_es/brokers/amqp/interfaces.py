@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -87,8 +87,8 @@ class Channel(Protocol):
     ) -> object:
         """Have a queue's messages delivered."""
 
-    def basic_ack(self, delivery_tag: int, multiple: bool) -> object:  # noqa: FBT001 - as the driver has it
-        """Settle a delivery, or all up to it."""
+    def acknowledge(self, tags: Sequence[tuple[int, bool]]) -> None:
+        """Settle deliveries by their tags, each alone or with all before it."""
 
     def basic_publish(
         self, msg: object, *, exchange: str, routing_key: str, mandatory: bool

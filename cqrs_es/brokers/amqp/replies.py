@@ -87,7 +87,7 @@ class AmqpInbox(ReplyInbox):
     async def receive(self) -> bytes:
         """Wait for one outcome."""
         (arrived,) = await self._consumer.receive(1)
-        self._consumer.acknowledge(arrived.tag)
+        self._consumer.acknowledge([(arrived.tag, False)])
         return arrived.body
 
     async def close(self) -> None:

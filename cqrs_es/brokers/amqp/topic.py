@@ -66,7 +66,7 @@ class AmqpFeed(EventFeed):
         """Wait for events; the queue drops the oldest of too many."""
         while True:
             arrived = await self._consumer.receive(limit)
-            self._consumer.acknowledge(arrived[-1].tag, multiple=True)
+            self._consumer.acknowledge([(arrived[-1].tag, True)])
             if events := list(_events(arrived)):
                 return events
 
