@@ -82,6 +82,11 @@ def physical_name(name: str, generation: int) -> str:
     return f"{name}__{generation}"
 
 
+def view_of(key: str) -> str:
+    """Return the name of the view that a table's or checkpoint's name is of."""
+    return key.rpartition("__")[0]
+
+
 def generation_of(key: str) -> int:
     """Return the generation that a table's or checkpoint's name is of."""
     return int(key.rpartition("__")[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 import orjson
@@ -12,6 +13,8 @@ from cqrs_es.telemetry.masking import mask_credentials, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+
+    from rich.text import Text
 
 JsonFlag: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON, one value a line.")]
 
@@ -33,18 +36,24 @@ def print_text(text: str) -> None:
     sys.stdout.flush()
 
 
+@dataclass(frozen=True, slots=True)
+class Coloured:
+    """A number in a table that has a colour on a terminal."""
+
+    value: int
+    colour: str
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table; numbers to the right."""
+    """Print a table; numbers to the right, without a line of names where there are none."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold", show_header=bool(columns))
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        cells = [Text(shown(value), justify=_side(value)) for value in row]
-        table.add_row(*cells)
+        table.add_row(*[_cell(value) for value in row])
     width = None if sys.stdout.isatty() else WIDTH_OF_A_FILE
     console = Console(file=sys.stdout, width=width, highlight=False)
     with console.capture() as capture:
@@ -73,6 +82,16 @@ def shown(value: Any) -> str:
             return printable(value.decode(errors="replace"))
         case _:
             return printable(str(value))
+
+
+def _cell(value: object) -> Text:
+    from rich.text import Text
+
+    match value:
+        case Coloured(number, colour):
+            return Text(str(number), justify="right", style=colour)
+        case _:
+            return Text(shown(value), justify=_side(value))
 
 
 def _side(value: object) -> Any:

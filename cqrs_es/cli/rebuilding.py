@@ -6,9 +6,10 @@ import asyncio
 import sys
 import time
 from contextlib import ExitStack
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Final
 
-import orjson
+import structlog
 import typer
 
 from cqrs_es import errors
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from cqrs_es.application import Application
     from cqrs_es.projection.rebuild import Rebuild, RebuildProgress
     from cqrs_es.settings import Settings
+
+log = structlog.get_logger("cqrs_es.cli")
 
 SECONDS_BETWEEN_LINES: Final = 1.0
 
@@ -108,57 +111,53 @@ def _display(name: str, stack: ExitStack) -> Callable[[RebuildProgress], None]:
 def _bar(name: str, stack: ExitStack) -> Callable[[RebuildProgress], None]:
     """Show a bar with the share done, the rate and the time left."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> str:
-            return f"{task.speed or 0:,.0f}/s"
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:,}/{task.total:,} events"),
-        Rate(),
-        TimeRemainingColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.completed:,} of {task.total:,} events  {task.fields[pace]}"),
     )
     progress = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
-    task = progress.add_task(name, total=1)
+    task = progress.add_task(name, total=1, pace="")
 
     def show(state: RebuildProgress) -> None:
-        progress.update(task, completed=state.done, total=max(state.total, 1))
+        total = max(state.total, 1)
+        done = state.done if state.total else total
+        progress.update(task, completed=done, total=total, pace=_pace(state))
 
     return show
 
 
+def _pace(state: RebuildProgress) -> str:
+    """Say how fast it goes and how long it takes, once that is known."""
+    left = state.seconds_left
+    if left is None:
+        return ""
+    return f"{state.per_second:,.0f}/s, {timedelta(seconds=round(left))} left"
+
+
 class _Lines:
-    """Writes one JSON line a second to stderr."""
+    """Writes a log line a second, and one at the end."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._started = self._written = time.monotonic()
-        self._first: int | None = None
+        self._written = time.monotonic()
 
     def show(self, state: RebuildProgress) -> None:
         now = time.monotonic()
-        if self._first is None:
-            self._first = state.done
-        if now - self._written < SECONDS_BETWEEN_LINES:
+        if now - self._written < SECONDS_BETWEEN_LINES and state.done < state.total:
             return
         self._written = now
-        rate = (state.done - self._first) / (now - self._started)
-        line = {
-            "view": self._name,
-            "generation": state.generation,
-            "events": state.done,
-            "of": state.total,
-            "events_per_second": round(rate),
-            "seconds_left": round((state.total - state.done) / rate, 1) if rate else None,
-        }
-        sys.stderr.write(orjson.dumps(line).decode() + "\n")
+        left = state.seconds_left
+        log.info(
+            "rebuilding",
+            view=self._name,
+            generation=state.generation,
+            events=state.done,
+            of=state.total,
+            percent=round(100 * state.share, 1),
+            events_per_second=round(state.per_second),
+            seconds_left=None if left is None else round(left, 1),
+        )

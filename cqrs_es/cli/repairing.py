@@ -20,6 +20,7 @@ from cqrs_es.cli.output import (
 from cqrs_es.cli.showing import print_outcome
 from cqrs_es.cloudevents import timestamp, to_cloudevent
 from cqrs_es.ports.broker import OutgoingEvent
+from cqrs_es.projector import generation_of, view_of
 from cqrs_es.types import AggregateKey
 
 if TYPE_CHECKING:
@@ -256,8 +257,8 @@ def list_parked(context: typer.Context, json: JsonFlag = False) -> None:
         for marker in markers:
             print_json(_marker_fields(marker))
         return
-    columns = ["projector", "aggregate", "from sequence", "attempts", "reason"]
-    rows = [[m.projector, m.key, m.from_sequence, m.attempts, m.reason] for m in markers]
+    columns = ["view", "aggregate", "from sequence", "attempts", "reason"]
+    rows = [[view_of(m.projector), m.key, m.from_sequence, m.attempts, m.reason] for m in markers]
     print_table(columns, rows)
 
 
@@ -303,7 +304,8 @@ async def _retry_parked(
 
 def _marker_fields(marker: ParkedAggregate) -> dict[str, object]:
     return {
-        "projector": marker.projector,
+        "projector": view_of(marker.projector),
+        "generation": generation_of(marker.projector),
         "aggregate_type": marker.key.type,
         "aggregate_id": marker.key.id,
         "from_sequence": marker.from_sequence,

@@ -170,14 +170,19 @@ class Rebuild:
             log.warning("left to the projector", view=self._name, error=exc.message)
 
     async def _fill(self, folding: Folding) -> None:
-        """Apply the log, partitions side by side, until it is close enough."""
+        """Apply the log as it is, partitions side by side; again until it is close enough."""
         self._at = dict(await self._storage.views.checkpoints(folding.key))
+        await self._look_ahead(folding)
         while True:
-            self._heads = dict(await self._storage.events.heads())
-            self._report(folding)
-            if sum(self._heads.values()) - sum(self._at.values()) <= CLOSE_ENOUGH:
-                return
             await self._fill_round(folding)
+            if await self._look_ahead(folding) <= CLOSE_ENOUGH:
+                return
+
+    async def _look_ahead(self, folding: Folding) -> int:
+        """Read how long the log is; return how many events are still to be applied."""
+        self._heads = dict(await self._storage.events.heads())
+        self._report(folding)
+        return sum(self._heads.values()) - sum(self._at.values())
 
     async def _fill_round(self, folding: Folding) -> None:
         limit = asyncio.Semaphore(PARALLEL)

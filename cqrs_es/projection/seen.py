@@ -10,10 +10,28 @@ from cqrs_es.projection.generations import live_name
 from cqrs_es.types import AggregateKey
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from cqrs_es.messages import Outcome
     from cqrs_es.ports.views import ViewStore
 
 POLL_SECONDS: Final = 0.02
+
+
+async def wait_for_outcome(
+    look: Callable[[], Awaitable[Outcome | None]], command_id: str, seconds: float
+) -> Outcome:
+    """Look for a command's outcome until there is one; raise `WaitTimeout`."""
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                found = await look()
+                if found is not None:
+                    return found
+                await asyncio.sleep(POLL_SECONDS)
+    except TimeoutError:
+        message = f"command {command_id} has no outcome after {seconds:g} s"
+        raise errors.WaitTimeout(f"{message}; was it sent, and is a worker running?") from None
 
 
 async def wait_until_seen(views: ViewStore, name: str, outcome: Outcome, seconds: float) -> None:

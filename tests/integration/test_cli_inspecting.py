@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cqrs_es.cli.inspecting import column_names
+from cqrs_es.types import new_command_id
 from tests.command_line import EXAMPLE, eventually, message, running
+from tests.terminal import on_a_terminal, without_escapes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.command_line import Here
 
 FIRST = "0192f0c4-5b7a-7000-8000-000000000001"
@@ -31,7 +34,12 @@ ADA = [
 
 def test_status(bank: Here) -> None:
     """Heads, marks and checkpoints are strings; nobody works on an embedded store at rest."""
+    views = [
+        {"view": name, "generation": 1, "building": None, "behind": 0, "parked": 0}
+        for name in ("account_query", "bank_totals")
+    ]
     assert bank.done("status", "--json").json == {
+        "views": views,
         "partitions": [
             {
                 "partition": 0,
@@ -62,10 +70,12 @@ def test_status_names_who_works_on_what(here: Here, sqlite_url: str) -> None:
 
 
 def test_status_for_people(bank: Here) -> None:
-    """A table of partitions, one of members, and the counts."""
+    """A table of views, one of partitions, one of members, and the counts."""
     lines = bank.done("status").out.splitlines()
-    assert lines[0].split() == ["partition", "head", "relay", "account_query", "bank_totals"]
-    assert lines[1].split() == ["0", "26", "26", "26", "26"]
+    assert lines[0].split() == ["view", "generation", "rebuilding", "behind", "parked"]
+    assert lines[1].split() == ["account_query", "1", "0", "0"]
+    assert lines[4].split() == ["partition", "head", "relay", "account_query", "bank_totals"]
+    assert lines[5].split() == ["0", "26", "26", "26", "26"]
     assert lines[-2:] == ["dead letters  0", "parked        0"]
 
 
@@ -126,10 +136,59 @@ def test_a_view_for_people(bank: Here) -> None:
     assert "\x1b" not in "".join(table)
 
 
-def test_the_columns_of_a_definition() -> None:
-    """Types with commas, keys and constraints are no columns."""
-    definition = "a VARCHAR(3) NOT NULL, b DECIMAL(10, 2),\n c INT, PRIMARY KEY (a, c), UNIQUE (b)"
-    assert column_names(definition) == ["a", "b", "c"]
+def test_a_view_in_pages(bank: Here) -> None:
+    """At most so many rows, after the last one of the page before."""
+    first = bank.done("view", "account_query", "--limit", "3", "--json").lines
+    rest = bank.done("view", "account_query", "--after", first[-1]["view_id"], "--json").lines
+    assert [row["view_id"] for row in first] == ["ada", "ben", "chloe"]
+    assert [row["view_id"] for row in rest] == ["dmitri"]
+    every = bank.done("view", "bank_totals", "--json").lines
+    assert bank.done("view", "bank_totals", "--limit", "2", "--json").lines == every[:2]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("account_query", "ada", "--limit", "1"),
+        ("account_query", "--limit", "0"),
+        ("bank_totals", "--after", "x"),
+    ],
+)
+def test_pages_of_what_has_none(bank: Here, arguments: tuple[str, ...]) -> None:
+    """One row is no page, and rows without ids have none to go on after: wrong usage."""
+    result = bank("view", *arguments)
+    assert (result.code, result.out) == (2, "")
+
+
+def test_a_view_that_has_seen_a_command(here: Here, sqlite_url: str) -> None:
+    """It is waited for, however late the command is decided; then the row is read."""
+    command_id = new_command_id()
+    opening = message("OpenAccount", "account", "zoe", {"account_id": "zoe"}, command_id)
+    here.done("init")
+    reading = ("view", "account_query", "zoe", "--wait-for", command_id, "--json")
+    with (
+        running(*reading, CQRS_ES_STORE_URL=sqlite_url) as view,
+        running("run", "--commands", "-", CQRS_ES_STORE_URL=sqlite_url) as run,
+    ):
+        run.wait_for("started")
+        run.feed(opening + b"\n")
+        result = view.end()
+    assert result.code == 0, result.err
+    assert result.json["account_id"] == "zoe"
+
+
+def test_status_has_colours_on_a_terminal_only(bank: Here, sqlite_url: str, tmp_path: Path) -> None:
+    """There what somebody has to see to is in red; in a file there are no escapes."""
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(b"not a message\n")
+    bank.done("run", "--commands", str(file), "--until-idle")
+    plain = bank.done("status").out
+    coloured = on_a_terminal("status", CQRS_ES_STORE_URL=sqlite_url)
+    assert "\x1b" not in plain
+    assert "\x1b[1;31m1\x1b[0m" in coloured
+    assert without_escapes(coloured).split() == plain.split()
+    json = on_a_terminal("status", "--json", CQRS_ES_STORE_URL=sqlite_url)
+    assert "\x1b" not in json
 
 
 # --- stream and tail ---------------------------------------------------------
