@@ -32,6 +32,8 @@ class Proxy:
     def reset(self) -> None:
         """Cut every connection the hard way."""
         for writer in self._writers:
+            if writer.is_closing():
+                continue
             sock: socket.socket = writer.get_extra_info("socket")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             writer.transport.abort()
