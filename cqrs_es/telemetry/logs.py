@@ -91,7 +91,9 @@ def _structured_exception() -> Processor:
 
 def _console() -> Processor:
     return structlog.dev.ConsoleRenderer(
-        colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        colors=sys.stderr.isatty(),
+        exception_formatter=structlog.dev.plain_traceback,
+        sort_keys=False,
     )
 
 
