@@ -9,7 +9,6 @@ import structlog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from contextlib import AbstractContextManager
     from types import TracebackType
 
     from cqrs_es.execution.work import Work
@@ -64,7 +63,7 @@ class Reporter:
 
     def timing(self, phase: Phase) -> _Timing:
         """Count a block's time as that of a phase."""
-        return _Timing(phase, self._meter.phase(phase), self._monotonic, self._seconds)
+        return _Timing(phase, self._meter, self._monotonic, self._seconds)
 
     def answered(self, message: CommandMessage, outcome: Outcome) -> None:
         """Count an answer."""
@@ -112,7 +111,7 @@ class _Timing:
     def __init__(
         self,
         phase: Phase,
-        meter: AbstractContextManager[object],
+        meter: Meter,
         monotonic: Callable[[], float],
         seconds: dict[Phase, float],
     ) -> None:
@@ -122,7 +121,6 @@ class _Timing:
         self._seconds = seconds
 
     def __enter__(self) -> None:
-        self._meter.__enter__()
         self._started = self._monotonic()
 
     def __exit__(
@@ -134,7 +132,7 @@ class _Timing:
         spent, before = self._monotonic() - self._started, self._seconds[self._phase]
         longest = self._phase == "decide"
         self._seconds[self._phase] = max(before, spent) if longest else before + spent
-        self._meter.__exit__(exc_type, exc, traceback)
+        self._meter.took(self._phase, spent)
 
 
 def _ids(works: Sequence[Work]) -> dict[str, str]:

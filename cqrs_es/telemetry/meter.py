@@ -32,6 +32,9 @@ class Meter:
         del phase
         return _NOT_TIMED
 
+    def took(self, phase: Phase, seconds: float) -> None:
+        """Note what a phase took, where it was timed by others."""
+
     def conflict(self) -> None:
         """Note that an aggregate's commands are decided again."""
 

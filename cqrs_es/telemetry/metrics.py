@@ -152,6 +152,10 @@ class Metrics(Meter):
         """Time a block, from this call on."""
         return _Timer(self._phases[phase])
 
+    def took(self, phase: Phase, seconds: float) -> None:
+        """Observe a time."""
+        self._phases[phase].observe(seconds)
+
     def conflict(self) -> None:
         """Count a conflict."""
         self._conflicts[()] += 1

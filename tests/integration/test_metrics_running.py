@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest.mock import AsyncMock
+from urllib.parse import urlsplit
 
+import amqp
 import pytest
 
 from cqrs_es import Envelope, View, errors
@@ -30,6 +32,7 @@ from tests.waiting import eventually
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from cqrs_es.ports.broker import Delivery
     from cqrs_es.runtime.leases import Assignment
 
 
@@ -172,6 +175,41 @@ async def test_waiting_by_the_brokers_word(broker: str, request: pytest.FixtureR
         assert delivery.queued_at == pytest.approx(time.time(), abs=10)
     else:
         assert delivery.queued_at is None
+
+
+async def test_the_timestamp_of_a_message_on_rabbitmq(amqp_url: str) -> None:
+    """The sender's, or the server's where it is told to set one; any number may stand there."""
+    broker = broker_for(amqp_url, service="stamped")
+    await broker.open()
+    try:
+        await broker.declare(1, "epoch")
+        await asyncio.to_thread(publish_with_timestamps, amqp_url, [1_790_000_000, 2**63])
+        intake = await broker.open_intake(0, "me")
+        deliveries: list[Delivery] = []
+        while len(deliveries) < 2:
+            deliveries += await intake.receive(2)
+        await intake.settle(deliveries)
+        await intake.close()
+    finally:
+        await broker.close()
+    assert [delivery.queued_at for delivery in deliveries] == [1_790_000_000.0, float(2**63)]
+
+
+def publish_with_timestamps(url: str, timestamps: list[int]) -> None:
+    """Send with pyamqp alone, as another service may."""
+    parts = urlsplit(url)
+    connection: Any = amqp.Connection(
+        f"{parts.hostname}:{parts.port}",
+        userid=parts.username or "guest",
+        password=parts.password or "guest",
+    )
+    connection.connect()
+    channel = connection.channel()
+    channel.confirm_select()
+    make: Any = amqp.Message
+    for each in timestamps:
+        channel.basic_publish_confirm(make(b"{}", timestamp=each), "stamped.commands", "0")
+    connection.close()
 
 
 # --- Events --------------------------------------------------------------------
