@@ -16,7 +16,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from cqrs_es import Aggregate, Envelope, View, command, event
 from cqrs_es.application import Application
-from cqrs_es.client import Client
+from cqrs_es.client import Client, SyncClient
 from cqrs_es.messages import Status
 from cqrs_es.settings import Settings
 from cqrs_es.telemetry.spans import Spans
@@ -150,6 +150,20 @@ def test_the_command_line_begins_a_trace_too(
     (body,) = _queued(redis_url)
     sent = recorder.one("send OpenAccount")
     assert orjson.loads(body)["metadata"] == {"traceparent": traceparent_of(sent)}
+
+
+def test_threads_trace_too(
+    here: Here, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, redis_url: str
+) -> None:
+    """What a thread sends through the client without asyncio is a child of the thread's span."""
+    monkeypatch.setenv("CQRS_ES_BROKER_URL", redis_url)
+    here.done("init")
+    with (
+        SyncClient(redis_url, service="bank") as client,
+        trace.get_tracer("shop").start_as_current_span("order"),
+    ):
+        client.send("account", "A", "OpenAccount", {"account_id": "A"})
+    assert recorder.tree() == {"": {"order"}, "order": {"send OpenAccount"}}
 
 
 def _queued(redis_url: str) -> list[bytes]:
