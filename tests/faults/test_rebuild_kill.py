@@ -102,6 +102,8 @@ def test_rebuilds_killed_at_random_instants(tmp_path: Path) -> None:
     found = rows(database, "SELECT view_id, payload FROM account_query")
     live = {account: Decimal(orjson.loads(payload)["balance"]) for account, payload in found}
     assert live == bank_balances(folder)
+    ((cents,),) = rows(database, "SELECT SUM(held_cents) FROM bank_totals")
+    assert Decimal(cents) / 100 == sum(live.values())
 
 
 def check_generations(database: Path) -> None:
