@@ -38,9 +38,10 @@ def port_of(scheme: str, request: pytest.FixtureRequest) -> int:
 
 
 def refused(here: Here, monkeypatch: pytest.MonkeyPatch, scheme: str, url: str) -> Result:
-    """Call a verb with tracebacks on; return what it says when it can't do its work."""
+    """Call a verb that needs the server, tracebacks on; return how it says that it can't."""
     monkeypatch.setenv(variable(scheme), url)
-    result = here("--log-level", "debug", "status")
+    send = ("send", "account", "A", "OpenAccount", '{"account_id": "A"}')
+    result = here("--log-level", "debug", *(("status",) if scheme == "mysql" else send))
     assert "Traceback" in result.err
     assert PART not in result.out + result.err
     return result
