@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 # `.ci/unpack-mysql FOLDER` fetches one on a Debian that has none.
 MYSQLD ?= mysqld
-MYSQL_SUITES := tests/contract tests/acceptance tests/integration/test_mysql_store.py
+MYSQL_SUITES := tests/contract tests/acceptance tests/integration/test_mysql_store.py \
+	tests/integration/test_server_stores.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-mysql check format secrets clean

@@ -16,7 +16,7 @@ from cqrs_es.brokers.amqp import driver as amqp_driver
 from cqrs_es.brokers.redis import connection as redis_connection
 from cqrs_es.ports.dead_letters import DeadLetter
 from cqrs_es.stores import storage_for
-from cqrs_es.stores.mysql import database as mysql_database
+from cqrs_es.stores.sql import pool
 from cqrs_es.types import new_command_id
 from tests.command_line import message
 from tests.conftest import run_on
@@ -63,7 +63,7 @@ NOWHERE = ["nobody listens", "nobody answers"]
 
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mysql_database, "CONNECT_SECONDS", SOON)
+    monkeypatch.setattr(pool, "CONNECT_SECONDS", SOON)
     monkeypatch.setattr(redis_connection, "ANSWER_SECONDS", SOON)
     monkeypatch.setattr(amqp_driver, "CONNECT_SECONDS", SOON)
     monkeypatch.setattr(amqp_bridge, "OPEN_SECONDS", 2 * SOON)
@@ -195,7 +195,7 @@ def test_a_store_that_goes_away_during_a_retry(
     root = f"mysql://root@127.0.0.1:{own_server.port}"
     run_on(root, "CREATE DATABASE cutting")
     monkeypatch.setenv("CQRS_ES_STORE_URL", f"{root}/cutting")
-    monkeypatch.setattr(mysql_database, "STATEMENT_SECONDS", SOON)
+    monkeypatch.setattr(pool, "STATEMENT_SECONDS", SOON)
     here.done("--app", APP, "init")
     payload: dict[str, object] = {"process": own_server.process.pid, "number": int(number)}
     body = message("Signal", "cutter", "c", payload)
