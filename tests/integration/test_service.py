@@ -109,6 +109,7 @@ def test_the_wire_contract(bank: Service, outside: Outside) -> None:
     event = outside.topic("bank")[14][1]
     ((epoch,),) = query(bank.store_url, "SELECT value FROM store_info WHERE name = 'logepoch'")
     assert event.pop("time").endswith("Z")
+    assert orjson.loads(event.pop("metadata")) == {"correlation_id": "order-17"}
     assert event == {
         "specversion": "1.0",
         "id": "account/ACCT-001/2",
@@ -126,7 +127,6 @@ def test_the_wire_contract(bank: Service, outside: Outside) -> None:
         "partitionkey": "account/ACCT-001",
         "commandid": second["id"],
         "correlationid": "order-17",
-        "metadata": '{"correlation_id":"order-17"}',
     }
 
 
