@@ -119,7 +119,7 @@ def _bar(name: str, stack: ExitStack) -> Callable[[RebuildProgress], None]:
         TaskProgressColumn(),
         TextColumn("{task.completed:,} of {task.total:,} events  {task.fields[pace]}"),
     )
-    progress = stack.enter_context(Progress(*columns, console=Console(stderr=True)))
+    progress = stack.enter_context(Progress(*columns, console=Console(stderr=True, soft_wrap=True)))
     task = progress.add_task(name, total=1, pace="")
 
     def show(state: RebuildProgress) -> None:
