@@ -11,10 +11,20 @@ import pytest
 
 from cqrs_es import Envelope, View, errors
 from cqrs_es.application import Application
-from cqrs_es.projection.generations import Generations, read_generations
+from cqrs_es.projection.applying import Applier
+from cqrs_es.projection.folding import folding_for
+from cqrs_es.projection.generations import (
+    Generations,
+    begin_building,
+    make_sure_of_tables,
+    publish,
+    read_generations,
+)
 from cqrs_es.projection.rebuild import Rebuild, RebuildProgress
+from cqrs_es.projection.switch import Switch
 from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
+from cqrs_es.types import partition_of
 from tests.faulty import FaultyStorage
 from tests.samples import Add, AddEach, Added, Counter, Services, Totals
 from tests.tallies import Sums, check_complete, check_live, tallying_app
@@ -280,6 +290,31 @@ async def test_readers_are_never_put_back(store_url: str) -> None:
             await eventually(supervisor.idle, within_seconds=LONG)
         for name in VIEWS:
             assert await check_complete(opened, name) == 5
+
+
+@pytest.mark.parametrize("name", VIEWS)
+async def test_the_switch_applies_what_the_live_one_is_ahead(store_url: str, name: str) -> None:
+    """Where that is little; else it changes nothing, and there is more to fill first."""
+    settings = Settings(store_url=store_url, partitions=PARTITIONS)
+    async with tallying_app().open(settings, initialise=True) as opened:
+        for counter in NAMES:
+            await opened.execute(Counter, counter, AddEach(list(range(1, 31))))
+        await project(opened)
+        views = opened.storage.views
+        folding = folding_for(opened.projection(name), await begin_building(views, name))
+        await make_sure_of_tables(views, folding)
+        switch = Switch(opened.registry, opened.storage, folding, building=True)
+
+        await opened.execute(Counter, "a", AddEach([1] * 400))
+        await project(opened)
+        assert not await switch.attempt({})
+        assert await read_generations(views, name) == Generations(1, 2, 2)
+        applier = Applier(opened.registry, opened.storage, folding, partition_of("counter", "a", 3))
+        await applier.catch_up(most=300)
+        assert await switch.attempt({})
+        assert await read_generations(views, name) == Generations(2, None, 2)
+        await publish(views, opened.projection(name))
+        assert await check_complete(opened, name) == 2
 
 
 # --- A store that goes away --------------------------------------------------
