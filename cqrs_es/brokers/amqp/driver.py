@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from cqrs_es.brokers.amqp.interfaces import Connection
 
 CONNECT_SECONDS: Final = 5.0
-# Half of it without a sign from the server makes a heartbeat, twice of it the end.
-HEARTBEAT_SECONDS: Final = 10
+# Half of it without a sign from us makes a heartbeat; twice of it without one from
+# the server is the end. A server gives a silent client up after three times of it
+# (measured), and with it the partitions of a machine that was switched off.
+HEARTBEAT_SECONDS: Final = 5
 ANSWER_SECONDS: Final = 10.0  # for each frame that an answer consists of
 WRITE_SECONDS: Final = 10.0
 # How long what was sent may stay unacknowledged by the peer's kernel; py-amqp's
