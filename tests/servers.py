@@ -117,7 +117,7 @@ def _accepts(port: int) -> bool:
 # --- MariaDB -----------------------------------------------------------------
 
 
-def start_mariadb(folder: Path, *, port: int | None = None) -> Server:
+def start_mariadb(folder: Path, *options: str, port: int | None = None) -> Server:
     """Start a MariaDB of our own, again with what it has on disk; its user is root, no password."""
     daemon, installer = installed("mariadbd"), installed("mariadb-install-db")
     data, port = folder / "data", port or free_port()
@@ -139,6 +139,7 @@ def start_mariadb(folder: Path, *, port: int | None = None) -> Server:
         f"--socket={folder / 'mysqld.sock'}",
         f"--port={port}",
         "--bind-address=127.0.0.1",
+        *options,
     ]
     return launch(command, port, folder / "mariadbd.log")
 
@@ -179,12 +180,16 @@ POSTGRES_PROGRAMS = "/usr/lib/postgresql"  # Debian's, in a folder for each majo
 POSTGRES_USER = "postgres"  # Debian's; the server refuses to run as root
 
 
-def start_postgres(folder: Path) -> Server:
-    """Start a PostgreSQL of our own, in an empty folder; its user is postgres, no password."""
+def start_postgres(folder: Path, *more_options: str) -> Server:
+    """Start a PostgreSQL of our own; its user is postgres, without a password.
+
+    What is in the folder, such as certificates, is given to the user that it runs as.
+    """
     port, data = free_port(), folder / "data"
     user = POSTGRES_USER if os.geteuid() == 0 else None
     if user is not None:
-        shutil.chown(folder, user)
+        for path in (folder, *folder.iterdir()):
+            shutil.chown(path, user)
     subprocess.run(
         [_postgres_program("initdb"), "--auth=trust", f"--username={POSTGRES_USER}", str(data)],
         check=True,
@@ -199,7 +204,7 @@ def start_postgres(folder: Path) -> Server:
         "max_connections": 500,
     }
     settings = [f"--{name}={value}" for name, value in options.items()]
-    command = [_postgres_program("postgres"), "-D", str(data), *settings]
+    command = [_postgres_program("postgres"), "-D", str(data), *settings, *more_options]
     return launch(command, port, folder / "postgres.log", user=user)
 
 

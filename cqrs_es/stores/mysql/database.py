@@ -18,6 +18,7 @@ from cqrs_es.stores.sql.pool import MIGRATING, ServerDatabase
 
 if TYPE_CHECKING:
     from cqrs_es.stores.sql.dialect import Dialect
+    from cqrs_es.stores.sql.tls import Tls
 
 # At most 64 characters; MySQL 9.6 has no MD5 any more.
 _MIGRATION_LOCK: Final = "CONCAT('cqrs-es:', LEFT(SHA2(DATABASE(), 256), 40))"
@@ -32,6 +33,7 @@ class Target:
     user: str
     password: str = field(repr=False)
     database: str
+    tls: Tls | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class MysqlDatabase(ServerDatabase[MysqlSession]):
     async def _connect(self) -> MysqlSession:
         target = self._target
         connect = cast("Any", aiomysql.connect)
+        tls = None if target.tls is None else target.tls.context()
         with mapped_errors():
             async with asyncio.timeout(pool.CONNECT_SECONDS):
                 connection = await connect(
@@ -70,6 +73,7 @@ class MysqlDatabase(ServerDatabase[MysqlSession]):
                     user=target.user,
                     password=target.password,
                     db=target.database,
+                    ssl=tls,
                     charset="utf8mb4",
                     autocommit=True,
                     conv=DECODERS,
@@ -78,6 +82,8 @@ class MysqlDatabase(ServerDatabase[MysqlSession]):
                 )
         session = MysqlSession(connection)
         try:
+            if tls is not None:
+                await _require_tls(session)
             await _prepare(session, self._limits)
         except BaseException:
             session.cut()
@@ -92,6 +98,17 @@ class MysqlDatabase(ServerDatabase[MysqlSession]):
 
     async def _unlock_migrations(self, session: MysqlSession) -> None:
         await session.fetch(f"SELECT RELEASE_LOCK({_MIGRATION_LOCK})")
+
+
+async def _require_tls(session: MysqlSession) -> None:
+    """Make sure that the connection is encrypted: aiomysql goes on without where none is offered.
+
+    By then the password has been sent, but never as it is.
+    """
+    [[_, cipher]] = await session.fetch("SHOW SESSION STATUS LIKE 'Ssl_cipher'")
+    if not cipher:
+        message = "the MySQL server offers no TLS, which CQRS_ES_STORE_URL asks for by ssl-mode"
+        raise errors.SettingsError(message)
 
 
 async def _prepare(session: MysqlSession, limits: Limits) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import pymysql
 
 from cqrs_es import errors
-from cqrs_es.stores.sql.session import DuplicateKey, RolledBack
+from cqrs_es.stores.sql.session import DuplicateKey, RolledBack, unreachable
 from cqrs_es.stores.sql.tables import FRAMEWORK_NAMES
 
 if TYPE_CHECKING:
@@ -61,13 +62,13 @@ def mapped_errors() -> Generator[None]:
     except pymysql.MySQLError as exc:
         raise _error_for(exc) from exc
     except (OSError, EOFError) as exc:  # TimeoutError, the deadline's, is an OSError
-        raise _unavailable(str(exc) or type(exc).__name__) from exc
+        raise unreachable(str(exc) or type(exc).__name__) from exc
 
 
 def _error_for(exc: pymysql.MySQLError) -> errors.CqrsError:
     code, text = _code_and_text(exc)
     if code in _CLIENT_CODES or code == 0:
-        return _unavailable(text)
+        return unreachable(f"{text}: {exc.__cause__}" if _is_tls(exc.__cause__) else text)
     if code in _SETTINGS:
         return errors.SettingsError(f"{_SETTINGS[code]}: check CQRS_ES_STORE_URL")
     if code in _ERRORS:
@@ -75,12 +76,9 @@ def _error_for(exc: pymysql.MySQLError) -> errors.CqrsError:
     return _error_by_text(code, text)
 
 
-def _unavailable(reason: str) -> errors.StoreUnavailable:
-    """Say why; the driver's words name the host, never the password."""
-    message = f"the event store can't be reached ({reason})"
-    return errors.StoreUnavailable(
-        f"{message}; check CQRS_ES_STORE_URL and the server, then try again"
-    )
+def _is_tls(cause: BaseException | None) -> bool:
+    """Tell whether a certificate was at fault, of which the driver's words say nothing."""
+    return isinstance(cause, ssl.SSLError)
 
 
 def _error_by_text(code: int, text: str) -> errors.CqrsError:

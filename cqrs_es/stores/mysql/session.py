@@ -95,9 +95,11 @@ class MysqlSession(ServerSession):
 
     async def say_goodbye(self) -> None:
         """Close the connection as the protocol has it, or cut it where that takes long."""
+        writer = self._connection._writer  # noqa: SLF001 - aiomysql does not wait for it
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self._connection.ensure_closed()
+                await writer.wait_closed()
         except (OSError, aiomysql.Error):
             self.cut()
 

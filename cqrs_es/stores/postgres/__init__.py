@@ -7,12 +7,14 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from cqrs_es import errors
 from cqrs_es.stores.postgres.database import Limits, PostgresDatabase, Target
 from cqrs_es.stores.sql.storage import SqlStorage
+from cqrs_es.stores.sql.tls import Tls
 
 DEFAULT_PORT = 5432
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _BAD_URL = (
     "a PostgreSQL URL is postgresql://user:password@host:5432/database;"
-    f" add ?sslmode= and one of {', '.join(SSL_MODES)} where TLS matters"
+    f" where TLS matters add ?sslmode= and one of {', '.join(SSL_MODES)}, and &sslrootcert=FILE"
+    " where it is verified by certificates of your own"
 )
 
 
@@ -34,10 +36,7 @@ def target_of(url: str) -> Target:
     except ValueError:
         raise errors.SettingsError(_BAD_URL) from None  # its text may hold the password
     database = unquote(parts.path.removeprefix("/"))
-    ssl = options.pop("sslmode", "prefer")
-    if not (parts.hostname and parts.username and database) or "/" in database or options:
-        raise errors.SettingsError(_BAD_URL)
-    if ssl not in SSL_MODES:
+    if not (parts.hostname and parts.username and database) or "/" in database:
         raise errors.SettingsError(_BAD_URL)
     return Target(
         host=parts.hostname,
@@ -45,5 +44,15 @@ def target_of(url: str) -> Target:
         user=unquote(parts.username),
         password=unquote(parts.password or ""),
         database=database,
-        ssl=ssl,
+        tls=_tls_of(options),
     )
+
+
+def _tls_of(options: dict[str, str]) -> Tls | str:
+    """Read libpq's options for TLS; there are no others. Without a file its modes are asyncpg's."""
+    mode, ca_file = options.pop("sslmode", "prefer"), options.pop("sslrootcert", None)
+    if options or mode not in SSL_MODES or (ca_file and not mode.startswith("verify")):
+        raise errors.SettingsError(_BAD_URL)
+    if ca_file is None:
+        return mode
+    return Tls(check_host=mode == "verify-full", ca_file=ca_file)

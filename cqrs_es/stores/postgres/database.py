@@ -15,6 +15,7 @@ from cqrs_es.stores.postgres.session import PostgresSession
 from cqrs_es.stores.sql import pool
 from cqrs_es.stores.sql.pool import MIGRATING, ServerDatabase
 from cqrs_es.stores.sql.session import RolledBack
+from cqrs_es.stores.sql.tls import Tls
 
 IDLE_SECONDS: Final = 60.0
 """Twice as long as a connection that nobody needs is trusted to be there."""
@@ -22,14 +23,14 @@ IDLE_SECONDS: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where the database is, and who asks; `ssl` is one of libpq's modes."""
+    """Where the database is, and who asks; `tls` is certificates to verify by, or libpq's mode."""
 
     host: str
     port: int
     user: str
     password: str = field(repr=False)
     database: str
-    ssl: str = "prefer"
+    tls: Tls | str = "prefer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class PostgresDatabase(ServerDatabase[PostgresSession]):
     async def _connect(self) -> PostgresSession:
         target = self._target
         connect = cast("Any", asyncpg.connect)
+        tls = target.tls.context() if isinstance(target.tls, Tls) else target.tls
         with mapped_errors():
             async with asyncio.timeout(pool.CONNECT_SECONDS):
                 connection = await connect(
@@ -68,7 +70,7 @@ class PostgresDatabase(ServerDatabase[PostgresSession]):
                     user=target.user,
                     password=target.password,
                     database=target.database,
-                    ssl=target.ssl,
+                    ssl=tls,
                     server_settings=_settings(self._limits),
                 )
         session = PostgresSession(connection)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import asyncpg
 
 from cqrs_es import errors
-from cqrs_es.stores.sql.session import DuplicateKey, RolledBack
+from cqrs_es.stores.sql.session import DuplicateKey, RolledBack, unreachable
 from cqrs_es.stores.sql.tables import FRAMEWORK_NAMES
 
 if TYPE_CHECKING:
@@ -59,15 +59,15 @@ def mapped_errors() -> Generator[None]:
     except asyncpg.PostgresError as exc:
         raise _error_for(exc) from exc
     except (asyncpg.InterfaceError, asyncpg.InternalClientError) as exc:
-        raise errors.StoreUnavailable from exc
+        raise unreachable(str(exc)) from exc
     except (OSError, EOFError) as exc:  # TimeoutError, the deadline's, is an OSError
-        raise errors.StoreUnavailable from exc
+        raise unreachable(str(exc) or type(exc).__name__) from exc
 
 
 def _error_for(exc: asyncpg.PostgresError) -> errors.CqrsError:
     state: str = exc.sqlstate or ""
     if state.startswith(_CONNECTION_CLASS):
-        return errors.StoreUnavailable()
+        return unreachable(str(exc))
     if state in _SETTINGS:
         return errors.SettingsError(f"{_SETTINGS[state]}: check CQRS_ES_STORE_URL")
     if state in _ERRORS:

@@ -127,6 +127,14 @@ async def to_its_end(running: asyncio.Future[T], on_cancel: Callable[[], None] |
         raise
 
 
+def unreachable(reason: str) -> errors.StoreUnavailable:
+    """Say why a server can't be used; drivers' words name the host, never the password."""
+    message = f"the event store can't be reached ({reason})"
+    return errors.StoreUnavailable(
+        f"{message}; check CQRS_ES_STORE_URL and the server, then try again"
+    )
+
+
 def left_usable(error: errors.CqrsError) -> bool:
     """Tell whether a server's connection can be used again after it raised an error."""
     return isinstance(error, RolledBack) or not isinstance(error, errors.Unavailable)
