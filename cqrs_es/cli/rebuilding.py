@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Final
 
-import structlog
 import typer
 
 from cqrs_es import errors
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from cqrs_es.application import Application
     from cqrs_es.projection.rebuild import Rebuild, RebuildProgress
     from cqrs_es.settings import Settings
-
-log = structlog.get_logger("cqrs_es.cli")
 
 SECONDS_BETWEEN_LINES: Final = 1.0
 
@@ -142,6 +139,9 @@ class _Lines:
     """Writes a log line a second, and one at the end."""
 
     def __init__(self, name: str) -> None:
+        import structlog
+
+        self._log = structlog.get_logger("cqrs_es.cli")
         self._name = name
         self._written = time.monotonic()
 
@@ -151,7 +151,7 @@ class _Lines:
             return
         self._written = now
         left = state.seconds_left
-        log.info(
+        self._log.info(
             "rebuilding",
             view=self._name,
             generation=state.generation,
