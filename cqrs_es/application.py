@@ -17,7 +17,7 @@ from cqrs_es.registry import Registry, define_aggregate, define_projector, defin
 from cqrs_es.runtime.log_watcher import LogWatcher
 from cqrs_es.runtime.supervisor import Process, new_owner
 from cqrs_es.settings import Settings
-from cqrs_es.stores import storage_for
+from cqrs_es.stores import has_sql, storage_for
 from cqrs_es.telemetry import logs
 from cqrs_es.telemetry.meter import NO_METER, Meter
 from cqrs_es.telemetry.tracing import tracing_for
@@ -84,9 +84,24 @@ class Application:
         """Register a view whose rows the framework keeps."""
         self.registry.add_projection(define_view(cls))
 
-    def projector(self, cls: type[Projector[Any]]) -> None:
-        """Register a projector with tables and SQL of its own."""
-        self.registry.add_projection(define_projector(cls))
+    def projector(self, cls: type[Projector[Any]], *, needed: bool = True) -> None:
+        """Register a projector with tables and SQL of its own.
+
+        On a store that has no SQL (DynamoDB) the application does not open, or
+        does without the projector if it is not `needed`.
+        """
+        self.registry.add_projection(define_projector(cls, needed=needed))
+
+    def on_store_of(self, settings: Settings) -> Application:
+        """Return what of the application runs on the store that the settings name.
+
+        Raises `ConfigurationError` where that leaves out what is needed.
+        """
+        if has_sql(settings.store_url or ""):
+            return self
+        suited = Application(self.service)
+        suited.registry = self.registry.without_sql()
+        return suited
 
     # --- Opening -------------------------------------------------------------
 
@@ -126,6 +141,7 @@ class Application:
             if broker is None:
                 broker = make_broker(settings, service)
                 stack.push_async_callback(broker.close)
+            registry = self.registry if storage.sql else self.registry.without_sql()
             await storage.open()
             if reach_broker:
                 await broker.open()
@@ -134,7 +150,7 @@ class Application:
             watcher = LogWatcher(storage.events)
             tracing = tracing_for(service, broker.system, self.registry.command_names)
             executor = Executor(
-                self.registry,
+                registry,
                 storage.events,
                 partitions=partitions,
                 clock=clock,
@@ -145,7 +161,7 @@ class Application:
                 tracing=tracing,
             )
             process = Process(
-                registry=self.registry,
+                registry=registry,
                 settings=settings,
                 service=service,
                 partitions=partitions,

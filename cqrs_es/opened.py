@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import orjson
+import structlog
 
 from cqrs_es import errors, wire
 from cqrs_es.codec import to_json
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from cqrs_es.projection.rebuild import RebuildProgress
     from cqrs_es.registry import AggregateDefinition, ProjectionDefinition, Registry
     from cqrs_es.view import View
+
+log = structlog.get_logger("cqrs_es.application")
 
 C = TypeVar("C")
 E = TypeVar("E")
@@ -277,6 +280,8 @@ class OpenApplication:
 
     def supervisor(self, roles: Collection[str] | None = None) -> Supervisor:
         """Make what runs roles in this process: those named, or all there are."""
+        if self.registry.left_out:
+            log.warning("projectors left out", why="no SQL", names=self.registry.left_out)
         return Supervisor(self._process, roles)
 
     @asynccontextmanager

@@ -253,10 +253,14 @@ class ViewDefinition:
 
 @dataclass(frozen=True, slots=True)
 class ProjectorDefinition:
-    """A projector class with tables and SQL of its own."""
+    """A projector class with tables and SQL of its own.
+
+    One that is not `needed` is left out where the store has no SQL.
+    """
 
     cls: type[AnyProjector]
     event_classes: frozenset[type[object]]
+    needed: bool = True
 
     @property
     def name(self) -> str:
@@ -274,13 +278,13 @@ def define_view(cls: type[AnyView]) -> ViewDefinition:
     return ViewDefinition(cls, _state_codec(cls), frozenset(_members(event_types)))
 
 
-def define_projector(cls: type[AnyProjector]) -> ProjectorDefinition:
+def define_projector(cls: type[AnyProjector], *, needed: bool = True) -> ProjectorDefinition:
     """Read a projector's type argument and check its tables' names; raise `DefinitionError`."""
     _require_name(cls)
     (event_types,) = _type_arguments(cls, Projector, 1)
     for table in cls.tables:
         check_view_name(table)
-    return ProjectorDefinition(cls, frozenset(_members(event_types)))
+    return ProjectorDefinition(cls, frozenset(_members(event_types)), needed)
 
 
 def _require_name(cls: type[AnyView | AnyProjector]) -> None:
@@ -299,6 +303,26 @@ class Registry:
     def __init__(self) -> None:
         self.aggregates: dict[str, AggregateDefinition] = {}
         self.projections: dict[str, ProjectionDefinition] = {}
+        self.left_out: tuple[str, ...] = ()
+
+    def without_sql(self) -> Registry:
+        """Return what runs on a store that has no SQL: `left_out` names what does not.
+
+        Raises `ConfigurationError` where that is a projector that is needed.
+        """
+        projectors = [p for p in self.projections.values() if isinstance(p, ProjectorDefinition)]
+        needed = [definition.name for definition in projectors if definition.needed]
+        if needed:
+            message = (
+                f"{', '.join(needed)} keeps tables with SQL, which the store does not have: use"
+                " PostgreSQL, MySQL or SQLite, or register it with needed=False to do without"
+            )
+            raise errors.ConfigurationError(message)
+        rest = Registry()
+        rest.aggregates = self.aggregates
+        rest.left_out = (*self.left_out, *(definition.name for definition in projectors))
+        rest.projections = {n: p for n, p in self.projections.items() if n not in rest.left_out}
+        return rest
 
     def add_aggregate(self, definition: AggregateDefinition) -> None:
         """Add an aggregate; raise `DefinitionError` when its type is taken."""

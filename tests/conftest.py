@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import urllib.request
 import uuid
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,19 +15,21 @@ import pytest
 import redis
 
 from tests.servers import (
+    START_SECONDS,
     RabbitServer,
     psql,
+    start_dynamodb,
     start_mariadb,
     start_mysql,
     start_postgres,
     start_rabbitmq,
     start_redis,
 )
+from tests.stores import STORES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-STORES = ("memory", "sqlite", "mysql", "postgres")
 MYSQL_VERSION = pytest.StashKey[str]()
 
 
@@ -108,6 +111,24 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
     psql(postgres_server, f"CREATE DATABASE {name}")
     yield urlunsplit(urlsplit(postgres_server)._replace(path=f"/{name}"))
     psql(postgres_server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def dynamodb_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Run a server that behaves like DynamoDB; yield its endpoint."""
+    server = start_dynamodb(tmp_path_factory.mktemp("dynamodb"))
+    yield f"http://127.0.0.1:{server.port}"
+    server.stop()
+
+
+@pytest.fixture
+def dynamodb_url(dynamodb_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Name a table that is not there yet; the server is emptied after the test."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    yield f"dynamodb://eu-central-1/test-{uuid.uuid4().hex[:8]}?endpoint={dynamodb_server}"
+    reset = urllib.request.Request(f"{dynamodb_server}/moto-api/reset", method="POST")  # noqa: S310 - http
+    urllib.request.urlopen(reset, timeout=START_SECONDS).close()  # noqa: S310 - our own server
 
 
 @pytest.fixture

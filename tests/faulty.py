@@ -107,6 +107,10 @@ class FaultyStorage(Storage):
     def shared(self) -> bool:
         return self._inner.shared
 
+    @property
+    def sql(self) -> bool:
+        return self._inner.sql
+
     async def open(self) -> None:
         await self._inner.open()
 
@@ -195,6 +199,9 @@ class FaultyViews(ViewStore):
 
     async def page(self, table: str, *, after: str = "", limit: int = 100) -> list[ViewRow]:
         return await self._inner.page(table, after=after, limit=limit)
+
+    async def count(self, table: str) -> int:
+        return await self._inner.count(table)
 
     async def query(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
         return await self._inner.query(sql, parameters)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -227,6 +228,16 @@ def psql(url: str, statement: str) -> str:
         timeout=START_SECONDS,
     )
     return done.stdout.decode()
+
+
+# --- DynamoDB ----------------------------------------------------------------
+
+
+def start_dynamodb(folder: Path) -> Server:
+    """Start a server that behaves like DynamoDB; it takes any credentials."""
+    port = free_port()
+    program = Path(__file__).parent / "dynamodb_server.py"
+    return launch([sys.executable, str(program), str(port)], port, folder / "dynamodb.log")
 
 
 # --- Redis -------------------------------------------------------------------

@@ -57,4 +57,4 @@ app.aggregate(
     handler_timeout=policies.handler_timeout(settings),
 )
 app.view(AccountQuery)
-app.projector(BankTotals)
+app.projector(BankTotals, needed=False)  # on DynamoDB, which has no SQL, the bank goes without

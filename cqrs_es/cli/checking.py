@@ -71,7 +71,10 @@ class _Checks:
         registry = self._app.registry
         registry.check()
         views = ", ".join(registry.projections) or "none"
-        return f"{len(registry.aggregates)} aggregates; views: {views}"
+        left_out = ", ".join(registry.left_out)
+        return f"{len(registry.aggregates)} aggregates; views: {views}" + (
+            f"; left out, as the store has no SQL: {left_out}" if left_out else ""
+        )
 
     def handlers_of(self, definition: AggregateDefinition) -> Check:
         async def check() -> str:

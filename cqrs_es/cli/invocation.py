@@ -53,7 +53,8 @@ class Invocation:
         """Read the settings and import the application that they name."""
         settings = self.settings()
         path = application_path(settings.app)
-        return dataclasses.replace(settings, app=path), load_application(path)
+        app = load_application(path).on_store_of(settings)
+        return dataclasses.replace(settings, app=path), app
 
 
 def invocation_of(context: typer.Context) -> Invocation:

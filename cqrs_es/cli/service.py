@@ -261,7 +261,5 @@ async def _count_rows(opened: OpenApplication) -> dict[str, int]:
     rows: dict[str, int] = {}
     for name, definition in opened.registry.projections.items():
         if isinstance(definition, ViewDefinition):
-            table = live_name(generations, name)
-            ((count,),) = await views.query(f"SELECT COUNT(*) FROM {table}")  # noqa: S608 - our own table
-            rows[name] = int(count or 0)
+            rows[name] = await views.count(live_name(generations, name))
     return rows

@@ -1,7 +1,9 @@
 """Members and leases: which process works on which partition in which role (DESIGN §6).
 
-Time is the store's own clock, so processes need not agree on theirs. A lease's
-epoch grows each time its owner changes; owner and epoch fence writes.
+Time is the store's own clock, so processes need not agree on theirs. Where the
+store has none (DynamoDB), a lease or membership has expired when whoever asks
+has seen it unchanged for its whole term. A lease's epoch grows each time its
+owner changes; owner and epoch fence writes.
 """
 
 from __future__ import annotations

@@ -6,12 +6,14 @@ The one contract that every store keeps (DESIGN G2–G5):
   chain it is given, in ascending order, then in later statements checks
   outcomes, versions and snapshot numbers. Chains that pass are written
   whole; chains that do not are returned as `Conflicted` and leave no trace.
+  Where a transaction is bounded (DynamoDB) it is several, each chain whole in
+  one; and instead of locks each takes place only if nothing it read has changed.
 - Offsets of a partition are 1, 2, 3 … in commit order. Whoever has read
   offset n has read everything before it.
 - Everything returned as `Committed` is durable.
 
 Every method may raise `StoreUnavailable` (try again later), `UndecodableRow`,
-or another `StoreError`. After `StoreUnavailable` from `append` the transaction
+or another `StoreError`. After `StoreUnavailable` from `append` any chain
 may or may not have been committed: look the outcomes up. Cancelling a call
 leaves the store usable; a cancelled `append` may have been committed.
 """
@@ -154,7 +156,7 @@ class EventStore(ABC):
 
     @abstractmethod
     async def append(self, chains: Sequence[Chain], recorded_at: datetime) -> list[ChainResult]:
-        """Write what passes its checks, in one transaction; results in the order of `chains`.
+        """Write what passes its checks, each chain whole; results in the order of `chains`.
 
         Events of one partition get their offsets in the order of `chains`. No
         two chains are for one aggregate. Raises `TooLarge`, having written

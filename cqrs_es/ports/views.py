@@ -5,9 +5,12 @@ Names given to these methods are physical: those of one generation of a view,
 one is live; readers go through it.
 
 A transaction sees its own writes. Rows that it loads stay locked until it
-ends. Leaving its block without an error commits, durably; any error, also
-cancellation, rolls everything back. `StoreUnavailable` from the commit leaves
-it unknown whether it happened: read the checkpoint to find out.
+ends; a store without locks (DynamoDB) makes sure when it ends that nobody has
+changed them, and raises `Conflict` where somebody has, or `TooLarge` where
+that is more than it takes at once: nothing was written then. Leaving its block
+without an error commits, durably; any error, also cancellation, rolls
+everything back. `StoreUnavailable` from the commit leaves it unknown whether
+it happened: read the checkpoint to find out.
 """
 
 from __future__ import annotations
@@ -78,7 +81,12 @@ class ViewTransaction(SqlSession):
     async def parked(
         self, projector: str, keys: Collection[AggregateKey]
     ) -> dict[AggregateKey, ParkedAggregate]:
-        """Return the markers of those aggregates that are parked."""
+        """Return the markers of those aggregates that are parked.
+
+        Whoever parks an aggregate moves, in the same transaction, the
+        checkpoint of its partition; so none is added behind the back of
+        another transaction that does.
+        """
 
     @abstractmethod
     async def park(self, marker: ParkedAggregate) -> None:
@@ -131,6 +139,10 @@ class ViewStore(ABC):
     @abstractmethod
     async def page(self, table: str, *, after: str = "", limit: int = 100) -> list[ViewRow]:
         """Return up to `limit` rows with an id above `after`, by id."""
+
+    @abstractmethod
+    async def count(self, table: str) -> int:
+        """Return how many rows a view has."""
 
     @abstractmethod
     async def query(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:

@@ -61,6 +61,7 @@ class Applier:
         self._breaker = breaker
         self._on_failure = on_failure
         self._tracing = tracing
+        self._most = READ_LIMIT
         self.checkpoint = 0
 
     async def read_checkpoint(self) -> int:
@@ -96,9 +97,15 @@ class Applier:
                 await self.catch_up(most=run[-1].offset)
 
     async def _apply(self, events: Sequence[StoredEvent]) -> None:
-        """Apply a contiguous run: at once, or in halves where one of them does not apply."""
+        """Apply a contiguous run: at once, or in halves where one of them does not apply.
+
+        What is too much for one of the store's transactions is not tried again.
+        """
         if self._breaker is not None:
             self._breaker.check()
+        if len(events) > self._most:
+            await self._apply_in_halves(events)
+            return
         try:
             await past_collisions(lambda: self._commit(events), self._folding.name)
         except NOT_POISON:
@@ -107,9 +114,14 @@ class Applier:
             if len(events) == 1:
                 await self._give_up_on(events[0], exc)
                 return
-            half = len(events) // 2
-            await self._apply(events[:half])
-            await self._apply(events[half:])
+            if isinstance(exc, errors.TooLarge):
+                self._most = (len(events) + 1) // 2
+            await self._apply_in_halves(events)
+
+    async def _apply_in_halves(self, events: Sequence[StoredEvent]) -> None:
+        half = (len(events) + 1) // 2
+        await self._apply(events[:half])
+        await self._apply(events[half:])
 
     async def _commit(self, events: Sequence[StoredEvent]) -> None:
         with self._tracing.projecting(self._folding.name, events):

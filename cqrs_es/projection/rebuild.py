@@ -89,6 +89,7 @@ class Rebuild:
         self._definition = definition
         self._on_progress = on_progress
         self._at: dict[int, int] = {}
+        self._close_enough = CLOSE_ENOUGH
         self._heads: dict[int, int] = {}
         self._building = False
         self._began: tuple[float, int] | None = None
@@ -158,8 +159,18 @@ class Rebuild:
         switch = Switch(self._registry, self._storage, folding, building=self._building)
         while True:
             await self._fill(folding)
-            if await switch.attempt(self._at):
+            if await self._attempt(switch):
                 return
+
+    async def _attempt(self, switch: Switch) -> bool:
+        """Attempt a switch; what is too much for one transaction is to be less the next time."""
+        try:
+            return await switch.attempt(self._at)
+        except errors.TooLarge:
+            if not self._close_enough:
+                raise
+            self._close_enough //= 2
+            return False
 
     async def _bridge(self, folding: Folding) -> None:
         """Fill up to the present heads: projectors take a moment to notice the switch."""
@@ -175,7 +186,7 @@ class Rebuild:
         await self._look_ahead(folding)
         while True:
             await self._fill_round(folding)
-            if await self._look_ahead(folding) <= CLOSE_ENOUGH:
+            if await self._look_ahead(folding) <= self._close_enough:
                 return
 
     async def _look_ahead(self, folding: Folding) -> int:

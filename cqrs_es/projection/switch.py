@@ -51,14 +51,15 @@ class Switch:
         """Make the generation live; return False where it has to be filled further first.
 
         `filled` says how far it was. Raises `NotFound` when it was given up or
-        dropped meanwhile, and what the view raises when it does so every time.
+        dropped meanwhile, `TooLarge` where the store can't take what is left at
+        once, and what the view raises when it does so every time.
         """
         try:
             async with self._storage.views.transaction() as transaction:
                 return await self._change(transaction, filled)
         except (errors.RolledBack, errors.Conflict):
             return False
-        except (errors.NotFound, *NOT_POISON):
+        except (errors.NotFound, errors.TooLarge, *NOT_POISON):
             raise
         except Exception as exc:
             # Filling on meets the same events, alone, and says which one fails.

@@ -79,7 +79,7 @@ async def past_collisions(work: Callable[[], Awaitable[T]], view: str) -> T:
     for _ in range(MOST_COLLISIONS):
         try:
             return await work()
-        except (errors.CheckpointMoved, errors.StoreUnusable):
+        except (errors.CheckpointMoved, errors.StoreUnusable, errors.TooLarge):
             raise
         except (errors.Conflict, errors.StoreError, errors.RolledBack) as exc:
             log.debug("projection refused", view=view, error=exc.message)

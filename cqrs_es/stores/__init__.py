@@ -20,7 +20,7 @@ def storage_for(
     """Make the storage that a store URL names; nothing is connected to yet.
 
     `clock` is the time by which leases expire where the database has none of
-    its own (SQLite, memory). Server stores give up locks and sessions that
+    its own (SQLite, memory, DynamoDB). Server stores give up locks and sessions that
     idle in a transaction before a lease of `lease_seconds` expires. Raises
     `SettingsError` for a URL of no store, `ConfigurationError` where the
     store's driver is not installed.
@@ -34,10 +34,17 @@ def storage_for(
             return _mysql(url, lease_seconds)
         case "postgresql" | "postgres":
             return _postgres(url, lease_seconds)
+        case "dynamodb":
+            return _dynamodb(url, clock)
         case scheme:
-            known = "memory, sqlite, mysql or postgresql"
+            known = "memory, sqlite, mysql, postgresql or dynamodb"
             message = f"CQRS_ES_STORE_URL begins with {known}, not {scheme!r}"
             raise errors.SettingsError(message)
+
+
+def has_sql(url: str) -> bool:
+    """Tell whether the store that a URL names will have SQL, as `Storage.sql` does of one made."""
+    return urlsplit(url).scheme != "dynamodb"
 
 
 def _memory(clock: Clock | None) -> Storage:
@@ -66,6 +73,14 @@ def _postgres(url: str, lease_seconds: float) -> Storage:
     except ModuleNotFoundError as exc:
         raise _driver_missing(exc, "cqrs-es[postgres]") from exc
     return postgres.storage_for(url, lease_seconds)
+
+
+def _dynamodb(url: str, clock: Clock | None) -> Storage:
+    try:
+        from cqrs_es.stores import dynamodb  # noqa: PLC0415 - its driver may not be installed
+    except ModuleNotFoundError as exc:
+        raise _driver_missing(exc, "cqrs-es[dynamodb]") from exc
+    return dynamodb.storage_for(url, clock)
 
 
 def _driver_missing(exc: ModuleNotFoundError, requirement: str) -> errors.ConfigurationError:

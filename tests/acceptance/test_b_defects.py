@@ -25,6 +25,7 @@ from tests.samples import (
     Totals,
     counting_app,
 )
+from tests.stores import on_dynamodb, on_sql
 from worker.app import app as bank
 
 if TYPE_CHECKING:
@@ -114,12 +115,26 @@ async def test_b14_options_keep_each_other() -> None:
     assert definition.upcasters.applies("Added")
 
 
+@on_sql
 async def test_b15_a_thousand_events(store_url: str) -> None:
     """A command that yields 1,000 events is committed whole."""
     async with counting_app().open(on(store_url), initialise=True) as a:
         outcome = await a.execute(Counter, "c", AddEach([1] * 1000))
         assert outcome.sequence == 1000
         assert (await a.load(Counter, "c")).state.total == 1000
+
+
+@on_dynamodb
+async def test_b15_a_thousand_events_on_dynamodb(store_url: str) -> None:
+    """They fit in no transaction of DynamoDB: the command fails, and nothing is written."""
+    async with counting_app().open(on(store_url), initialise=True) as a:
+        outcome = await a.execute(Counter, "c", AddEach([1] * 1000))
+        assert outcome.error is not None
+        assert (outcome.status, outcome.error.code) == ("failed", "internal_error")
+        assert "fewer or smaller events" in outcome.error.message
+        assert await a.events(Counter, "c") == []
+        assert await a.storage.events.heads() == {0: 0}
+        assert (await a.execute(Counter, "c", AddEach([1] * 90))).sequence == 90
 
 
 async def test_b16_events_before_a_crash_are_gone(store_url: str) -> None:

@@ -11,11 +11,15 @@ from cqrs_es import errors
 from cqrs_es.aggregate import SnapshotEvery
 from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
+from cqrs_es.stores.dynamodb.items import snapshot_key
+from cqrs_es.stores.dynamodb.storage import DynamoStorage
 from cqrs_es.stores.memory import MemoryStorage
 from cqrs_es.stores.sql.storage import SqlStorage
 from cqrs_es.testing import TestApp
+from cqrs_es.types import AggregateKey
 from tests.faulty import FaultyStorage
 from tests.samples import Add, AddAfterCall, AddEach, Counter, Services, Totals, counting_app
+from tests.stores import on_sql
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -49,6 +53,8 @@ async def execute(storage: Storage, sql: str) -> None:
 async def delete_snapshots(storage: Storage) -> None:
     if isinstance(storage, MemoryStorage):
         storage._log._snapshots.clear()
+    elif isinstance(storage, DynamoStorage):
+        await storage._table.delete_many([snapshot_key(AggregateKey("counter", "A"))])
     else:
         await execute(storage, "DELETE FROM snapshots")
 
@@ -94,6 +100,7 @@ async def test_b10_a_replay_of_a_log_with_a_hole(store_url: str) -> None:
                 [event async for event in a.replay()]
 
 
+@on_sql
 async def test_b10_a_replay_whose_store_goes_away(store_url: str) -> None:
     """What was read so far is no whole log: the reader is told."""
     async with opened(store_url) as inner:

@@ -16,6 +16,7 @@ from cqrs_es.settings import Settings
 from cqrs_es.testing import TestApp
 from domain.account import BankAccount, DepositMoney, OpenAccount, WithdrawMoney, WriteCheck
 from projectors.account_query import AccountQuery, LedgerEntry
+from tests.stores import on_sql
 from worker.app import app
 
 if TYPE_CHECKING:
@@ -75,9 +76,11 @@ async def test_c12_the_statement_from_commands(bank: TestApp) -> None:
             LedgerEntry("1170", D("256.28")),
         ],
     )
-    assert await money_held(bank) == D("343.72")
+    if bank.opened.storage.sql:
+        assert await money_held(bank) == D("343.72")
 
 
+@on_sql
 async def test_the_example_ends_as_its_readme_says(bank: TestApp) -> None:
     """26 accepted, 6 rejected, 1 duplicate; sent again, nothing changes."""
     lines = EXAMPLE.read_bytes().splitlines()
@@ -133,6 +136,7 @@ def random_message(number: int, accounts: Sequence[str], rng: random.Random) -> 
     )
 
 
+@on_sql
 async def test_money_held_is_the_sum_of_all_balances_and_of_the_log(bank: TestApp) -> None:
     """At any quiet moment, however many partitions feed the rows of the same days."""
     accounts = [f"ACCT-{number:03}" for number in range(60)]
@@ -153,6 +157,7 @@ async def test_money_held_is_the_sum_of_all_balances_and_of_the_log(bank: TestAp
     assert await bank.parked() == []
 
 
+@on_sql
 async def test_partitions_that_meet_on_a_new_day_share_its_row(bank: TestApp) -> None:
     """Each looks for the day's row and inserts it: who comes second adds to it, none is parked."""
     accounts = [f"ACCT-{number}" for number in range(16)]

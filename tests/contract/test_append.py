@@ -7,7 +7,9 @@ import random
 from typing import TYPE_CHECKING
 
 import orjson
+import pytest
 
+from cqrs_es import errors
 from cqrs_es.messages import Status
 from cqrs_es.ports.store import Committed, Conflicted, LoadRequest
 from cqrs_es.types import new_command_id
@@ -32,6 +34,7 @@ from tests.contract.building import (
     stream,
     whole_log,
 )
+from tests.stores import on_dynamodb, on_sql
 
 if TYPE_CHECKING:
     from cqrs_es.messages import Outcome
@@ -193,12 +196,49 @@ async def test_b12_snapshot_gone_before_the_commit(storage: Storage) -> None:
     assert await stored_snapshot(storage, KEY) is None
 
 
+@on_sql
 async def test_b15_a_thousand_events(storage: Storage) -> None:
     """One command may yield a thousand events."""
     [outcome] = await commit(storage, one(KEY, 0, 1000))
     assert (outcome.sequence, outcome.offset) == (1000, 1000)
     stored = await stream(storage, KEY)
     assert [orjson.loads(e.payload)["number"] for e in stored] == list(range(1, 1001))
+    assert_complete(await whole_log(storage))
+
+
+@on_dynamodb
+async def test_b15_a_thousand_events_are_refused(storage: Storage) -> None:
+    """More events than fit in a transaction are refused before anything is written."""
+    fitting = one(account("fits"), 0, 97)  # beside them go an outcome, the log's entry, the head
+    for doomed in (one(KEY, 0, 98), one(KEY, 0, 1000)):
+        with pytest.raises(errors.TooLarge, match="fewer or smaller events"):
+            await storage.events.append([fitting, doomed], NOW)
+    assert set((await storage.events.heads()).values()) == {0}
+    assert await stream(storage, KEY) == []
+    [outcome] = await commit(storage, fitting)
+    assert outcome.offset == 97
+
+
+@on_dynamodb
+async def test_an_event_of_half_a_megabyte_is_refused(storage: Storage) -> None:
+    """An event larger than an item of DynamoDB is refused before anything is written."""
+    doomed = accepted(KEY, 0, [event(1, text="💸" * 130_000)])
+    with pytest.raises(errors.TooLarge, match="an item of"):
+        await storage.events.append([chain(KEY, 0, doomed)], NOW)
+    assert set((await storage.events.heads()).values()) == {0}
+
+
+@on_dynamodb
+async def test_more_chains_than_fit_in_a_transaction(storage: Storage) -> None:
+    """An append of any size is cut into transactions; offsets are in the order of its chains."""
+    chains = [one(account_in(1, nth), 0, 20) for nth in range(6)]
+    chains.insert(3, one(account_in(0), 0, 2))
+    outcomes = await commit(storage, *chains)
+    assert [(o.partition, o.offset) for o in outcomes] == [
+        *((1, 20), (1, 40), (1, 60)),
+        (0, 2),
+        *((1, 80), (1, 100), (1, 120)),
+    ]
     assert_complete(await whole_log(storage))
 
 
@@ -269,7 +309,8 @@ async def test_g2_one_id_twice_in_one_append(storage: Storage) -> None:
 async def test_g2_one_id_racing_in_two_partitions(database: Database, storage: Storage) -> None:
     """Of concurrent appends with one command id, which share no lock, exactly one commits."""
     other = await database.open()
-    for turn in range(20):
+    turns = 20 if storage.sql else 5
+    for turn in range(turns):
         contested = new_command_id()
         keys = [account_in(partition, turn) for partition in (0, 1)]
         chains = [chain(k, 0, accepted(k, 0, events(1), command_id=contested)) for k in keys]
@@ -277,7 +318,7 @@ async def test_g2_one_id_racing_in_two_partitions(database: Database, storage: S
             storage.events.append(chains[:1], NOW), other.events.append(chains[1:], NOW)
         )
         assert {type(first), type(second)} == {Committed, Conflicted}
-    assert sum((await storage.events.heads()).values()) == 20
+    assert sum((await storage.events.heads()).values()) == turns
 
 
 async def test_g2_failed_outcome_comes_with_its_dead_letter(storage: Storage) -> None:
@@ -376,15 +417,16 @@ async def test_g5_concurrent_appends_to_the_same_partitions(
 ) -> None:
     """Appends that lock the same partitions, in any order of chains, neither fail nor tangle."""
     storages = [storage, await database.open()]
+    writers, turns = (8, 10) if storage.sql else (4, 2)
 
     async def write(writer: int) -> None:
-        for turn in range(10):
+        for turn in range(turns):
             keys = [account_in(partition, writer) for partition in range(PARTITIONS)]
             random.Random(turn).shuffle(keys)
             await commit(storages[writer % 2], *(one(key, turn * 2, 2) for key in keys))
 
-    await asyncio.gather(*(write(writer) for writer in range(8)))
-    assert await storage.events.heads() == dict.fromkeys(range(PARTITIONS), 8 * 10 * 2)
+    await asyncio.gather(*(write(writer) for writer in range(writers)))
+    assert await storage.events.heads() == dict.fromkeys(range(PARTITIONS), writers * turns * 2)
     assert_complete(await whole_log(storage))
 
 

@@ -15,7 +15,6 @@ from tests.contract.building import (
     commit,
     one,
     snapshot,
-    stored_snapshot,
     stream,
 )
 
@@ -35,7 +34,8 @@ async def test_loads_in_the_order_of_the_requests(storage: Storage) -> None:
 
 async def test_loads_many_at_once(storage: Storage) -> None:
     """One call loads hundreds of aggregates of two types, each from where it is wanted."""
-    keys = [AggregateKey(type_, f"{n}") for n in range(250) for type_ in ("account", "order")]
+    most = 250 if storage.sql else 12
+    keys = [AggregateKey(type_, f"{n}") for n in range(most) for type_ in ("account", "order")]
     await commit(storage, *(one(key, 0, 3) for key in keys))
     requests = [LoadRequest(key, after=nth % 4) for nth, key in enumerate(keys)]
     loaded = await storage.events.load(requests)
@@ -85,19 +85,17 @@ async def test_snapshot_wanted_but_none_there(storage: Storage) -> None:
 
 async def test_b13_ids_compare_by_bytes(storage: Storage) -> None:
     """Ids that differ in case, accents, spaces or normal form are different aggregates."""
-    keys = [account(id_) for id_ in AWKWARD_IDS]
+    counts = {account(id_): 1 + n % 3 for n, id_ in enumerate(AWKWARD_IDS)}
     await commit(
-        storage,
-        *(one(key, 0, n, snapshot=snapshot(key, n, 1)) for n, key in enumerate(keys, start=1)),
+        storage, *(one(key, 0, n, snapshot=snapshot(key, n, 1)) for key, n in counts.items())
     )
-    loaded = await storage.events.load([LoadRequest(key) for key in keys])
+    loaded = await storage.events.load([LoadRequest(key) for key in counts])
     assert [[e.key for e in found.events] for found in loaded] == [
-        [key] * n for n, key in enumerate(keys, start=1)
+        [key] * n for key, n in counts.items()
     ]
-    for n, key in enumerate(keys, start=1):
-        stored = await stored_snapshot(storage, key)
-        assert stored is not None
-        assert (stored.key, stored.last_sequence) == (key, n)
+    found = await storage.events.load([LoadRequest(key, snapshot=True) for key in counts])
+    snapshots = [each.snapshot for each in found]
+    assert [s and (s.key, s.last_sequence) for s in snapshots] == list(counts.items())
 
 
 async def test_b13_types_compare_by_bytes(storage: Storage) -> None:

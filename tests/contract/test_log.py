@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tests.contract.conftest import Database
 
 WRITERS = 8
-ENOUGH_EVENTS = {"mysql": 20_000, "postgres": 20_000}
+ENOUGH_EVENTS = {"mysql": 20_000, "postgres": 20_000, "dynamodb": 160}
 ENOUGH_ON_OTHERS = 3_000
 
 

@@ -10,6 +10,7 @@ import pytest
 from cqrs_es import errors
 from cqrs_es.ports.views import ParkedAggregate, ViewRow
 from tests.contract.building import AWKWARD_IDS, account
+from tests.stores import on_dynamodb, on_sql
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -66,8 +67,10 @@ async def test_rows_are_listed_in_pages(storage: Storage) -> None:
         assert len(page) <= 7
         seen.extend(found.view_id for found in page)
     assert seen == sorted(AWKWARD_IDS, key=str.encode)
+    assert await storage.views.count(TABLE) == len(AWKWARD_IDS)
 
 
+@on_sql
 async def test_big_row(storage: Storage) -> None:
     """A row of a megabyte comes back as it was."""
     text = "💸'\"\\%s?" * 90_000
@@ -75,6 +78,14 @@ async def test_big_row(storage: Storage) -> None:
     stored = await storage.views.get(TABLE, "big")
     assert stored is not None
     assert orjson.loads(stored.payload) == {"text": text}
+
+
+@on_dynamodb
+async def test_row_that_is_too_big(storage: Storage) -> None:
+    """A row of more than DynamoDB takes is refused, with the others of its transaction."""
+    with pytest.raises(errors.TooLarge, match="400 KB"):
+        await save(storage, [row("small"), row("big", text="💸" * 110_000)])
+    assert await storage.views.page(TABLE) == []
 
 
 # --- Tables ------------------------------------------------------------------
@@ -99,11 +110,16 @@ async def test_dropping_a_table_twice(storage: Storage) -> None:
 async def test_columns_of_a_table(storage: Storage) -> None:
     """A table's columns are named in their order; a table that is not there has none."""
     assert await storage.views.columns(TABLE) == ["view_id", "version", "payload"]
+    assert await storage.views.columns("nothing__1") == []
+
+
+@on_sql
+async def test_columns_of_a_table_of_ones_own(storage: Storage) -> None:
+    """Their names are those of the definitions, without constraints."""
     await storage.views.create_table(
         "own__1", "z INT, a DECIMAL(10, 2), CHECK ((a > 0) AND (z > 0)), PRIMARY KEY (z)"
     )
     assert await storage.views.columns("own__1") == ["z", "a"]
-    assert await storage.views.columns("nothing__1") == []
 
 
 async def test_table_with_a_reserved_name(storage: Storage) -> None:
@@ -114,6 +130,7 @@ async def test_table_with_a_reserved_name(storage: Storage) -> None:
         assert await storage.views.get(name, "1") is not None
 
 
+@on_sql
 async def test_published_table_is_read_by_name(storage: Storage) -> None:
     """The published name shows the table's rows as they are now."""
     await save(storage, [row("1")])
@@ -123,6 +140,7 @@ async def test_published_table_is_read_by_name(storage: Storage) -> None:
     assert [tuple(found) for found in ids] == [("1",), ("2",)]
 
 
+@on_sql
 async def test_publishing_is_idempotent_and_switches(storage: Storage) -> None:
     """Publishing again changes nothing; publishing another table shows that one."""
     await storage.views.create_table("ledger__2")
@@ -134,6 +152,7 @@ async def test_publishing_is_idempotent_and_switches(storage: Storage) -> None:
         assert [tuple(found) for found in ids] == [(shown,)]
 
 
+@on_sql
 async def test_old_generation_is_dropped_after_the_switch(storage: Storage) -> None:
     """Once another table is published the old one can go."""
     await storage.views.create_table("ledger__2")
@@ -147,6 +166,7 @@ async def test_old_generation_is_dropped_after_the_switch(storage: Storage) -> N
 # --- Queries -----------------------------------------------------------------
 
 
+@on_sql
 async def test_query_with_parameters(storage: Storage) -> None:
     """Parameters stand where the `?` are, and keep their type and every character."""
     texts = ("", "é💸", "?", "%s", "100%", "'", '"', "\\", "a\nb")
@@ -167,6 +187,7 @@ async def test_query_with_parameters(storage: Storage) -> None:
         assert [tuple(each) for each in found] == [(number, None)]
 
 
+@on_sql
 async def test_columns_keep_the_type_of_their_values(storage: Storage) -> None:
     """Text, whole numbers, floats and NULL come back from a projector's table as they went in."""
     columns = "id BIGINT PRIMARY KEY, name VARCHAR(40), number BIGINT, rate DOUBLE PRECISION"
@@ -185,6 +206,7 @@ async def test_columns_keep_the_type_of_their_values(storage: Storage) -> None:
     assert isinstance(found[3][3], float)
 
 
+@on_sql
 async def test_query_with_marks_in_its_text(storage: Storage) -> None:
     """Percent signs, and question marks in literals, are just text."""
     await save(storage, [row("a%b"), row("a?b"), row("axb")])
@@ -196,6 +218,7 @@ async def test_query_with_marks_in_its_text(storage: Storage) -> None:
     assert [tuple(each) for each in found] == [("a%b", "100% ?"), ("a?b", "100% ?")]
 
 
+@on_sql
 async def test_query_that_is_wrong(storage: Storage) -> None:
     """A statement that the store refuses is a store's error, and the store stays usable."""
     with pytest.raises(errors.StoreError):

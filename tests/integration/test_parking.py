@@ -16,6 +16,7 @@ from cqrs_es.types import new_command_id, partition_of
 from projectors.account_query import AccountQuery
 from projectors.bank_totals import BankTotals
 from tests.bank_data import bank_balances, bank_folder
+from tests.stores import on_sql
 from tests.waiting import eventually
 from worker.app import app as bank
 
@@ -77,6 +78,7 @@ async def until_idle(supervisor: Supervisor) -> None:
     await eventually(supervisor.idle, within_seconds=PATIENCE)
 
 
+@on_sql
 async def test_one_bad_account_of_591(store_url: str) -> None:
     """590 accounts are right beside the parked one; mended and retried, all 591 are."""
     folder = bank_folder()

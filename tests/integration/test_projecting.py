@@ -18,6 +18,7 @@ from cqrs_es.stores.sql.storage import SqlStorage
 from cqrs_es.testing import TestApp
 from tests.faulty import FaultyStorage
 from tests.samples import Add, AddEach, Added, Commit, Counter, Done, Services, Started, T, Totals
+from tests.stores import on_sql
 from tests.tallies import check_complete, tallying_app
 from tests.waiting import eventually
 
@@ -72,6 +73,7 @@ class Twin(Fragile, View[Added], name="twin"):
 # --- The breaker -------------------------------------------------------------
 
 
+@on_sql
 async def test_g9_too_many_parks_stop_the_projector(store_url: str) -> None:
     """After 20 within a minute it stops for good: later, too, it parks no more."""
     names = [f"{number:02}" for number in range(30)]
@@ -102,6 +104,7 @@ async def test_g9_too_many_parks_stop_the_projector(store_url: str) -> None:
 # --- Parked ------------------------------------------------------------------
 
 
+@on_sql
 async def test_g9_retries_at_once_apply_nothing_twice(store_url: str) -> None:
     """Of several retries with the same marker one applies the events."""
     async with counting(Fragile).open(on(store_url), initialise=True) as opened:
@@ -115,6 +118,7 @@ async def test_g9_retries_at_once_apply_nothing_twice(store_url: str) -> None:
         assert await opened.view(Fragile, "b") == Fragile(1200)
 
 
+@on_sql
 async def test_g9_a_retry_stops_at_the_event_that_fails(store_url: str) -> None:
     """What comes before it is applied; the marker names it and counts the attempts."""
     async with counting(Fragile).open(on(store_url), initialise=True) as opened:
@@ -180,6 +184,7 @@ async def lose_table(storage: Storage, name: str) -> None:
     await storage.views.drop_table(f"{name}__1")
 
 
+@on_sql
 @pytest.mark.parametrize("name", ["totals", "sums"])
 async def test_a_table_that_is_gone(store_url: str, name: str) -> None:
     """It is not made anew, empty, and nothing is parked for it; a rebuild brings it back."""
@@ -231,6 +236,7 @@ class Pausing(Projector[Added], name="pausing"):
         self.stop.set()
 
 
+@on_sql
 async def test_g10_a_stop_within_a_long_backlog(store_url: str) -> None:
     """What is in hand is finished, not all that there is; the next projector goes on from there."""
     app = Application("tests")
@@ -285,6 +291,7 @@ def boards() -> Application:
     return app
 
 
+@on_sql
 async def test_a_view_over_aggregates(store_url: str) -> None:
     """Rows that every partition writes to lose no event and count none twice, also rebuilt."""
     async with (
@@ -353,6 +360,7 @@ async def test_a_row_without_a_proper_id(store_url: str, view_id: str) -> None:
         assert marker.reason.endswith("not text of 1 to 255 characters")
 
 
+@on_sql
 async def test_tables_are_made_where_nothing_was_written_yet(store_url: str) -> None:
     """A generation without checkpoints gets its tables; that is how every view begins."""
     async with tallying_app().open(on(store_url), initialise=True) as opened:

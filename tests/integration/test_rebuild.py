@@ -27,6 +27,7 @@ from cqrs_es.stores import storage_for
 from cqrs_es.types import partition_of
 from tests.faulty import FaultyStorage
 from tests.samples import Add, AddEach, Added, Counter, Services, Totals
+from tests.stores import on_sql
 from tests.tallies import Sums, check_complete, check_live, tallying_app
 from tests.waiting import eventually
 
@@ -102,6 +103,7 @@ async def a_while(instants: int) -> None:
 # --- Changing generations ----------------------------------------------------
 
 
+@on_sql
 @pytest.mark.parametrize("name", VIEWS)
 async def test_to_the_next_generation_and_back(store_url: str, name: str) -> None:
     """The old one is kept, brought up to date before it is live again, then dropped for good."""
@@ -122,6 +124,7 @@ async def test_to_the_next_generation_and_back(store_url: str, name: str) -> Non
         assert await check_complete(opened, name) == 3
 
 
+@on_sql
 async def test_what_is_refused(store_url: str) -> None:
     """What is live or being built can't be dropped; what there never was can't be live."""
     Fragile.bad = "b"
@@ -144,6 +147,7 @@ async def test_what_is_refused(store_url: str) -> None:
         assert await read_generations(opened.storage.views, "fragile") == Generations(1, None, 2)
 
 
+@on_sql
 async def test_progress_is_told(store_url: str) -> None:
     """How many events of how many, at which rate, and how long the rest takes."""
     seen: list[RebuildProgress] = []
@@ -163,6 +167,7 @@ async def test_progress_is_told(store_url: str) -> None:
 # --- A view that fails -------------------------------------------------------
 
 
+@on_sql
 async def test_a_view_that_fails_on_an_old_event(store_url: str) -> None:
     """The live generation is untouched and nothing is parked; mended, the rebuild goes on."""
     Fragile.bad = ""
@@ -180,6 +185,7 @@ async def test_a_view_that_fails_on_an_old_event(store_url: str) -> None:
         assert await check_complete(opened, "fragile") == 2
 
 
+@on_sql
 async def test_a_parked_aggregate_and_a_rebuild(store_url: str) -> None:
     """Not mended, the rebuild fails too and the marker stays; mended, it needs no marker."""
     Fragile.bad = "b"
@@ -202,6 +208,7 @@ async def test_a_parked_aggregate_and_a_rebuild(store_url: str) -> None:
 # --- At once -----------------------------------------------------------------
 
 
+@on_sql
 @pytest.mark.parametrize("name", VIEWS)
 async def test_two_rebuilds_at_once(store_url: str, name: str) -> None:
     """They fill one generation together, or one after the other; no event counts twice."""
@@ -217,6 +224,7 @@ async def test_two_rebuilds_at_once(store_url: str, name: str) -> None:
             assert await check_complete(opened, name) == max(numbers)
 
 
+@on_sql
 @pytest.mark.parametrize("name", VIEWS)
 async def test_a_rebuild_given_up_while_it_runs(store_url: str, name: str) -> None:
     """Whoever is first: the rebuild ends with the word that it was given up, or has switched."""
@@ -241,6 +249,7 @@ async def test_a_rebuild_given_up_while_it_runs(store_url: str, name: str) -> No
     assert given_up > 0
 
 
+@on_sql
 async def test_a_rebuild_and_a_retry_at_once(store_url: str) -> None:
     """The parked events reach the generation that they are parked in, and no other twice."""
     async with opened_on(store_url, fragile_app()) as opened:
@@ -260,6 +269,7 @@ async def test_a_rebuild_and_a_retry_at_once(store_url: str) -> None:
             assert await check_complete(opened, "fragile") == nth + 2
 
 
+@on_sql
 async def test_readers_are_never_put_back(store_url: str) -> None:
     """While commands arrive and views are rebuilt, who has seen a total never sees a lower one."""
     settings = Settings(store_url=store_url, partitions=PARTITIONS)
@@ -292,6 +302,7 @@ async def test_readers_are_never_put_back(store_url: str) -> None:
             assert await check_complete(opened, name) == 5
 
 
+@on_sql
 @pytest.mark.parametrize("name", VIEWS)
 async def test_the_switch_applies_what_the_live_one_is_ahead(store_url: str, name: str) -> None:
     """Where that is little; else it changes nothing, and there is more to fill first."""
@@ -320,6 +331,7 @@ async def test_the_switch_applies_what_the_live_one_is_ahead(store_url: str, nam
 # --- A store that goes away --------------------------------------------------
 
 
+@on_sql
 async def test_a_store_that_goes_away_is_waited_for(store_url: str) -> None:
     """Wherever it is lost, before a commit or after it, no event is, and none counts twice."""
     inner = storage_for(store_url)

@@ -15,6 +15,7 @@ from cqrs_es.projector import physical_name
 from cqrs_es.settings import Settings
 from tests.mortal import Killed, MortalStorage
 from tests.samples import AddEach, Counter
+from tests.stores import on_sql
 from tests.tallies import check_complete, check_live, tallying_app
 from tests.waiting import eventually
 
@@ -77,6 +78,7 @@ async def again(opened: OpenApplication, name: str, verb: Verb) -> None:
         await verb(opened.rebuild(name))
 
 
+@on_sql
 @pytest.mark.parametrize("name", VIEWS)
 async def test_a_rebuild_killed_at_every_step(store_url: str, name: str) -> None:
     """What is live is right at every moment, and the next rebuild goes on and ends."""
@@ -100,6 +102,7 @@ async def test_a_rebuild_killed_at_every_step(store_url: str, name: str) -> None
         assert await check_complete(opened, name) == before.last + 1
 
 
+@on_sql
 @pytest.mark.parametrize("name", VIEWS)
 async def test_an_abort_killed_at_every_step(store_url: str, name: str) -> None:
     """What it leaves behind never becomes part of a later generation."""
@@ -121,6 +124,7 @@ async def test_an_abort_killed_at_every_step(store_url: str, name: str) -> None:
                 return
 
 
+@on_sql
 @pytest.mark.parametrize("name", VIEWS)
 async def test_a_drop_killed_at_every_step(store_url: str, name: str) -> None:
     """Dropped again it is gone, and can't be switched to; the live one is whole throughout."""
@@ -138,6 +142,7 @@ async def test_a_drop_killed_at_every_step(store_url: str, name: str) -> None:
                 return
 
 
+@on_sql
 @pytest.mark.parametrize("name", VIEWS)
 async def test_switching_back_killed_at_every_step(store_url: str, name: str) -> None:
     """It leaves one of both live and both whole; a rebuild after it begins a new one."""

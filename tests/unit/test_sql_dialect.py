@@ -190,7 +190,7 @@ def test_a_store_is_found_by_its_url() -> None:
     """And an unknown one is refused with the choice there is."""
     assert isinstance(storage_for("memory://"), MemoryStorage)
     with pytest.raises(
-        errors.SettingsError, match="memory, sqlite, mysql or postgresql, not 'oracle'"
+        errors.SettingsError, match="memory, sqlite, mysql, postgresql or dynamodb, not 'oracle'"
     ):
         storage_for("oracle://u:p@host/db")
 

@@ -113,6 +113,11 @@ class MemoryViews(ViewStore):
         async with self._alone() as database:
             return database.view_rows(table, "view_id > ? ORDER BY view_id LIMIT ?", after, limit)
 
+    async def count(self, table: str) -> int:
+        """Return how many rows a view has."""
+        ((count,),) = await self.query(f"SELECT COUNT(*) FROM {_quoted(table)}")
+        return int(count or 0)
+
     async def query(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
         """Run a query with `?` placeholders outside any transaction."""
         async with self._alone() as database:

@@ -84,6 +84,15 @@ class SqlViews(ViewStore):
         )
         return [view_row_of(row) for row in rows]
 
+    async def count(self, table: str) -> int:
+        """Return how many rows a view has."""
+        rows = await self._database.read(
+            lambda session: session.fetch(
+                f"SELECT COUNT(*) FROM {session.dialect.quoted(table)}"  # noqa: S608 - quoted
+            )
+        )
+        return int(rows[0][0])
+
     async def query(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
         """Run a query with `?` placeholders outside any transaction."""
         return await self._database.read(lambda session: session.fetch(sql, parameters))

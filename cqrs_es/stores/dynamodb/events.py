@@ -1,0 +1,139 @@
+"""The event store in DynamoDB: appending, loading, the log, outcomes and attempts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cqrs_es import errors
+from cqrs_es.ports.store import EventStore, LoadedAggregate
+from cqrs_es.stores.dynamodb import items, log
+from cqrs_es.stores.dynamodb.actions import condition, delete, found_key, update
+from cqrs_es.stores.dynamodb.appending import Appender
+from cqrs_es.stores.dynamodb.failures import ConditionFailed
+from cqrs_es.stores.dynamodb.table import side_by_side
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+    from datetime import datetime
+
+    from cqrs_es.messages import StoredEvent
+    from cqrs_es.ports.store import Chain, ChainResult, LoadRequest, Snapshot, StoredOutcome
+    from cqrs_es.stores.dynamodb.table import Table
+    from cqrs_es.types import AggregateKey
+
+
+class DynamoEvents(EventStore):
+    """The log, outcomes and snapshots in a table."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        self._appender = Appender(table)
+        self._known_partitions: int | None = None
+
+    async def load(self, requests: Sequence[LoadRequest]) -> list[LoadedAggregate]:
+        """Read aggregates, side by side; results in the order of `requests`."""
+        snapshots = await self._snapshots([r.key for r in requests if r.snapshot])
+
+        async def load(request: LoadRequest) -> LoadedAggregate:
+            snapshot = snapshots.get(request.key) if request.snapshot else None
+            after = max(request.after, snapshot.last_sequence if snapshot else 0)
+            return LoadedAggregate(snapshot, await log.read_stream(self._table, request.key, after))
+
+        return await side_by_side(load, requests)
+
+    async def _snapshots(self, keys: Sequence[AggregateKey]) -> dict[AggregateKey, Snapshot]:
+        found = await self._table.get_many(map(items.snapshot_key, keys))
+        snapshots = [items.snapshot_of(fields) for fields in found.values()]
+        return {snapshot.key: snapshot for snapshot in snapshots}
+
+    async def append(self, chains: Sequence[Chain], recorded_at: datetime) -> list[ChainResult]:
+        """Write what passes its checks, each chain in one transaction."""
+        if not chains:
+            return []
+        return await self._appender.append(chains, recorded_at, await self._partitions())
+
+    async def find_outcomes(self, command_ids: Collection[str]) -> dict[str, StoredOutcome]:
+        """Look up the outcomes of those ids that have one."""
+        found = await self._table.get_many(map(items.outcome_key, command_ids))
+        return {fields["command_id"]: items.outcome_of(fields) for fields in found.values()}
+
+    async def prune_outcomes(self, before: datetime, limit: int) -> int:
+        """Delete the oldest outcomes recorded before a moment, not failed.
+
+        They are found by an index, which may be behind; so each is deleted
+        only if it is still what the index says.
+        """
+        moment = items.moment_text(before)
+
+        async def find(shard: str) -> list[dict[str, Any]]:
+            where = condition("#prunable = :s AND #recorded_at < :t", s=shard, t=moment)
+            attributes = ("pk", "sk", "recorded_at")
+            return await self._table.query(
+                where, limit=limit, index=items.PRUNABLE, attributes=attributes
+            )
+
+        async def prune(fields: Mapping[str, Any]) -> bool:
+            only_if = condition("#recorded_at = :seen", seen=fields["recorded_at"])
+            try:
+                await self._table.write(delete(found_key(fields), only_if))
+            except ConditionFailed:
+                return False
+            return True
+
+        found = [o for some in await side_by_side(find, items.PRUNING_SHARDS) for o in some]
+        oldest = sorted(found, key=lambda fields: str(fields["recorded_at"]))[:limit]
+        return sum(await side_by_side(prune, oldest))
+
+    # --- Attempts ------------------------------------------------------------
+
+    async def record_attempt(self, command_id: str, error: str | None = None) -> int:
+        """Count an attempt at a command durably; return how many there are now.
+
+        Where an answer is lost the client asks again, and one attempt may count for two.
+        """
+        change = condition("ADD #attempts :one", one=1)
+        if error is not None:
+            change = condition("ADD #attempts :one SET #last_error = :error", one=1, error=error)
+        counted = await self._table.write(
+            update(items.attempts_key(command_id), change), "UPDATED_NEW"
+        )
+        return int(counted["attempts"])
+
+    async def record_first_attempts(self, command_ids: Collection[str]) -> dict[str, int]:
+        """Count an attempt at those that have none; return how many the others have."""
+        found = await self._table.get_many(map(items.attempts_key, command_ids))
+        before = {
+            command_id: int(found[key]["attempts"])
+            for command_id in command_ids
+            if (key := items.attempts_key(command_id)) in found
+        }
+        await side_by_side(self.record_attempt, [id_ for id_ in command_ids if id_ not in before])
+        return before
+
+    async def forget_attempts(self, command_ids: Collection[str]) -> None:
+        """Delete what was counted."""
+        await self._table.delete_many(map(items.attempts_key, command_ids))
+
+    # --- The log -------------------------------------------------------------
+
+    async def read_log(self, partition: int, after: int, limit: int) -> list[StoredEvent]:
+        """Read up to `limit` events of a partition above offset `after`, or `BrokenLog`."""
+        if partition >= await self._partitions():
+            message = f"the store has no partition {partition}; check CQRS_ES_PARTITIONS"
+            raise errors.PartitionsMismatch(message)
+        return await log.read_log(self._table, partition, after, limit)
+
+    async def heads(self) -> Mapping[int, int]:
+        """Return every partition's head."""
+        keys = {p: items.head_key(p) for p in range(await self._partitions())}
+        found = await self._table.get_many(keys.values())
+        return {p: found[key]["head"] if key in found else 0 for p, key in keys.items()}
+
+    async def _partitions(self) -> int:
+        """Return the number of partitions, which never changes."""
+        if self._known_partitions is None:
+            info = await self._table.get(items.INFO)
+            if info is None:
+                raise errors.StoreNotInitialised
+            self._known_partitions = int(info["partitions"])
+        return self._known_partitions

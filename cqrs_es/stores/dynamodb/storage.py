@@ -1,0 +1,171 @@
+"""A DynamoDB table as a store: making it, and what never changes in it."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from typing import TYPE_CHECKING, Any, Final
+
+from cqrs_es import errors
+from cqrs_es.ports.storage import Storage
+from cqrs_es.ports.store import StoreInfo
+from cqrs_es.stores.dynamodb import items
+from cqrs_es.stores.dynamodb.actions import ABSENT, condition, delete, put, update
+from cqrs_es.stores.dynamodb.dead_letters import DynamoDeadLetters
+from cqrs_es.stores.dynamodb.events import DynamoEvents
+from cqrs_es.stores.dynamodb.failures import ConditionFailed
+from cqrs_es.stores.dynamodb.leases import DynamoLeases
+from cqrs_es.stores.dynamodb.views import DynamoViews
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cqrs_es.ports.clock import Clock
+    from cqrs_es.stores.dynamodb.table import Table
+
+RELAY_MARK: Final = "$relay"
+SCHEMA_VERSION: Final = 1
+MAX_PARTITIONS: Final = 40
+"""A rebuild's switch holds two checkpoints of each, of the 100 items of a transaction."""
+CREATE_SECONDS: Final = 120.0
+"""AWS takes some ten seconds to make a table."""
+_POLL_SECONDS: Final = 0.5
+
+
+class DynamoStorage(Storage):
+    """The events, views, leases and dead letters in one table."""
+
+    def __init__(self, table: Table, clock: Clock) -> None:
+        self._table = table
+        self.events = DynamoEvents(table)
+        self.views = DynamoViews(table)
+        self.leases = DynamoLeases(table, clock)
+        self.dead_letters = DynamoDeadLetters(table)
+
+    @property
+    def durable(self) -> bool:
+        """Always True."""
+        return True
+
+    @property
+    def shared(self) -> bool:
+        """Always True."""
+        return True
+
+    @property
+    def sql(self) -> bool:
+        """Always False."""
+        return False
+
+    async def open(self) -> None:
+        """Connect. Raises `StoreUnavailable` when that can't be done now."""
+        await self._table.open()
+
+    async def close(self) -> None:
+        """Let go of every connection; safe to call twice."""
+        await self._table.close()
+
+    async def initialise(self, partitions: int, *, new_epoch: bool = False) -> StoreInfo:
+        """Create the table, billed by request, and fix what never changes, idempotently."""
+        if partitions > MAX_PARTITIONS:
+            message = f"a store on DynamoDB has at most {MAX_PARTITIONS} partitions: a rebuild"
+            raise errors.SettingsError(f"{message} switches with two items for each of them")
+        await self._create_table()
+        info = await self._fix_once(partitions)
+        _check_schema(info.schema_version)
+        if info.partitions != partitions:
+            message = (
+                f"the store has {info.partitions} partitions, not {partitions}:"
+                " set CQRS_ES_PARTITIONS to that"
+            )
+            raise errors.PartitionsMismatch(message)
+        if new_epoch:
+            await self._renew_epoch(partitions)
+            return await self.info()
+        return info
+
+    async def info(self) -> StoreInfo:
+        """Read what `initialise` fixed; raise `StoreNotInitialised`, `SchemaTooNew`."""
+        found = await self._table.get(items.INFO)
+        if found is None:
+            raise errors.StoreNotInitialised
+        info = _info_of(found)
+        _check_schema(info.schema_version)
+        return info
+
+    async def _create_table(self) -> None:
+        try:
+            status = await self._status()
+        except errors.StoreNotInitialised:
+            status = await self._create()
+        try:
+            async with asyncio.timeout(CREATE_SECONDS):
+                while status != "ACTIVE":
+                    await asyncio.sleep(_POLL_SECONDS)
+                    status = await self._status()
+        except TimeoutError as exc:
+            message = f"the table {self._table.name} is still {status}: run `cqrs-es init` again"
+            raise errors.StoreUnavailable(message) from exc
+
+    async def _create(self) -> str:
+        try:
+            answer = await self._table.call("create_table", **_TABLE)
+        except errors.StoreError:  # somebody else was faster
+            return await self._status()
+        return str(answer["TableDescription"]["TableStatus"])
+
+    async def _status(self) -> str:
+        answer = await self._table.call("describe_table")
+        return str(answer["Table"]["TableStatus"])
+
+    async def _fix_once(self, partitions: int) -> StoreInfo:
+        """Fix P and the log's epoch unless they are."""
+        fields: dict[str, Any] = {
+            "partitions": partitions,
+            "logepoch": str(uuid.uuid4()),
+            "schema_version": SCHEMA_VERSION,
+        }
+        try:
+            await self._table.write(put(items.INFO, fields, ABSENT))
+        except ConditionFailed:
+            fields = await self._table.get(items.INFO) or fields
+        return _info_of(fields)
+
+    async def _renew_epoch(self, partitions: int) -> None:
+        """Begin a new epoch of the log, in which nothing has been published yet."""
+        marks = [delete(items.checkpoint_key(RELAY_MARK, p)) for p in range(partitions)]
+        epoch = condition("SET #logepoch = :epoch", epoch=str(uuid.uuid4()))
+        await self._table.transact([*marks, update(items.INFO, epoch)])
+
+
+_TABLE: Final[Mapping[str, Any]] = {
+    "BillingMode": "PAY_PER_REQUEST",
+    "KeySchema": [
+        {"AttributeName": "pk", "KeyType": "HASH"},
+        {"AttributeName": "sk", "KeyType": "RANGE"},
+    ],
+    "AttributeDefinitions": [
+        {"AttributeName": name, "AttributeType": "S"}
+        for name in ("pk", "sk", items.PRUNABLE, "recorded_at")
+    ],
+    "GlobalSecondaryIndexes": [
+        {
+            "IndexName": items.PRUNABLE,
+            "KeySchema": [
+                {"AttributeName": items.PRUNABLE, "KeyType": "HASH"},
+                {"AttributeName": "recorded_at", "KeyType": "RANGE"},
+            ],
+            "Projection": {"ProjectionType": "KEYS_ONLY"},
+        }
+    ],
+}
+
+
+def _info_of(fields: Mapping[str, Any]) -> StoreInfo:
+    return StoreInfo(fields["partitions"], fields["logepoch"], fields["schema_version"])
+
+
+def _check_schema(version: int) -> None:
+    if version > SCHEMA_VERSION:
+        message = f"the store's schema is {version}, this program's {SCHEMA_VERSION}: upgrade it"
+        raise errors.SchemaTooNew(message)
