@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 # Part of this port's vocabulary, so it can be had from here.
 from cqrs_es.messages import StoredEvent as StoredEvent  # noqa: TC001
@@ -149,6 +149,9 @@ class StoreInfo:
 
 class EventStore(ABC):
     """The log, its outcomes and snapshots; see the module for what is promised."""
+
+    look_seconds: ClassVar[float] = 0.05
+    """How long a relay waits between looks at the heads; longer where each look is billed."""
 
     @abstractmethod
     async def load(self, requests: Sequence[LoadRequest]) -> list[LoadedAggregate]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from cqrs_es.ports.store import EventStore
 
 log = structlog.get_logger("cqrs_es.runtime")
-
-# Seconds between looks at the heads. Commits of this process are noticed at once.
-POLL_SECONDS: Final = 0.05
 
 
 class LogWatcher:
@@ -58,7 +55,8 @@ class LogWatcher:
                 failures += 1
                 log.warning("heads unreadable", error=exc.message)
                 await asyncio.sleep(backoff(failures))
-            await within(POLL_SECONDS, self._poked.wait())
+            # Commits of this process are noticed at once.
+            await within(self._events.look_seconds, self._poked.wait())
             self._poked.clear()
 
     async def _look(self) -> None:

@@ -85,6 +85,18 @@ async def test_lease_expires_when_it_was_seen_unchanged_for_its_term(
     assert (taken.owner, taken.epoch) == ("b", lease.epoch + 1)
 
 
+async def test_leases_of_a_dead_member_are_free_when_it_is_gone(
+    storage: DynamoStorage, other: DynamoStorage, clock: SettableClock
+) -> None:
+    """Whoever watches the members watches their leases: taking over costs one term, not two."""
+    await storage.leases.announce("worker", "a", fit=True, seconds=TERM)
+    await storage.leases.acquire("worker", "a", [1], TERM)
+    assert [member.owner for member in await other.leases.members("worker")] == ["a"]
+    clock.move(TERM)
+    assert await other.leases.members("worker") == []
+    assert [lease.owner for lease in await other.leases.acquire("worker", "b", [1], TERM)] == ["b"]
+
+
 async def test_renewed_lease_is_watched_anew(
     storage: DynamoStorage, other: DynamoStorage, clock: SettableClock
 ) -> None:

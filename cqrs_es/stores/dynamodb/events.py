@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cqrs_es import errors
 from cqrs_es.ports.store import EventStore, LoadedAggregate
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 class DynamoEvents(EventStore):
     """The log, outcomes and snapshots in a table."""
+
+    look_seconds: ClassVar[float] = 0.5
 
     def __init__(self, table: Table) -> None:
         self._table = table

@@ -71,7 +71,12 @@ class DynamoLeases(Leases):
         )
 
     async def members(self, role: str | None = None) -> list[Member]:
-        """Return the members that have not expired, by role and owner."""
+        """Return the members that have not expired, by role and owner.
+
+        Leases are looked at as well: who is no member any more has then been
+        watched for as long on its leases, which are free at once.
+        """
+        await self.held(role)
         found = [x for x in await self._found(items.MEMBERS, role) if not self._watch.expired(x)]
         members = [
             Member(x["role"], x["owner"], bool(x["fit"]), items.moment_of(x["expires_at"]))

@@ -1,0 +1,59 @@
+"""How often the log's heads are looked at."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, ClassVar
+
+from cqrs_es.runtime.log_watcher import LogWatcher
+from cqrs_es.stores.memory.dead_letters import MemoryDeadLetters
+from cqrs_es.stores.memory.log import MemoryEvents
+from tests.waiting import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Looked(MemoryEvents):
+    """A log that counts the looks at its heads."""
+
+    looks = 0
+
+    async def heads(self) -> Mapping[int, int]:
+        self.looks += 1
+        return await super().heads()
+
+
+class Costly(Looked):
+    """A log whose heads are not to be looked at for a minute."""
+
+    look_seconds: ClassVar[float] = 60.0
+
+
+def log_of(cls: type[Looked]) -> Looked:
+    log = cls(MemoryDeadLetters())
+    log.create_partitions(1)
+    return log
+
+
+async def looks(log: Looked, number: int) -> None:
+    async def reached() -> bool:
+        return log.looks >= number
+
+    await eventually(reached)
+
+
+async def test_heads_are_looked_at_as_often_as_the_store_says() -> None:
+    """Where looking is cheap it is done again and again; where it is billed, when poked."""
+    cheap, costly = log_of(Looked), log_of(Costly)
+    watchers = [LogWatcher(cheap), LogWatcher(costly)]
+    watching = [asyncio.create_task(watcher.run()) for watcher in watchers]
+    await looks(cheap, 4)
+    assert costly.looks == 1
+    watchers[1].poke()
+    await looks(costly, 2)
+    await looks(cheap, cheap.looks + 3)
+    assert costly.looks == 2
+    for task in watching:
+        task.cancel()
+    await asyncio.wait(watching)
