@@ -206,7 +206,23 @@ def start_postgres(folder: Path, *more_options: str) -> Server:
     }
     settings = [f"--{name}={value}" for name, value in options.items()]
     command = [_postgres_program("postgres"), "-D", str(data), *settings, *more_options]
-    return launch(command, port, folder / "postgres.log", user=user)
+    server = launch(command, port, folder / "postgres.log", user=user)
+    _await_answer(f"postgresql://{POSTGRES_USER}@127.0.0.1:{port}/")
+    return server
+
+
+def _await_answer(url: str) -> None:
+    """Wait until PostgreSQL answers: it accepts connections while it is still starting."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            psql(url, "SELECT 1")
+        except subprocess.CalledProcessError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+        else:
+            return
 
 
 def _postgres_program(name: str) -> str:

@@ -236,10 +236,10 @@ async def test_a_server_that_never_answers(server: Server, monkeypatch: pytest.M
 
 async def test_all_connections_in_use(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another user waits for one, but not for ever."""
-    monkeypatch.setattr(pool, "CONNECT_SECONDS", 0.2)
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(pool.MAX_CONNECTIONS):
             await stack.enter_async_context(storage.views.transaction())
+        monkeypatch.setattr(pool, "CONNECT_SECONDS", 0.2)
         with pytest.raises(errors.StoreUnavailable, match="in use"):
             await storage.info()
     assert (await storage.info()).partitions == PARTITIONS

@@ -31,15 +31,19 @@ _ERRORS: Final[Mapping[str, type[errors.CqrsError]]] = {
     "22001": errors.TooLarge,  # too long for the column
     "54000": errors.TooLarge,
     "54001": errors.TooLarge,  # JSON nested too deep for the stack
-    "53200": errors.StoreUnavailable,  # out of memory
-    "53300": errors.StoreUnavailable,  # too many connections
-    "57014": errors.StoreUnavailable,  # cancelled
-    "57P01": errors.StoreUnavailable,  # shutting down
-    "57P02": errors.StoreUnavailable,  # crashed
-    "57P03": errors.StoreUnavailable,  # starting
-    "57P05": errors.StoreUnavailable,  # closed for idling
-    "25P03": errors.StoreUnavailable,  # closed for idling in a transaction
 }
+_UNREACHABLE: Final = frozenset(
+    {
+        "53200",  # out of memory
+        "53300",  # too many connections
+        "57014",  # cancelled
+        "57P01",  # shutting down
+        "57P02",  # crashed
+        "57P03",  # starting
+        "57P05",  # closed for idling
+        "25P03",  # closed for idling in a transaction
+    }
+)
 _SETTINGS: Final = {
     "28000": "the user may not connect",
     "28P01": "the user or the password is wrong",
@@ -70,6 +74,8 @@ def _error_for(exc: asyncpg.PostgresError) -> errors.CqrsError:
         return unreachable(str(exc))
     if state in _SETTINGS:
         return errors.SettingsError(f"{_SETTINGS[state]}: check CQRS_ES_STORE_URL")
+    if state in _UNREACHABLE:
+        return unreachable(str(exc))
     if state in _ERRORS:
         return _ERRORS[state]()
     missing = _TABLE.search(str(exc))
