@@ -15,7 +15,7 @@ from cqrs_es.opened import OpenApplication
 from cqrs_es.ports.clock import Clock, SystemClock
 from cqrs_es.registry import Registry, define_aggregate, define_projector, define_view
 from cqrs_es.runtime.log_watcher import LogWatcher
-from cqrs_es.runtime.supervisor import Process, new_owner
+from cqrs_es.runtime.process import Process, new_owner
 from cqrs_es.settings import Settings
 from cqrs_es.stores import has_sql, storage_for
 from cqrs_es.telemetry import logs

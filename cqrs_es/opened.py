@@ -30,7 +30,7 @@ from cqrs_es.projection.replay import replay, stored_stream
 from cqrs_es.projection.seen import wait_until_seen
 from cqrs_es.projector import generation_of
 from cqrs_es.registry import ViewDefinition
-from cqrs_es.runtime.supervisor import Process, Supervisor
+from cqrs_es.runtime.supervisor import Supervisor
 from cqrs_es.types import (
     AggregateKey,
     check_aggregate_id,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from cqrs_es.ports.views import ParkedAggregate, ViewRow
     from cqrs_es.projection.rebuild import RebuildProgress
     from cqrs_es.registry import AggregateDefinition, ProjectionDefinition, Registry
+    from cqrs_es.runtime.process import Process
     from cqrs_es.view import View
 
 log = structlog.get_logger("cqrs_es.application")

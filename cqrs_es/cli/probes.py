@@ -12,8 +12,8 @@ import structlog
 
 from cqrs_es.cli.version import version
 from cqrs_es.runtime.health import Health
+from cqrs_es.runtime.roles import known_roles
 from cqrs_es.runtime.sampling import Sampler
-from cqrs_es.runtime.supervisor import known_roles
 from cqrs_es.runtime.waiting import cancelled
 from cqrs_es.runtime.web import Answer, WebServer
 from cqrs_es.telemetry import catalogue
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from cqrs_es.application import Application
-    from cqrs_es.runtime.supervisor import Process, Supervisor
+    from cqrs_es.runtime.process import Process
+    from cqrs_es.runtime.supervisor import Supervisor
     from cqrs_es.settings import Settings
     from cqrs_es.telemetry.exposition import Exposition
 

@@ -12,6 +12,7 @@ from cqrs_es import errors
 from cqrs_es.cli.exits import INTERRUPTED
 from cqrs_es.cli.invocation import invocation_of, refuse_memory
 from cqrs_es.cli.output import JsonFlag, complain, print_fields, print_json
+from cqrs_es.runtime.roles import RELAY, WORKER, projector_role
 from cqrs_es.settings import address
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def worker(context: typer.Context, health_port: HealthPort = None) -> None:
 
     Example: cqrs-es worker
     """
-    _serve_roles(context, health_port, lambda _: {"worker"})
+    _serve_roles(context, health_port, lambda _: {WORKER})
 
 
 def relay(context: typer.Context, health_port: HealthPort = None) -> None:
@@ -95,7 +96,7 @@ def relay(context: typer.Context, health_port: HealthPort = None) -> None:
 
     Example: cqrs-es relay
     """
-    _serve_roles(context, health_port, lambda _: {"relay"})
+    _serve_roles(context, health_port, lambda _: {RELAY})
 
 
 def projector(context: typer.Context, only: Only = None, health_port: HealthPort = None) -> None:
@@ -112,7 +113,7 @@ def _projector_roles(registry: Registry, only: Collection[str] | None) -> set[st
         if name not in known:
             message = f"there is no projector {name!r}; there are {', '.join(known) or 'none'}"
             raise errors.ConfigurationError(message)
-    return {f"projector:{name}" for name in only or known}
+    return {projector_role(name) for name in only or known}
 
 
 def _load(context: typer.Context, health_port: str | None) -> tuple[Settings, Application]:

@@ -23,8 +23,8 @@ from cqrs_es.execution.report import Counts
 from cqrs_es.projection.generations import live_name
 from cqrs_es.registry import ViewDefinition
 from cqrs_es.runtime.garbage import collect_less_often
+from cqrs_es.runtime.roles import known_roles
 from cqrs_es.runtime.signals import run_until_stopped, stop_on_signals
-from cqrs_es.runtime.supervisor import known_roles
 from cqrs_es.runtime.waiting import unless
 from cqrs_es.runtime.watchdog import watched
 from cqrs_es.settings import masked

@@ -8,8 +8,9 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
 from cqrs_es.runtime.leases import ROUNDS_PER_LEASE
+from cqrs_es.runtime.roles import WORKER
 from cqrs_es.runtime.stalls import Stalls
-from cqrs_es.runtime.supervisor import WORKER, Standing
+from cqrs_es.runtime.supervisor import Standing
 from cqrs_es.runtime.web import Answer, json_answer
 from cqrs_es.telemetry.masking import mask_credentials
 

@@ -13,20 +13,18 @@ from cqrs_es.projection.folding import folding_for
 from cqrs_es.projection.generations import make_sure_of_tables, publish, read_generations
 from cqrs_es.projection.parking import ParkingBreaker
 from cqrs_es.runtime.waiting import unless, within
-from cqrs_es.telemetry.meter import NO_METER, Meter
-from cqrs_es.telemetry.tracing import NO_TRACING, Tracing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from cqrs_es.messages import StoredEvent
-    from cqrs_es.ports.broker import Broker, EventFeed, TopicEvent
+    from cqrs_es.ports.broker import EventFeed, TopicEvent
     from cqrs_es.ports.clock import Clock
-    from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.views import ViewStore
     from cqrs_es.projection.folding import Folding
-    from cqrs_es.registry import ProjectionDefinition, Registry
+    from cqrs_es.registry import ProjectionDefinition
     from cqrs_es.runtime.leases import Assignment
+    from cqrs_es.runtime.process import Process
 
 log = structlog.get_logger("cqrs_es.projection")
 
@@ -40,27 +38,11 @@ GENERATION_SECONDS: Final = 1.0
 class ProjectorLoop:
     """Projects partitions into the live generation of one view."""
 
-    def __init__(  # noqa: PLR0913 - one argument for each part it works with
-        self,
-        registry: Registry,
-        storage: Storage,
-        broker: Broker,
-        definition: ProjectionDefinition,
-        clock: Clock,
-        *,
-        on_failure: Callable[[StoredEvent, Exception], None] | None = None,
-        meter: Meter = NO_METER,
-        tracing: Tracing = NO_TRACING,
-    ) -> None:
-        self._tracing = tracing
-        self._meter = meter
-        self._registry = registry
-        self._storage = storage
-        self._broker = broker
+    def __init__(self, process: Process, definition: ProjectionDefinition) -> None:
+        self._process = process
+        self._storage = process.storage
         self._definition = definition
-        self._clock = clock
-        self._breaker = ParkingBreaker(clock)
-        self._on_failure = on_failure
+        self._breaker = ParkingBreaker(process.clock)
         self.projected = 0
 
     async def run_partition(self, assignment: Assignment) -> None:
@@ -73,9 +55,9 @@ class ProjectorLoop:
         folding = await self._live_folding(partition)
         applier = self._applier(folding, assignment)
         assignment.position = await applier.read_checkpoint()
-        live = _Live(self._storage.views, folding, self._clock)
+        live = _Live(self._storage.views, folding, self._process.clock)
         await self._catch_up(applier, live, assignment)
-        feed = await self._broker.subscribe({partition: applier.checkpoint})
+        feed = await self._process.broker.subscribe({partition: applier.checkpoint})
         try:
             assignment.went_well()
             await self._follow(feed, applier, live, assignment)
@@ -98,7 +80,7 @@ class ProjectorLoop:
 
     def _applier(self, folding: Folding, assignment: Assignment) -> Applier:
         def moved(before: int, to: int) -> None:
-            self._meter.projected(folding.name, to - before)
+            self._process.meter.projected(folding.name, to - before)
             assignment.reached(to)
             self.projected += to - before
             log.info(
@@ -110,14 +92,14 @@ class ProjectorLoop:
             )
 
         return Applier(
-            self._registry,
+            self._process.registry,
             self._storage,
             folding,
             assignment.lease.partition,
             breaker=self._breaker,
-            on_failure=self._on_failure,
+            on_failure=self._process.on_view_failure,
             on_move=moved,
-            tracing=self._tracing,
+            tracing=self._process.tracing,
         )
 
     async def _follow(

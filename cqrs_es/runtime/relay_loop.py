@@ -15,18 +15,14 @@ from cqrs_es import errors
 from cqrs_es.cloudevents import to_cloudevent
 from cqrs_es.ports.broker import OutgoingEvent
 from cqrs_es.runtime.waiting import unless, within
-from cqrs_es.telemetry.meter import NO_METER, Meter
-from cqrs_es.telemetry.tracing import NO_TRACING, Tracing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cqrs_es.messages import StoredEvent
-    from cqrs_es.ports.broker import Broker
     from cqrs_es.ports.leases import Lease
-    from cqrs_es.ports.storage import Storage
     from cqrs_es.runtime.leases import Assignment
-    from cqrs_es.runtime.log_watcher import LogWatcher
+    from cqrs_es.runtime.process import Process
 
 log = structlog.get_logger("cqrs_es.relay")
 
@@ -39,22 +35,13 @@ QUIET_SECONDS: Final = 5.0
 class Relay:
     """Publishes partitions of one service's log."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        broker: Broker,
-        watcher: LogWatcher,
-        *,
-        service: str,
-        meter: Meter = NO_METER,
-        tracing: Tracing = NO_TRACING,
-    ) -> None:
-        self._storage = storage
-        self._broker = broker
-        self._watcher = watcher
-        self._source = f"/{service}"
-        self._meter = meter
-        self._tracing = tracing
+    def __init__(self, process: Process) -> None:
+        self._storage = process.storage
+        self._broker = process.broker
+        self._watcher = process.watcher
+        self._source = f"/{process.service}"
+        self._meter = process.meter
+        self._tracing = process.tracing
         self.published = 0
 
     async def run_partition(self, assignment: Assignment) -> None:

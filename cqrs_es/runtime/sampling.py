@@ -16,7 +16,7 @@ import structlog
 
 from cqrs_es import errors
 from cqrs_es.projection.generations import live_name
-from cqrs_es.runtime.supervisor import RELAY, WORKER, projector_role
+from cqrs_es.runtime.roles import RELAY, WORKER, projector_role
 from cqrs_es.telemetry import catalogue
 from cqrs_es.telemetry.metrics import Reading
 
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
     from datetime import datetime
 
+    from cqrs_es.runtime.process import Process
     from cqrs_es.runtime.stalls import Place
-    from cqrs_es.runtime.supervisor import Process, Standing, Supervisor
+    from cqrs_es.runtime.supervisor import Standing, Supervisor
     from cqrs_es.telemetry.catalogue import Metric
 
 log = structlog.get_logger("cqrs_es.runtime")

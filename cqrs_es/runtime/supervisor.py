@@ -3,71 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
-import socket
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
 
-from cqrs_es import errors
 from cqrs_es.projection.generations import live_name
 from cqrs_es.runtime.command_loop import CommandWorker
 from cqrs_es.runtime.leases import LeaseKeeper
 from cqrs_es.runtime.projection_loop import ProjectorLoop
 from cqrs_es.runtime.relay_loop import RELAY_MARK, Relay
-from cqrs_es.telemetry.meter import NO_METER, Meter
-from cqrs_es.telemetry.tracing import NO_TRACING, Tracing
+from cqrs_es.runtime.roles import RELAY, WORKER, check_roles, known_roles, projector_role
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
-    from cqrs_es.execution.executor import Executor
+    from cqrs_es import errors
     from cqrs_es.execution.report import Counts
-    from cqrs_es.messages import StoredEvent
-    from cqrs_es.ports.broker import Broker
-    from cqrs_es.ports.clock import Clock
-    from cqrs_es.ports.storage import Storage
-    from cqrs_es.registry import ProjectionDefinition, Registry
     from cqrs_es.runtime.leases import Assignment, PartitionRunner
-    from cqrs_es.runtime.log_watcher import LogWatcher
-    from cqrs_es.settings import Settings
+    from cqrs_es.runtime.process import Process
 
 log = structlog.get_logger("cqrs_es.runtime")
-
-WORKER = "worker"
-RELAY = "relay"
-
-
-def projector_role(name: str) -> str:
-    """Return the role of the projector of a view."""
-    return f"projector:{name}"
-
-
-def new_owner() -> str:
-    """Name this process as a member: host, process id, and something no other process has."""
-    return f"{socket.gethostname()[:80]}-{os.getpid()}-{secrets.token_hex(4)}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Process:
-    """What the roles of one process share."""
-
-    registry: Registry
-    settings: Settings
-    service: str
-    partitions: int
-    storage: Storage
-    broker: Broker
-    clock: Clock
-    executor: Executor
-    watcher: LogWatcher
-    owner: str
-    on_view_failure: Callable[[StoredEvent, Exception], None] | None = None
-    meter: Meter = NO_METER
-    tracing: Tracing = NO_TRACING
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +62,13 @@ class Supervisor:
     def __init__(self, process: Process, roles: Collection[str] | None = None) -> None:
         self._process = process
         self._executor = process.executor
-        self._worker = _make_worker(process)
-        every = known_roles(process.registry)
-        self._roles = every if roles is None else frozenset(roles)
-        _check_roles(self._roles, every)
+        self._roles = known_roles(process.registry) if roles is None else frozenset(roles)
+        check_roles(self._roles, process.registry)
         self._keepers: list[LeaseKeeper] = []
-        self._relay = _make_relay(process)
+        self._worker = CommandWorker(process)
+        self._relay = Relay(process)
         self._loops = {
-            projector_role(name): self._loop(definition)
+            projector_role(name): ProjectorLoop(process, definition)
             for name, definition in process.registry.projections.items()
         }
 
@@ -200,19 +156,6 @@ class Supervisor:
         every += [(role, loop.run_partition) for role, loop in self._loops.items()]
         return [(role, run) for role, run in every if role in self._roles]
 
-    def _loop(self, definition: ProjectionDefinition) -> ProjectorLoop:
-        process = self._process
-        return ProjectorLoop(
-            process.registry,
-            process.storage,
-            process.broker,
-            definition,
-            process.clock,
-            on_failure=process.on_view_failure,
-            meter=process.meter,
-            tracing=process.tracing,
-        )
-
     def _keeper(self, role: str, run_partition: PartitionRunner) -> LeaseKeeper:
         process = self._process
         return LeaseKeeper(
@@ -250,41 +193,3 @@ class Supervisor:
         if self._executor.in_hand or sum((await self._process.broker.queue_depth()).values()):
             return False
         return (await self.progress()).lag == 0
-
-
-def _make_relay(process: Process) -> Relay:
-    return Relay(
-        process.storage,
-        process.broker,
-        process.watcher,
-        service=process.service,
-        meter=process.meter,
-        tracing=process.tracing,
-    )
-
-
-def _make_worker(process: Process) -> CommandWorker:
-    return CommandWorker(
-        process.storage,
-        process.broker,
-        process.executor,
-        process.clock,
-        max_message_bytes=process.settings.max_message_bytes,
-        most_in_hand=4 * process.settings.batch_size,
-        retention_days=process.settings.outcome_retention_days,
-        meter=process.meter,
-        tracing=process.tracing,
-    )
-
-
-def known_roles(registry: Registry) -> frozenset[str]:
-    """Return every role that a process of an application can have."""
-    projectors = (projector_role(name) for name in registry.projections)
-    return frozenset({WORKER, RELAY, *projectors})
-
-
-def _check_roles(roles: Collection[str], known: Collection[str]) -> None:
-    for role in roles:
-        if role not in known:
-            message = f"there is no role {role!r}; there are {', '.join(sorted(known))}"
-            raise errors.ConfigurationError(message)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from cqrs_es.runtime.supervisor import RELAY, WORKER
+from cqrs_es.runtime.roles import RELAY, WORKER
 from cqrs_es.settings import DEFAULT_PARTITIONS, Settings
 from tests.bank_data import PROJECT
 from tests.deployment.files import (

@@ -13,7 +13,7 @@ from cqrs_es import errors
 from cqrs_es.brokers import broker_for
 from cqrs_es.messages import Status
 from cqrs_es.ports.broker import OutgoingCommand
-from cqrs_es.runtime import command_loop
+from cqrs_es.runtime import in_hand
 from cqrs_es.stores import storage_for
 from cqrs_es.testing import FakeClock, TestApp
 from cqrs_es.types import AggregateKey, new_command_id
@@ -193,7 +193,7 @@ async def test_large_messages_stay_in_the_queue(
     storage: FaultyStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a worker has in hand is bounded in bytes: a flood must not become its memory."""
-    monkeypatch.setattr(command_loop, "MOST_BYTES_IN_HAND", 1_000)
+    monkeypatch.setattr(in_hand, "MOST_BYTES_IN_HAND", 1_000)
     called, released = asyncio.Event(), asyncio.Event()
 
     async def wait() -> None:

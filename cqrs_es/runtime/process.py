@@ -1,0 +1,53 @@
+"""What the roles of one process share."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cqrs_es.execution.outage import Outage
+from cqrs_es.telemetry.meter import NO_METER, Meter
+from cqrs_es.telemetry.tracing import NO_TRACING, Tracing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cqrs_es.execution.executor import Executor
+    from cqrs_es.messages import StoredEvent
+    from cqrs_es.ports.broker import Broker
+    from cqrs_es.ports.clock import Clock
+    from cqrs_es.ports.storage import Storage
+    from cqrs_es.registry import Registry
+    from cqrs_es.runtime.log_watcher import LogWatcher
+    from cqrs_es.settings import Settings
+
+
+def new_owner() -> str:
+    """Name this process as a member: host, process id, and something no other process has."""
+    return f"{socket.gethostname()[:80]}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """An application with its servers connected, as one member of each of its roles."""
+
+    registry: Registry
+    settings: Settings
+    service: str
+    partitions: int
+    storage: Storage
+    broker: Broker
+    clock: Clock
+    executor: Executor
+    watcher: LogWatcher
+    owner: str
+    on_view_failure: Callable[[StoredEvent, Exception], None] | None = None
+    meter: Meter = NO_METER
+    tracing: Tracing = NO_TRACING
+
+    def outage(self) -> Outage:
+        """Make what waits for the store for as long as it takes."""
+        return Outage(self.clock, None, self.meter)
