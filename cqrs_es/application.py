@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from cqrs_es import errors
 from cqrs_es.brokers import broker_for
 from cqrs_es.execution.executor import Executor
+from cqrs_es.execution.hooks import Hooks, OnHandlerFailure
 from cqrs_es.execution.policy import ExecutionPolicy
-from cqrs_es.messages import NO_METADATA, CommandMessage, Outcome, StoredEvent
+from cqrs_es.messages import NO_METADATA, Outcome, StoredEvent
 from cqrs_es.opened import OpenApplication
 from cqrs_es.ports.clock import Clock, SystemClock
 from cqrs_es.registry import Registry, define_aggregate, define_projector, define_view
@@ -40,7 +41,6 @@ S = TypeVar("S")
 # How long a command is tried while the store is away, where somebody waits for its outcome.
 PATIENCE_SECONDS: Final = 10.0
 
-OnHandlerFailure = Callable[[CommandMessage, BaseException], None]
 OnViewFailure = Callable[[StoredEvent, Exception], None]
 
 
@@ -155,10 +155,12 @@ class Application:
                 partitions=partitions,
                 clock=clock,
                 policy=policy or execution_policy(settings),
-                on_failure=on_handler_failure,
-                on_commit=watcher.poke,
-                meter=meter,
-                tracing=tracing,
+                hooks=Hooks(
+                    on_failure=on_handler_failure,
+                    on_commit=watcher.poke,
+                    meter=meter,
+                    tracing=tracing,
+                ),
             )
             process = Process(
                 registry=registry,

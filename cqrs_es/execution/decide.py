@@ -11,13 +11,13 @@ from cqrs_es import errors
 from cqrs_es.codec import to_json
 from cqrs_es.execution.baselines import Baseline
 from cqrs_es.execution.handling import run_handler
+from cqrs_es.execution.hooks import NO_HOOKS, Hooks
 from cqrs_es.execution.policy import MAX_EVENTS_PER_COMMAND, ExecutionPolicy
 from cqrs_es.execution.report import ids_of
 from cqrs_es.execution.work import Job, Work, refusal
 from cqrs_es.messages import CommandContext, CommandMessage, Outcome, OutcomeEvent, Status
 from cqrs_es.ports.dead_letters import DeadLetter
 from cqrs_es.ports.store import DecidedCommand, NewEvent
-from cqrs_es.telemetry.meter import NO_METER, Meter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,13 +35,11 @@ class Decider:
         self,
         policy: ExecutionPolicy,
         now: Callable[[], datetime],
-        on_failure: Callable[[CommandMessage, BaseException], None] | None = None,
-        meter: Meter = NO_METER,
+        hooks: Hooks = NO_HOOKS,
     ) -> None:
         self._policy = policy
         self._now = now
-        self._on_failure = on_failure
-        self._meter = meter
+        self._hooks = hooks
 
     async def decide(self, work: Work) -> None:
         """Decide the work's jobs in order, filling `decided`, `result` and perhaps `held`."""
@@ -84,10 +82,10 @@ class Decider:
             exc_info=exc,
         )
         if delay is not None:
-            self._meter.retry("handler")
+            self._hooks.meter.retry("handler")
         job.span.failed(exc)
-        if self._on_failure is not None:
-            self._on_failure(job.message, exc)
+        if self._hooks.on_failure is not None:
+            self._hooks.on_failure(job.message, exc)
         return delay
 
     async def _decide_one(self, work: Work, lineage: _Lineage | None, job: Job) -> DecidedCommand:

@@ -15,41 +15,37 @@ nothing behind, and the command goes round again from the look-up on.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
 from cqrs_es import errors
+from cqrs_es.execution.answers import Answers, known_outcome
 from cqrs_es.execution.baselines import BaselineCache
 from cqrs_es.execution.decide import Decider
+from cqrs_es.execution.decided import Decided
+from cqrs_es.execution.hooks import NO_HOOKS, Hooks
 from cqrs_es.execution.lanes import Lanes
 from cqrs_es.execution.loading import BaselineLoader
 from cqrs_es.execution.outage import Outage
-from cqrs_es.execution.policy import MAX_APPEND_BYTES, ExecutionPolicy
+from cqrs_es.execution.policy import ExecutionPolicy
 from cqrs_es.execution.report import Counts, Reporter
-from cqrs_es.execution.work import Answer, Job, Work, id_reused
-from cqrs_es.messages import CommandMessage, Outcome, Status
-from cqrs_es.ports.store import Chain, Committed, Snapshot, StoredOutcome
-from cqrs_es.telemetry.meter import NO_METER, Meter
-from cqrs_es.telemetry.tracing import NO_SPAN, NO_TRACING, CommandSpan, Tracing
-from cqrs_es.types import partition_of
+from cqrs_es.execution.work import Answer, Job, Work
+from cqrs_es.ports.store import Committed
+from cqrs_es.telemetry.tracing import NO_SPAN, CommandSpan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
 
+    from cqrs_es.messages import CommandMessage, Outcome
     from cqrs_es.ports.clock import Clock
-    from cqrs_es.ports.store import ChainResult, EventStore
+    from cqrs_es.ports.store import ChainResult, EventStore, StoredOutcome
     from cqrs_es.registry import Registry
 
 
 class Executor:
-    """Executes commands against one event store; an async context manager.
+    """Executes commands against one event store; an async context manager."""
 
-    `on_failure` is told of every exception that a handler raises unexpectedly.
-    `on_commit` is called after each commit that wrote events.
-    """
-
-    def __init__(  # noqa: PLR0913 - one argument for each part it works with
+    def __init__(
         self,
         registry: Registry,
         events: EventStore,
@@ -57,35 +53,25 @@ class Executor:
         partitions: int,
         clock: Clock,
         policy: ExecutionPolicy | None = None,
-        on_failure: Callable[[CommandMessage, BaseException], None] | None = None,
-        on_commit: Callable[[], None] | None = None,
-        meter: Meter = NO_METER,
-        tracing: Tracing = NO_TRACING,
+        hooks: Hooks = NO_HOOKS,
     ) -> None:
-        self._tracing = tracing
         self._registry = registry
         self._events = events
         self._partitions = partitions
         self._clock = clock
         self._policy = policy or ExecutionPolicy()
-        self._on_commit = on_commit
-        self._decider = Decider(self._policy, clock.now, on_failure, meter)
+        self._hooks = hooks
+        self._decider = Decider(self._policy, clock.now, hooks)
         # Two, since a store that can be read but not written to answers every look-up.
-        self._reading = Outage(clock, self._policy.patience, meter)
-        self._writing = Outage(clock, self._policy.patience, meter)
+        self._reading = Outage(clock, self._policy.patience, hooks.meter)
+        self._writing = Outage(clock, self._policy.patience, hooks.meter)
         self._lanes = Lanes()
         self._baselines = BaselineCache(self._policy.cached_aggregates)
         self._loader = BaselineLoader(events, self._baselines, self._reading)
-        self._decided: list[Work] = []
-        self._commands_decided = 0
-        self._something_decided = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
-        self._in_hand: dict[str, Job] = {}
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._decided = Decided(self._policy.batch_size)
+        self._reporter = Reporter(clock.monotonic, hooks.meter)
+        self._answers = Answers(self._reporter)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._reporter = Reporter(clock.monotonic, meter)
 
     async def __aenter__(self) -> Self:
         self._start(self._prepare_forever())
@@ -102,10 +88,7 @@ class Executor:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for job in list(self._in_hand.values()):
-            job.answer.cancel()
-            for follower in job.followers:
-                follower.answer.cancel()
+        self._answers.cancel_all()
 
     # --- For callers ---------------------------------------------------------
 
@@ -147,7 +130,7 @@ class Executor:
     @property
     def in_hand(self) -> int:
         """How many different commands are not answered yet."""
-        return len(self._in_hand)
+        return len(self._answers)
 
     @property
     def trouble(self) -> str | None:
@@ -156,25 +139,20 @@ class Executor:
 
     async def drain(self) -> None:
         """Wait until every command taken so far is answered."""
-        await self._idle.wait()
+        await self._answers.wait_idle()
 
     # --- Intake --------------------------------------------------------------
 
     def _take_in(self, job: Job) -> None:
-        leader = self._in_hand.get(job.message.id)
-        if leader is not None:
-            leader.followers.append(job)
-            return
-        self._in_hand[job.message.id] = job
-        self._idle.clear()
-        self._lanes.add(job)
+        if self._answers.admit(job):
+            self._lanes.add(job)
 
     # --- Preparing: look up, load, begin to decide ---------------------------
 
     async def _prepare_forever(self) -> None:
         while True:
             await self._lanes.wait_ready()
-            await self._room.wait()
+            await self._decided.wait_room()
             works = [
                 Work(jobs[0].message.key, jobs)
                 for jobs in self._lanes.take(self._policy.batch_size)
@@ -209,10 +187,10 @@ class Executor:
                 self._lanes.release(work.key)
 
     def _answer_if_known(self, job: Job, known: Mapping[str, StoredOutcome]) -> bool:
-        stored = known.get(job.message.id)
-        if stored is None or _to_be_replaced(job, stored):
+        outcome = known_outcome(job, known.get(job.message.id))
+        if outcome is None:
             return False
-        self._answer(job, _known_outcome(job, stored))
+        self._answer(job, outcome)
         return True
 
     async def _decide(self, work: Work) -> None:
@@ -224,39 +202,17 @@ class Executor:
         except Exception as exc:  # noqa: BLE001 - the callers are told, each by its future
             self._give_up([work], exc)
             return
-        self._decided.append(work)
-        self._commands_decided += len(work.decided)
-        self._something_decided.set()
-        if self._commands_decided >= self._policy.batch_size:
-            self._room.clear()
+        self._decided.put(work)
 
     # --- Committing ----------------------------------------------------------
 
     async def _commit_forever(self) -> None:
         while True:
-            await self._something_decided.wait()
-            works = self._take_decided()
+            works = await self._decided.take()
             for work in works:
                 if not work.decided:
                     self._release(work)
             await self._commit([work for work in works if work.decided])
-
-    def _take_decided(self) -> list[Work]:
-        """Take what is decided, at least one work, within the bounds of one append."""
-        commands = size = taken = 0
-        for work in self._decided:
-            commands += len(work.decided)
-            size += work.size
-            if taken and (commands > self._policy.batch_size or size > MAX_APPEND_BYTES):
-                break
-            taken += 1
-        works, self._decided = self._decided[:taken], self._decided[taken:]
-        self._commands_decided -= sum(len(work.decided) for work in works)
-        if not self._decided:
-            self._something_decided.clear()
-        if self._commands_decided < self._policy.batch_size:
-            self._room.set()
-        return works
 
     async def _commit(self, works: Sequence[Work]) -> None:
         """Append works, all of which are settled one way or another when this returns."""
@@ -278,12 +234,12 @@ class Executor:
         for work, result in zip(works, results, strict=True):
             self._settle(work, result)
         self._reporter.committed(works)
-        if self._on_commit is not None:
-            self._on_commit()
+        if self._hooks.on_commit is not None:
+            self._hooks.on_commit()
 
     async def _append(self, works: Sequence[Work]) -> list[ChainResult]:
-        chains = [_chain(work, self._partitions) for work in works]
-        with self._reporter.timing("append"), self._tracing.appending(_spans(works)):
+        chains = [work.chain(self._partitions) for work in works]
+        with self._reporter.timing("append"), self._hooks.tracing.appending(_spans(works)):
             return await self._events.append(chains, self._clock.now())
 
     async def _commit_in_parts(self, works: Sequence[Work], exc: errors.CqrsError) -> None:
@@ -346,22 +302,8 @@ class Executor:
     # --- Answering -----------------------------------------------------------
 
     def _answer(self, job: Job, outcome: Outcome) -> None:
-        """Give a job its outcome, and those that follow it theirs."""
-        self._forget(job)
-        self._resolve(job, outcome)
-        reused = outcome.error is not None and outcome.error.code == "id_reused"
-        for follower in job.followers:
-            if reused:
-                self._take_in(follower)
-            elif follower.content_hash == job.content_hash:
-                self._resolve(follower, replace(outcome, duplicate=True))
-            else:
-                self._resolve(follower, id_reused(follower.message))
-
-    def _resolve(self, job: Job, outcome: Outcome) -> None:
-        self._reporter.answered(job.message, outcome)
-        if not job.answer.done():
-            job.answer.set_result(outcome)
+        for follower in self._answers.give(job, outcome):
+            self._take_in(follower)
 
     def _give_up(self, works: Iterable[Work], exc: Exception) -> None:
         """Hand an error that is not the commands' own to whoever submitted them."""
@@ -369,18 +311,9 @@ class Executor:
             if not work.jobs:  # all were answered from the store: its aggregate is released
                 continue
             for job in work.jobs:
-                if self._in_hand.get(job.message.id) is job:
-                    self._forget(job)
-                    for asker in [job, *job.followers]:
-                        if not asker.answer.done():
-                            asker.answer.set_exception(exc)
+                self._answers.fail(job, exc)
             self._baselines.drop(work.key)
             self._lanes.release(work.key)
-
-    def _forget(self, job: Job) -> None:
-        self._in_hand.pop(job.message.id, None)
-        if not self._in_hand:
-            self._idle.set()
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -388,37 +321,5 @@ class Executor:
         task.add_done_callback(self._tasks.discard)
 
 
-def _to_be_replaced(job: Job, stored: StoredOutcome) -> bool:
-    return (
-        job.retrying
-        and stored.outcome.status is Status.FAILED
-        and stored.content_hash == job.content_hash
-    )
-
-
-def _known_outcome(job: Job, stored: StoredOutcome) -> Outcome:
-    """Answer a command that has an outcome: it is a duplicate, unless it is our own late news."""
-    if stored.content_hash != job.content_hash:
-        return id_reused(job.message)
-    return replace(stored.outcome, duplicate=not job.uncertain)
-
-
 def _spans(works: Sequence[Work]) -> Iterator[CommandSpan]:
     return (job.span for work in works for job in work.jobs[: len(work.decided)])
-
-
-def _chain(work: Work, partitions: int) -> Chain:
-    return Chain(
-        key=work.key,
-        partition=partition_of(work.key.type, work.key.id, partitions),
-        base_sequence=None if work.baseline is None else work.baseline.sequence,
-        commands=tuple(work.decided),
-        snapshot=_snapshot(work),
-    )
-
-
-def _snapshot(work: Work) -> Snapshot | None:
-    if work.new_snapshot is None or work.result is None:
-        return None
-    sequence, state = work.new_snapshot
-    return Snapshot(work.key, sequence, work.result.snapshot, state)

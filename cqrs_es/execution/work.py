@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from cqrs_es.messages import CommandMessage, Outcome, OutcomeError, Status
+from cqrs_es.ports.store import Chain, Snapshot
 from cqrs_es.telemetry.tracing import NO_SPAN, CommandSpan
+from cqrs_es.types import partition_of
 
 if TYPE_CHECKING:
     from cqrs_es.execution.baselines import Baseline
@@ -65,6 +67,22 @@ class Work:
     def size(self) -> int:
         """About how many bytes an append of the decided commands carries."""
         return sum(len(event.payload) + 512 for d in self.decided for event in d.events)
+
+    def chain(self, partitions: int) -> Chain:
+        """Return what is to be appended, to a log of so many partitions."""
+        return Chain(
+            key=self.key,
+            partition=partition_of(self.key.type, self.key.id, partitions),
+            base_sequence=None if self.baseline is None else self.baseline.sequence,
+            commands=tuple(self.decided),
+            snapshot=self._snapshot(),
+        )
+
+    def _snapshot(self) -> Snapshot | None:
+        if self.new_snapshot is None or self.result is None:
+            return None
+        sequence, state = self.new_snapshot
+        return Snapshot(self.key, sequence, self.result.snapshot, state)
 
 
 def refusal(
