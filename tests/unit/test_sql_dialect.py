@@ -17,7 +17,8 @@ from cqrs_es.stores.mysql.database import Limits
 from cqrs_es.stores.mysql.dialect import MARIADB, MYSQL, literal, number, to_format
 from cqrs_es.stores.sql.dialect import utc_moment, utc_text
 from cqrs_es.stores.sql.tables import ATTEMPTS, DEAD_LETTERS, LOG_PARTITIONS
-from cqrs_es.stores.sqlite import SQLITE, SqliteTarget
+from cqrs_es.stores.sqlite.address import SqliteTarget
+from cqrs_es.stores.sqlite.dialect import SQLITE
 
 if TYPE_CHECKING:
     from cqrs_es.stores.sql.dialect import Parameter

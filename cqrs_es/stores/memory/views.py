@@ -25,7 +25,7 @@ from cqrs_es.ports.views import (
     ViewTransaction,
 )
 from cqrs_es.stores.sql.upserting import upserting
-from cqrs_es.stores.sqlite import SQLITE
+from cqrs_es.stores.sqlite.dialect import SQLITE
 from cqrs_es.types import AggregateKey
 
 if TYPE_CHECKING:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from urllib.parse import parse_qsl, unquote, urlsplit
-
-from cqrs_es import errors
-from cqrs_es.stores.mysql.database import Limits, MysqlDatabase, Target
+from cqrs_es.stores.mysql.database import Limits, MysqlDatabase
+from cqrs_es.stores.sql.address import Target, read_target
 from cqrs_es.stores.sql.storage import SqlStorage
 from cqrs_es.stores.sql.tls import Tls
 
 DEFAULT_PORT = 3306
 SSL_MODES = ("disabled", "required", "verify_ca", "verify_identity")
-_BAD_URL = (
+_FORM = (
     "a MySQL URL is mysql://user:password@host:3306/database; for TLS add"
     f" ?ssl-mode= and one of {', '.join(SSL_MODES[1:])}, and &ssl-ca=FILE where it is"
     " verified by certificates of your own"
@@ -27,32 +25,16 @@ def storage_for(url: str, lease_seconds: float) -> SqlStorage:
     return SqlStorage(MysqlDatabase(target_of(url), Limits.within(lease_seconds)), shared=True)
 
 
-def target_of(url: str) -> Target:
+def target_of(url: str) -> Target[Tls | None]:
     """Read a URL; raise `SettingsError`, without its password, for one that names no database."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port or DEFAULT_PORT
-        options = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
-    except ValueError:
-        raise errors.SettingsError(_BAD_URL) from None  # its text may hold the password
-    database = unquote(parts.path.removeprefix("/"))
-    if not (parts.hostname and parts.username and database) or "/" in database:
-        raise errors.SettingsError(_BAD_URL)
-    return Target(
-        host=parts.hostname,
-        port=port,
-        user=unquote(parts.username),
-        password=unquote(parts.password or ""),
-        database=database,
-        tls=_tls_of(options),
-    )
+    return read_target(url, default_port=DEFAULT_PORT, tls_of=_tls_of, form=_FORM)
 
 
 def _tls_of(options: dict[str, str]) -> Tls | None:
     """Read the options that MySQL's own URLs have for TLS; there are no others."""
     mode, ca_file = options.pop("ssl-mode", "disabled").lower(), options.pop("ssl-ca", None)
     if options or mode not in SSL_MODES or (ca_file and not mode.startswith("verify")):
-        raise errors.SettingsError(_BAD_URL)
+        raise ValueError(options)
     if mode == "disabled":
         return None
     return Tls(verify=mode != "required", check_host=mode == "verify_identity", ca_file=ca_file)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import aiomysql
@@ -17,23 +17,12 @@ from cqrs_es.stores.sql import pool
 from cqrs_es.stores.sql.pool import MIGRATING, ServerDatabase
 
 if TYPE_CHECKING:
+    from cqrs_es.stores.sql.address import Target
     from cqrs_es.stores.sql.dialect import Dialect
     from cqrs_es.stores.sql.tls import Tls
 
 # At most 64 characters; MySQL 9.6 has no MD5 any more.
 _MIGRATION_LOCK: Final = "CONCAT('cqrs-es:', LEFT(SHA2(DATABASE(), 256), 40))"
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where the database is, and who asks."""
-
-    host: str
-    port: int
-    user: str
-    password: str = field(repr=False)
-    database: str
-    tls: Tls | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +45,7 @@ class Limits:
 class MysqlDatabase(ServerDatabase[MysqlSession]):
     """A database on a MySQL or MariaDB server."""
 
-    def __init__(self, target: Target, limits: Limits) -> None:
+    def __init__(self, target: Target[Tls | None], limits: Limits) -> None:
         super().__init__(limits.idle)
         self._target = target
         self._limits = limits

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import asyncpg
 
@@ -17,20 +17,11 @@ from cqrs_es.stores.sql.pool import MIGRATING, ServerDatabase
 from cqrs_es.stores.sql.session import RolledBack
 from cqrs_es.stores.sql.tls import Tls
 
+if TYPE_CHECKING:
+    from cqrs_es.stores.sql.address import Target
+
 IDLE_SECONDS: Final = 60.0
 """Twice as long as a connection that nobody needs is trusted to be there."""
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where the database is, and who asks; `tls` is certificates to verify by, or libpq's mode."""
-
-    host: str
-    port: int
-    user: str
-    password: str = field(repr=False)
-    database: str
-    tls: Tls | str = "prefer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +44,7 @@ class Limits:
 class PostgresDatabase(ServerDatabase[PostgresSession]):
     """A database on a PostgreSQL server."""
 
-    def __init__(self, target: Target, limits: Limits) -> None:
+    def __init__(self, target: Target[Tls | str], limits: Limits) -> None:
         super().__init__(IDLE_SECONDS)
         self._target = target
         self._limits = limits
