@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from cqrs_es import errors
 from cqrs_es.brokers import broker_for
+from cqrs_es.definitions import define_aggregate, define_projector, define_view
 from cqrs_es.execution.executor import Executor
 from cqrs_es.execution.hooks import Hooks, OnHandlerFailure
 from cqrs_es.execution.policy import ExecutionPolicy
 from cqrs_es.messages import NO_METADATA, Outcome, StoredEvent
 from cqrs_es.opened import OpenApplication
 from cqrs_es.ports.clock import Clock, SystemClock
-from cqrs_es.registry import Registry, define_aggregate, define_projector, define_view
+from cqrs_es.registry import Registry
 from cqrs_es.runtime.log_watcher import LogWatcher
 from cqrs_es.runtime.process import Process, new_owner
 from cqrs_es.settings import Settings
@@ -26,11 +27,11 @@ from cqrs_es.types import NAME
 
 if TYPE_CHECKING:
     from cqrs_es.aggregate import Aggregate, SourceOfTruth
+    from cqrs_es.definitions import ServicesFactory
     from cqrs_es.messages import CommandContext
     from cqrs_es.ports.broker import Broker
     from cqrs_es.ports.storage import Storage
     from cqrs_es.projector import Projector
-    from cqrs_es.registry import ServicesFactory
     from cqrs_es.upcasting import Upcaster
     from cqrs_es.view import View
 

@@ -13,6 +13,7 @@ import structlog
 
 from cqrs_es import errors, wire
 from cqrs_es.codec import to_json
+from cqrs_es.definitions import ViewDefinition
 from cqrs_es.execution.baselines import baseline_from, load_request, mended_baseline
 from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome, spec_of
 from cqrs_es.ports.store import LoadRequest
@@ -29,7 +30,6 @@ from cqrs_es.projection.rebuild import Rebuild
 from cqrs_es.projection.replay import replay, stored_stream
 from cqrs_es.projection.seen import wait_until_seen
 from cqrs_es.projector import generation_of
-from cqrs_es.registry import ViewDefinition
 from cqrs_es.runtime.supervisor import Supervisor
 from cqrs_es.types import (
     AggregateKey,
@@ -42,12 +42,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from cqrs_es.aggregate import Aggregate
+    from cqrs_es.definitions import AggregateDefinition, ProjectionDefinition
     from cqrs_es.execution.baselines import Baseline
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.store import StoreInfo
     from cqrs_es.ports.views import ParkedAggregate, ViewRow
     from cqrs_es.projection.rebuild import RebuildProgress
-    from cqrs_es.registry import AggregateDefinition, ProjectionDefinition, Registry
+    from cqrs_es.registry import Registry
     from cqrs_es.runtime.process import Process
     from cqrs_es.view import View
 

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, TypeAlias
 from cqrs_es import errors
 from cqrs_es.application import make_broker, make_storage
 from cqrs_es.cli.exits import DONE, exit_code, sentence
+from cqrs_es.definitions import ViewDefinition
 from cqrs_es.messages import CommandContext
 from cqrs_es.ports.clock import SystemClock
 from cqrs_es.projection.generations import live_name
-from cqrs_es.registry import ViewDefinition
 from cqrs_es.settings import masked
 from cqrs_es.types import new_command_id
 
 if TYPE_CHECKING:
     from cqrs_es.application import Application
+    from cqrs_es.definitions import AggregateDefinition
     from cqrs_es.ports.broker import Topology
     from cqrs_es.ports.storage import Storage
-    from cqrs_es.registry import AggregateDefinition
     from cqrs_es.settings import Settings
 
 Check: TypeAlias = "Callable[[], Awaitable[str]]"

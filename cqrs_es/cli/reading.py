@@ -11,10 +11,10 @@ import typer
 from cqrs_es import errors
 from cqrs_es.cli.invocation import with_application
 from cqrs_es.cli.output import JsonFlag, print_json, print_table, print_text
+from cqrs_es.definitions import ProjectorDefinition
 from cqrs_es.projection.generations import read_generations
 from cqrs_es.projection.seen import wait_for_outcome
 from cqrs_es.projector import physical_name
-from cqrs_es.registry import ProjectorDefinition
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

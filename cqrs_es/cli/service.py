@@ -18,10 +18,10 @@ from cqrs_es.cli.feeding import Feeder
 from cqrs_es.cli.probes import Probes, probed
 from cqrs_es.cli.progress import display_for
 from cqrs_es.cli.version import version
+from cqrs_es.definitions import ViewDefinition
 from cqrs_es.execution.policy import backoff
 from cqrs_es.execution.report import Counts
 from cqrs_es.projection.generations import live_name
-from cqrs_es.registry import ViewDefinition
 from cqrs_es.runtime.garbage import collect_less_often
 from cqrs_es.runtime.roles import known_roles
 from cqrs_es.runtime.signals import run_until_stopped, stop_on_signals

@@ -10,8 +10,8 @@ from cqrs_es import errors
 from cqrs_es.ports.store import LoadRequest, Snapshot
 
 if TYPE_CHECKING:
+    from cqrs_es.definitions import AggregateDefinition, AnyAggregate
     from cqrs_es.ports.store import LoadedAggregate
-    from cqrs_es.registry import AggregateDefinition, AnyAggregate
     from cqrs_es.types import AggregateKey
 
 

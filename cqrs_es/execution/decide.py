@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from datetime import datetime
 
-    from cqrs_es.registry import AggregateDefinition, AnyAggregate
+    from cqrs_es.definitions import AggregateDefinition, AnyAggregate
 
 log = structlog.get_logger("cqrs_es.execution")
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from cqrs_es import errors
 
 if TYPE_CHECKING:
-    from cqrs_es.registry import AnyAggregate
+    from cqrs_es.definitions import AnyAggregate
 
 OnEvent: TypeAlias = Callable[[object], None]
 

@@ -13,11 +13,11 @@ from cqrs_es.ports.store import LoadRequest
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from cqrs_es.definitions import AggregateDefinition
     from cqrs_es.execution.baselines import Baseline, BaselineCache
     from cqrs_es.execution.outage import Outage
     from cqrs_es.execution.work import Work
     from cqrs_es.ports.store import EventStore, LoadedAggregate
-    from cqrs_es.registry import AggregateDefinition
 
 log = structlog.get_logger("cqrs_es.execution")
 

@@ -12,9 +12,9 @@ from cqrs_es.telemetry.tracing import NO_SPAN, CommandSpan
 from cqrs_es.types import partition_of
 
 if TYPE_CHECKING:
+    from cqrs_es.definitions import AggregateDefinition
     from cqrs_es.execution.baselines import Baseline
     from cqrs_es.ports.store import DecidedCommand
-    from cqrs_es.registry import AggregateDefinition
     from cqrs_es.types import AggregateKey
 
 Answer: TypeAlias = "asyncio.Future[Outcome]"

@@ -6,17 +6,17 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Final
 
 from cqrs_es import errors
+from cqrs_es.definitions import ProjectorDefinition, ViewDefinition
 from cqrs_es.ports.views import ViewRow
 from cqrs_es.projector import physical_name
-from cqrs_es.registry import ProjectorDefinition, ViewDefinition
 from cqrs_es.types import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from cqrs_es.definitions import AnyView, ProjectionDefinition
     from cqrs_es.messages import Envelope
     from cqrs_es.ports.views import ViewStore, ViewTransaction
-    from cqrs_es.registry import AnyView, ProjectionDefinition
 
 
 MAX_VIEW_ID_CHARACTERS: Final = 255

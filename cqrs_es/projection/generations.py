@@ -21,9 +21,9 @@ from cqrs_es.projector import physical_name
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from cqrs_es.definitions import ProjectionDefinition
     from cqrs_es.ports.views import ViewStore, ViewTransaction
     from cqrs_es.projection.folding import Folding
-    from cqrs_es.registry import ProjectionDefinition
 
 FIRST: Final = 1
 

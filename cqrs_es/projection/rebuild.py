@@ -32,9 +32,10 @@ from cqrs_es.projection.switch import Switch, require_building, require_kept
 from cqrs_es.projector import physical_name
 
 if TYPE_CHECKING:
+    from cqrs_es.definitions import ProjectionDefinition
     from cqrs_es.ports.storage import Storage
     from cqrs_es.projection.folding import Folding
-    from cqrs_es.registry import ProjectionDefinition, Registry
+    from cqrs_es.registry import Registry
 
 log = structlog.get_logger("cqrs_es.projection")
 

@@ -17,12 +17,12 @@ from cqrs_es.runtime.waiting import unless, within
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from cqrs_es.definitions import ProjectionDefinition
     from cqrs_es.messages import StoredEvent
     from cqrs_es.ports.broker import EventFeed, TopicEvent
     from cqrs_es.ports.clock import Clock
     from cqrs_es.ports.views import ViewStore
     from cqrs_es.projection.folding import Folding
-    from cqrs_es.registry import ProjectionDefinition
     from cqrs_es.runtime.leases import Assignment
     from cqrs_es.runtime.process import Process
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from cqrs_es.codec import Codec
-    from cqrs_es.registry import AggregateDefinition, AnyAggregate
+    from cqrs_es.definitions import AggregateDefinition, AnyAggregate
 
 
 @dataclass(frozen=True, slots=True)

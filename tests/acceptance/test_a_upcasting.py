@@ -12,8 +12,9 @@ import pytest
 
 from cqrs_es import Aggregate, Version, command, errors, event
 from cqrs_es import upcaster as lifts
+from cqrs_es.definitions import define_aggregate
 from cqrs_es.messages import StoredEvent
-from cqrs_es.registry import Registry, define_aggregate
+from cqrs_es.registry import Registry
 from cqrs_es.types import AggregateKey, JsonObject
 from cqrs_es.upcasting import RawEvent, Upcaster
 

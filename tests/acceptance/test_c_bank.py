@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from cqrs_es import DomainError, Envelope, errors
-from cqrs_es.registry import define_aggregate, define_view
+from cqrs_es.definitions import define_aggregate, define_view
 from cqrs_es.testing import Scenario
 from domain.account import (
     AccountAlreadyOpen,

@@ -11,14 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, Union
 import pytest
 
 from cqrs_es import Aggregate, Envelope, View, command, errors, event
+from cqrs_es.definitions import define_aggregate, define_projector, define_view
 from cqrs_es.projector import Projector, SqlSession, physical_name
-from cqrs_es.registry import (
-    RESERVED_NAMES,
-    Registry,
-    define_aggregate,
-    define_projector,
-    define_view,
-)
+from cqrs_es.registry import RESERVED_NAMES, Registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -10,8 +10,8 @@ import orjson
 import pytest
 
 from cqrs_es import Aggregate, Version, command, drops, errors, event, renames, upcaster
+from cqrs_es.definitions import AggregateDefinition, define_aggregate
 from cqrs_es.messages import StoredEvent
-from cqrs_es.registry import AggregateDefinition, define_aggregate
 from cqrs_es.types import AggregateKey, JsonObject
 from cqrs_es.upcasting import RawEvent, UpcasterChain
 

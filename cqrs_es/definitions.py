@@ -1,0 +1,273 @@
+"""Aggregates, views and projectors as they are run, read from their classes' type arguments.
+
+Names and versions come from `@command` and `@event`, never from module paths,
+so code can be moved without touching what is stored.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, TypeAlias, TypeVar, cast
+
+import orjson
+
+from cqrs_es import errors
+from cqrs_es.aggregate import Aggregate, EventSourced, SourceOfTruth
+from cqrs_es.codec import Codec, CommandCodec
+from cqrs_es.messages import CommandContext, MessageSpec, StoredEvent, spec_of
+from cqrs_es.projector import Projector, check_view_name
+from cqrs_es.types import Version
+from cqrs_es.upcasting import RawEvent, Upcaster, UpcasterChain
+from cqrs_es.view import View
+
+D = TypeVar("D")
+
+AnyAggregate: TypeAlias = Aggregate[Any, Any, Any]
+AnyView: TypeAlias = View[Any]
+AnyProjector: TypeAlias = Projector[Any]
+ServicesFactory: TypeAlias = Callable[[CommandContext], Any]
+
+
+# --- Aggregates --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EventDefinition:
+    """An event class as the log knows it."""
+
+    spec: MessageSpec
+    version: Version
+    codec: Codec[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class AggregateDefinition:
+    """An aggregate class with everything it needs to be run."""
+
+    cls: type[AnyAggregate]
+    state: Codec[Any]
+    commands: Mapping[str, CommandCodec[Any]]
+    events: Mapping[str, EventDefinition]
+    event_classes: Mapping[type[object], EventDefinition]
+    services: ServicesFactory
+    source: SourceOfTruth
+    upcasters: UpcasterChain
+    handler_timeout: float | None
+
+    @property
+    def type(self) -> str:
+        """The aggregate's name on the wire and in the log."""
+        return self.cls.aggregate_type
+
+    def decode(self, event: StoredEvent) -> list[object]:
+        """Return the typed events that a stored one means today: one, or what it was split into.
+
+        Raises `UnknownEvent` for what newer code has written, `UndecodableRow`
+        for what does not fit its type; both name type, sequence and reason.
+        """
+        definition = self.events.get(event.event_type)
+        if definition is not None and event.event_version == definition.spec.version:
+            return [_typed(definition, event, event.payload)]
+        return [self._typed_raw(raw, event) for raw in self._lift(event)]
+
+    def _lift(self, event: StoredEvent) -> list[RawEvent]:
+        """Bring an event of an older version up to date."""
+        try:
+            raw = RawEvent.of(event.event_type, event.event_version, orjson.loads(event.payload))
+            return self.upcasters.upcast(raw)
+        except Exception as exc:
+            raise undecodable(event, f"upcasting failed: {exc}") from exc
+
+    def _typed_raw(self, raw: RawEvent, event: StoredEvent) -> object:
+        definition = self.events.get(raw.type)
+        if definition is None or raw.version > definition.version:
+            known = "unknown" if definition is None else f"known up to {definition.version}"
+            raise errors.UnknownEvent(
+                f"event {event.key}/{event.sequence} is {raw.type} {raw.version}, {known} here: "
+                "newer code wrote it; deploy that code",
+                type=event.event_type,
+                sequence=event.sequence,
+            )
+        return _typed(definition, event, raw.payload)
+
+
+def _typed(definition: EventDefinition, event: StoredEvent, payload: object) -> object:
+    try:
+        if isinstance(payload, bytes):
+            return definition.codec.decode(payload)
+        return definition.codec.convert(payload)
+    except ValueError as exc:
+        raise undecodable(event, str(exc)) from exc
+
+
+def undecodable(event: StoredEvent, reason: str) -> errors.UndecodableRow:
+    """Make the error for a stored event that does not fit its type."""
+    return errors.UndecodableRow(
+        f"event {event.key}/{event.sequence} ({event.event_type} {event.event_version}) "
+        f"can't be decoded: {reason}; add an upcaster or mend the row",
+        type=event.event_type,
+        sequence=event.sequence,
+    )
+
+
+def define_aggregate(
+    cls: type[AnyAggregate],
+    *,
+    services: ServicesFactory | None = None,
+    source: SourceOfTruth | None = None,
+    upcasters: Iterable[Upcaster] = (),
+    handler_timeout: float | None = None,
+) -> AggregateDefinition:
+    """Read a class's type arguments and check that it can be run and stored.
+
+    Raises `DefinitionError` naming the class and what is wrong.
+    """
+    if "aggregate_type" not in cls.__dict__:
+        message = f'{cls.__qualname__} has no type: class {cls.__name__}(Aggregate[…], type="…")'
+        raise errors.DefinitionError(message)
+    command_types, event_types, _ = _type_arguments(cls, Aggregate, 3)
+    events = [_define_event(event_class) for event_class in _members(event_types)]
+    by_name = _unique({definition.spec.name: definition for definition in events}, events, cls)
+    return AggregateDefinition(
+        cls=cls,
+        state=_state_codec(cls),
+        commands=_define_commands(_members(command_types), cls),
+        events=by_name,
+        event_classes={definition.codec.cls: definition for definition in events},
+        services=services or _no_services,
+        source=source or EventSourced(),
+        upcasters=UpcasterChain(upcasters, {name: d.version for name, d in by_name.items()}),
+        handler_timeout=handler_timeout,
+    )
+
+
+def _no_services(_: CommandContext) -> None:
+    """Make the services of an aggregate that needs none."""
+
+
+def _define_event(cls: type[object]) -> EventDefinition:
+    spec = _spec_of_kind(cls, "event")
+    return EventDefinition(spec, Version.parse(spec.version), Codec(cls))
+
+
+def _define_commands(
+    classes: Sequence[type[object]], cls: type[object]
+) -> dict[str, CommandCodec[Any]]:
+    names = [_spec_of_kind(command_class, "command").name for command_class in classes]
+    codecs = [CommandCodec(command_class) for command_class in classes]
+    by_name = dict(zip(names, codecs, strict=True))
+    return _unique(by_name, codecs, cls)
+
+
+def _spec_of_kind(cls: type[object], kind: str) -> MessageSpec:
+    spec = spec_of(cls)
+    if spec.kind != kind:
+        message = f"{cls.__qualname__} is declared with @{spec.kind}, but used as {kind}"
+        raise errors.DefinitionError(message)
+    return spec
+
+
+def _unique(by_name: dict[str, D], all_of_them: Sequence[D], cls: type[object]) -> dict[str, D]:
+    if len(by_name) != len(all_of_them):
+        message = f"two messages of {cls.__qualname__} have one name; pin another name to one"
+        raise errors.DefinitionError(message)
+    return by_name
+
+
+def _state_codec(cls: type[Any]) -> Codec[Any]:
+    """Make the codec of a state and check that its first state survives a round trip."""
+    codec: Codec[Any] = Codec(cls)
+    try:
+        first = codec.encode(cls())
+        again = codec.encode(codec.decode(first))
+    except (TypeError, ValueError) as exc:
+        message = f"{cls.__qualname__}() must work without arguments and fit JSON: {exc}"
+        raise errors.DefinitionError(message) from exc
+    if first != again:
+        message = f"{cls.__qualname__}() changes when it is stored and read back"
+        raise errors.DefinitionError(message)
+    return codec
+
+
+def _type_arguments(cls: type[object], base: type[object], count: int) -> tuple[Any, ...]:
+    """Find the arguments a class, or one it inherits from, gives to a generic base."""
+    for ancestor in cls.__mro__:
+        for parent in getattr(ancestor, "__orig_bases__", ()):
+            if typing.get_origin(parent) is base:
+                return typing.get_args(parent)
+    example = ", ".join(["…"] * count)
+    message = f"{cls.__qualname__} must subclass {base.__name__}[{example}] with its message types"
+    raise errors.DefinitionError(message)
+
+
+def _members(annotation: Any) -> list[type[object]]:
+    """Return the classes of a union, or the one class that stands alone."""
+    if isinstance(annotation, TypeVar):
+        message = f"the type argument {annotation} must be a class or a union of classes"
+        raise errors.DefinitionError(message)
+    if isinstance(annotation, UnionType) or typing.get_origin(annotation) is typing.Union:
+        return [cast("type[object]", member) for member in typing.get_args(annotation)]
+    return [cast("type[object]", annotation)]
+
+
+# --- Views and projectors ----------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ViewDefinition:
+    """A view class that the framework keeps as rows of JSON."""
+
+    cls: type[AnyView]
+    state: Codec[Any]
+    event_classes: frozenset[type[object]]
+
+    @property
+    def name(self) -> str:
+        """The view's name, which is its projector's too."""
+        return self.cls.name
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectorDefinition:
+    """A projector class with tables and SQL of its own.
+
+    One that is not `needed` is left out where the store has no SQL.
+    """
+
+    cls: type[AnyProjector]
+    event_classes: frozenset[type[object]]
+    needed: bool = True
+
+    @property
+    def name(self) -> str:
+        """The projector's name."""
+        return self.cls.name
+
+
+ProjectionDefinition: TypeAlias = ViewDefinition | ProjectorDefinition
+
+
+def define_view(cls: type[AnyView]) -> ViewDefinition:
+    """Read a view's type argument; raise `DefinitionError`."""
+    _require_name(cls)
+    (event_types,) = _type_arguments(cls, View, 1)
+    return ViewDefinition(cls, _state_codec(cls), frozenset(_members(event_types)))
+
+
+def define_projector(cls: type[AnyProjector], *, needed: bool = True) -> ProjectorDefinition:
+    """Read a projector's type argument and check its tables' names; raise `DefinitionError`."""
+    _require_name(cls)
+    (event_types,) = _type_arguments(cls, Projector, 1)
+    for table in cls.tables:
+        check_view_name(table)
+    return ProjectorDefinition(cls, frozenset(_members(event_types)), needed)
+
+
+def _require_name(cls: type[AnyView | AnyProjector]) -> None:
+    if "name" not in cls.__dict__:
+        base = "View" if issubclass(cls, View) else "Projector"
+        message = f'{cls.__qualname__} has no name: class {cls.__name__}({base}[…], name="…")'
+        raise errors.DefinitionError(message)
