@@ -30,6 +30,7 @@ from cqrs_es.projection.rebuild import Rebuild
 from cqrs_es.projection.replay import replay, stored_stream
 from cqrs_es.projection.seen import wait_until_seen
 from cqrs_es.projector import generation_of
+from cqrs_es.runtime.republishing import republish
 from cqrs_es.runtime.supervisor import Supervisor
 from cqrs_es.types import (
     AggregateKey,
@@ -277,6 +278,15 @@ class OpenApplication:
         """
         folding = folding_for(self.projection(name), generation_of(marker.projector))
         return await ParkedRetry(self.registry, self.storage, folding, marker).run()
+
+    # --- The topic -----------------------------------------------------------
+
+    async def republish(self, partition: int, start: int) -> int:
+        """Publish a partition's events from an offset on again; return the last one's.
+
+        Raises `NotFound` for a start beyond the log's end.
+        """
+        return await republish(self._process, partition, start)
 
     # --- Roles ---------------------------------------------------------------
 

@@ -10,13 +10,15 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from cqrs_es.cli import (
+    dead_letters,
     exits,
     following,
     inspecting,
+    parked,
     preparing,
     reading,
     rebuilding,
-    repairing,
+    republishing,
     running,
     sending,
 )
@@ -90,11 +92,11 @@ for _verb in (
     following.tail,
     inspecting.outcome,
     rebuilding.rebuild,
-    repairing.republish,
+    republishing.republish,
 ):
     cli.command()(_verb)
-cli.add_typer(repairing.dead, name="dead")
-cli.add_typer(repairing.parked, name="parked")
+cli.add_typer(dead_letters.dead, name="dead")
+cli.add_typer(parked.parked, name="parked")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

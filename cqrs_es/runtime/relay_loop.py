@@ -12,14 +12,10 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from cqrs_es import errors
-from cqrs_es.cloudevents import to_cloudevent
-from cqrs_es.ports.broker import OutgoingEvent
+from cqrs_es.runtime.topic_events import topic_events
 from cqrs_es.runtime.waiting import unless, within
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from cqrs_es.messages import StoredEvent
     from cqrs_es.ports.leases import Lease
     from cqrs_es.runtime.leases import Assignment
     from cqrs_es.runtime.process import Process
@@ -39,7 +35,7 @@ class Relay:
         self._storage = process.storage
         self._broker = process.broker
         self._watcher = process.watcher
-        self._source = f"/{process.service}"
+        self._service = process.service
         self._meter = process.meter
         self._tracing = process.tracing
         self.published = 0
@@ -80,7 +76,7 @@ class Relay:
         events = await self._storage.events.read_log(partition, mark, CHUNK)
         if not events:
             return mark
-        outgoing = self._encode(events, epoch)
+        outgoing = topic_events(events, self._service, epoch)
         with self._tracing.publishing(partition, events):
             confirmed = await self._broker.publish(partition, epoch, outgoing)
         self._note(partition, mark, confirmed)
@@ -93,17 +89,6 @@ class Relay:
             self.published += confirmed - mark
             self._meter.published(confirmed - mark)
             log.info("published", partition=partition, from_offset=mark + 1, to_offset=confirmed)
-
-    def _encode(self, events: Sequence[StoredEvent], epoch: str) -> list[OutgoingEvent]:
-        return [
-            OutgoingEvent(
-                event.offset,
-                event.key.type,
-                event.event_type,
-                to_cloudevent(event, self._source, epoch),
-            )
-            for event in events
-        ]
 
     async def _advance(self, lease: Lease, stored: int, mark: int) -> int:
         """Store the mark if it moved; it never moves back, since those offsets were confirmed."""
