@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 C = TypeVar("C")
 E = TypeVar("E")
 S = TypeVar("S")
+Server = TypeVar("Server", "Storage", "Broker")
 
 # How long a command is tried while the store is away, where somebody waits for its outcome.
 PATIENCE_SECONDS: Final = 10.0
@@ -136,12 +137,8 @@ class Application:
         clock = clock or SystemClock()
         service = settings.service or self.service
         async with AsyncExitStack() as stack:
-            if storage is None:
-                storage = make_storage(settings, service, clock)
-                stack.push_async_callback(storage.close)
-            if broker is None:
-                broker = make_broker(settings, service)
-                stack.push_async_callback(broker.close)
+            storage = storage or _closing(stack, make_storage(settings, service, clock))
+            broker = broker or _closing(stack, make_broker(settings, service))
             registry = self.registry if storage.sql else self.registry.without_sql()
             await storage.open()
             if reach_broker:
@@ -149,19 +146,19 @@ class Application:
             initialise = initialise or not storage.shared
             partitions = await _partitions(storage, settings, may_be_new=initialise)
             watcher = LogWatcher(storage.events)
-            tracing = tracing_for(service, broker.system, self.registry.command_names)
+            hooks = Hooks(
+                on_failure=on_handler_failure,
+                on_commit=watcher.poke,
+                meter=meter,
+                tracing=tracing_for(service, broker.system, self.registry.command_names),
+            )
             executor = Executor(
                 registry,
                 storage.events,
                 partitions=partitions,
                 clock=clock,
                 policy=policy or execution_policy(settings),
-                hooks=Hooks(
-                    on_failure=on_handler_failure,
-                    on_commit=watcher.poke,
-                    meter=meter,
-                    tracing=tracing,
-                ),
+                hooks=hooks,
             )
             process = Process(
                 registry=registry,
@@ -176,7 +173,7 @@ class Application:
                 owner=new_owner(),
                 on_view_failure=on_view_failure,
                 meter=meter,
-                tracing=tracing,
+                tracing=hooks.tracing,
             )
             opened = OpenApplication(process)
             if initialise:
@@ -214,6 +211,12 @@ class Application:
             metadata=metadata,
             expected_sequence=expected_sequence,
         )
+
+
+def _closing(stack: AsyncExitStack, server: Server) -> Server:
+    """Have a store or broker closed at the end; return it."""
+    stack.push_async_callback(server.close)
+    return server
 
 
 def make_storage(settings: Settings, service: str, clock: Clock) -> Storage:

@@ -70,6 +70,16 @@ class Assignment:
         self.trouble = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Membership:
+    """Who takes part in which role, and how many partitions there are to be shared."""
+
+    role: str
+    owner: str
+    partitions: int
+    lease_seconds: float
+
+
 class LeaseKeeper:
     """A member of one role: holds its share of the partitions and runs each of them.
 
@@ -82,26 +92,21 @@ class LeaseKeeper:
     member. It has `joined` once it has announced itself to the others.
     """
 
-    def __init__(  # noqa: PLR0913 - one argument for each part it works with
+    def __init__(
         self,
         leases: Leases,
         clock: Clock,
         run_partition: PartitionRunner,
-        *,
-        role: str,
-        owner: str,
-        partitions: int,
-        seconds: float,
+        membership: Membership,
         meter: Meter = NO_METER,
     ) -> None:
         self._leases = leases
-        self._meter = meter
         self._clock = clock
         self._run_partition = run_partition
-        self._role = role
-        self._owner = owner
-        self._partitions = partitions
-        self._seconds = seconds
+        self._role, self._owner = membership.role, membership.owner
+        self._partitions = membership.partitions
+        self._seconds = membership.lease_seconds
+        self._meter = meter
         self._running: dict[int, Assignment] = {}
         self._tasks = asyncio.TaskGroup()
         self._renewed_at = clock.monotonic()

@@ -11,7 +11,7 @@ import structlog
 
 from cqrs_es.projection.generations import live_name
 from cqrs_es.runtime.command_loop import CommandWorker
-from cqrs_es.runtime.leases import LeaseKeeper
+from cqrs_es.runtime.leases import LeaseKeeper, Membership
 from cqrs_es.runtime.projection_loop import ProjectorLoop
 from cqrs_es.runtime.relay_loop import RELAY_MARK, Relay
 from cqrs_es.runtime.roles import RELAY, WORKER, check_roles, known_roles, projector_role
@@ -158,16 +158,14 @@ class Supervisor:
 
     def _keeper(self, role: str, run_partition: PartitionRunner) -> LeaseKeeper:
         process = self._process
-        return LeaseKeeper(
-            process.storage.leases,
-            process.clock,
-            run_partition,
+        membership = Membership(
             role=role,
             owner=process.owner,
             partitions=process.partitions,
-            seconds=process.settings.lease_seconds,
-            meter=process.meter,
+            lease_seconds=process.settings.lease_seconds,
         )
+        leases = process.storage.leases
+        return LeaseKeeper(leases, process.clock, run_partition, membership, process.meter)
 
     # --- Progress ------------------------------------------------------------
 

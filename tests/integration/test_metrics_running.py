@@ -18,7 +18,7 @@ from cqrs_es.brokers.memory import MemoryBroker
 from cqrs_es.cloudevents import timestamp
 from cqrs_es.execution.policy import ExecutionPolicy
 from cqrs_es.ports.broker import OutgoingCommand
-from cqrs_es.runtime.leases import LeaseKeeper
+from cqrs_es.runtime.leases import LeaseKeeper, Membership
 from cqrs_es.stores import storage_for
 from cqrs_es.telemetry import catalogue
 from cqrs_es.telemetry.metrics import Metrics
@@ -340,16 +340,8 @@ async def test_leases_lost() -> None:
             raise errors.LeaseLost
         await assignment.stopping.wait()
 
-    keeper = LeaseKeeper(
-        storage.leases,
-        clock,
-        work,
-        role="relay",
-        owner="a",
-        partitions=1,
-        seconds=60.0,
-        meter=metrics,
-    )
+    membership = Membership(role="relay", owner="a", partitions=1, lease_seconds=60.0)
+    keeper = LeaseKeeper(storage.leases, clock, work, membership, metrics)
 
     async def held() -> bool:
         clock.advance_to_next(within=20.0)

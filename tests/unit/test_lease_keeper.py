@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from cqrs_es import errors
-from cqrs_es.runtime.leases import LeaseKeeper
+from cqrs_es.runtime.leases import LeaseKeeper, Membership
 from cqrs_es.stores import storage_for
 from cqrs_es.testing import FakeClock
 from tests.waiting import eventually
@@ -34,9 +34,8 @@ async def test_trouble_lasts_until_there_is_progress() -> None:
     """A partition that was taken up again is in trouble until it has got something done."""
     clock, runner, stopping = FakeClock(), Runner(), asyncio.Event()
     storage = storage_for("memory://", clock=clock)
-    keeper = LeaseKeeper(
-        storage.leases, clock, runner.run, role="relay", owner="a", partitions=1, seconds=60.0
-    )
+    membership = Membership(role="relay", owner="a", partitions=1, lease_seconds=60.0)
+    keeper = LeaseKeeper(storage.leases, clock, runner.run, membership)
 
     async def in_trouble() -> bool:
         return keeper.trouble is not None
