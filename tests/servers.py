@@ -82,7 +82,12 @@ def launch(
     """Start a server and wait until it accepts connections."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, user=user
+            command,
+            cwd=log.parent,  # where Mnesia leaves what it has to say when it dies
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            user=user,
         )
     server = Server(process, port, command)
     try:
@@ -360,6 +365,7 @@ def _launch_node(folder: Path, port: int, environment: dict[str, str]) -> Server
 def _rabbitmq_environment(folder: Path, port: int, name_server_port: int) -> dict[str, str]:
     return os.environ | {
         "HOME": str(folder),  # where the Erlang cookie is
+        "ERL_CRASH_DUMP": str(folder / "erl_crash.dump"),  # also of rabbitmqctl
         "RABBITMQ_NODENAME": f"test{port}@localhost",
         "RABBITMQ_NODE_PORT": str(port),
         "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
