@@ -54,6 +54,14 @@ class Block:
         assert fits, f"after\n{self.code}\nthere was\n{printed}"
 
 
+def file_of(code: str, otherwise: Path) -> Path:
+    """Return the file that a block of code is added to, in the folder of the other one."""
+    named = _FILE.match(code)
+    path = otherwise.parent / named[1] if named else otherwise
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def blocks(page: str) -> list[Block]:
     """Find the pieces of code on a page, each with the text block that follows it."""
     found = re.findall(r"^```(\w+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)

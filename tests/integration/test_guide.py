@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 from tests import pages
@@ -17,6 +19,24 @@ PAGE = PROJECT / "docs" / "guide.md"
 def test_the_guide_prints_what_it_says(tmp_path: Path) -> None:
     """From the first class to processes: every block, one after another, in one folder."""
     pages.check(PAGE.read_text(), tmp_path)
+
+
+def test_the_guides_code_is_typed(tmp_path: Path) -> None:
+    """Who copies it into a strictly typed project has nothing to add."""
+    code = [block.code for block in pages.blocks(PAGE.read_text()) if block.language == "python"]
+    for number, block in enumerate(code):
+        with pages.file_of(block, tmp_path / f"block_{number}.py").open("a") as file:
+            file.write(block)
+    strictly = ("--strict", "--explicit-package-bases", "--cache-dir", str(tmp_path / "cache"))
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy", *strictly, "."],
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=pages.TIMEOUT_SECONDS,
+        check=False,
+        text=True,
+    )
+    assert checked.returncode == 0, checked.stdout
 
 
 def test_its_table_of_contents_leads_to_its_chapters() -> None:
