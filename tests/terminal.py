@@ -14,10 +14,10 @@ from tests.command_line import TIMEOUT_SECONDS, environment
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-def on_a_terminal(*arguments: str, **settings: str) -> str:
+def on_a_terminal(*arguments: str, columns: int = 160, **settings: str) -> str:
     """Call the command line with stdout and stderr on a terminal; return what is written to it."""
     ours, theirs = pty.openpty()
-    variables = environment(settings) | {"TERM": "xterm-256color", "COLUMNS": "160"}
+    variables = environment(settings) | {"TERM": "xterm-256color", "COLUMNS": str(columns)}
     for name in ("NO_COLOR", "FORCE_COLOR", "CI"):
         variables.pop(name, None)
     process = subprocess.Popen(

@@ -70,9 +70,10 @@ class _Checks:
     async def definitions(self) -> str:
         registry = self._app.registry
         registry.check()
+        aggregates = ", ".join(registry.aggregates) or "none"
         views = ", ".join(registry.projections) or "none"
         left_out = ", ".join(registry.left_out)
-        return f"{len(registry.aggregates)} aggregates; views: {views}" + (
+        return f"aggregates: {aggregates}; views: {views}" + (
             f"; left out, as the store has no SQL: {left_out}" if left_out else ""
         )
 

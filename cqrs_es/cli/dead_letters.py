@@ -88,7 +88,7 @@ def retry_dead(
     async def work(opened: OpenApplication) -> bool:
         results = [
             await _retry(opened, letter_id, as_json=json)
-            for letter_id in await _chosen(opened, ids)
+            for letter_id in await _chosen(opened, ids, as_json=json)
         ]
         return all(results)
 
@@ -118,7 +118,8 @@ def drop_dead(
 
     async def work(opened: OpenApplication) -> bool:
         results = [
-            await _drop(opened, letter_id, as_json=json) for letter_id in await _chosen(opened, ids)
+            await _drop(opened, letter_id, as_json=json)
+            for letter_id in await _chosen(opened, ids, as_json=json)
         ]
         return all(results)
 
@@ -141,9 +142,14 @@ def _require_one(ids: Sequence[str] | None, *, every: bool) -> None:
         raise errors.ConfigurationError("give the letters' ids, or --all; see `cqrs-es dead list`")
 
 
-async def _chosen(opened: OpenApplication, ids: Sequence[str] | None) -> list[str]:
+async def _chosen(
+    opened: OpenApplication, ids: Sequence[str] | None, *, as_json: bool
+) -> list[str]:
     """Return the ids given; without any, those of all letters there are now."""
-    return list(ids) if ids else [letter.id async for letter in _letters(opened)]
+    chosen = list(ids) if ids else [letter.id async for letter in _letters(opened)]
+    if not chosen and not as_json:
+        print_text("there are no dead letters")
+    return chosen
 
 
 async def _letters(opened: OpenApplication) -> AsyncIterator[DeadLetter]:

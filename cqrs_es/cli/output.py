@@ -45,17 +45,24 @@ class Coloured:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table; numbers to the right, without a line of names where there are none."""
+    """Print a table; numbers to the right, without a line of names where there are none.
+
+    On a terminal what is too long is folded, but not what a row is called: it is there to be
+    copied.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold", show_header=bool(columns))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*[_cell(value) for value in row])
     width = None if sys.stdout.isatty() else WIDTH_OF_A_FILE
     console = Console(file=sys.stdout, width=width, highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="bold", show_header=bool(columns))
+    cells = [[_cell(value) for value in row] for row in rows]
+    longest = max((len(row[0]) for row in cells), default=0)
+    for number, column in enumerate(columns):
+        whole = number == 0 and longest <= console.width // 2
+        table.add_column(column, overflow="fold", no_wrap=whole)
+    for row in cells:
+        table.add_row(*row)
     with console.capture() as capture:
         console.print(table)
     lines = (line.rstrip() for line in capture.get().splitlines())

@@ -60,6 +60,8 @@ def retry_parked(
         markers = [m for m in await opened.parked(name) if wanted in {None, m.key}]
         if wanted is not None and not markers:
             raise errors.NotFound(f"{wanted} is not parked for {name}; see `cqrs-es parked list`")
+        if not markers and not json:
+            print_text(f"nothing is parked for {name}")
         results = [await _retry_parked(opened, name, marker, as_json=json) for marker in markers]
         return all(results)
 

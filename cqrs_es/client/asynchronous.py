@@ -186,10 +186,10 @@ class Client:
         try:
             async with asyncio.timeout(timeout):
                 return await self._replied(message, sent, timeout / 2)
-        except TimeoutError as exc:
+        except TimeoutError:
             stored = await self._stored(sent.command_id, message.content_hash())
             if stored is None:
-                raise errors.WaitTimeout(_no_outcome(sent.command_id, timeout)) from exc
+                raise errors.WaitTimeout(_no_outcome(sent.command_id, timeout)) from None
             return stored
 
     async def _replied(

@@ -126,7 +126,7 @@ async def test_a_password_opens_and_is_never_shown(tmp_path: Path) -> None:
             f"redis://127.0.0.1:{server.port}",
         ):
             refused = _broker(wrong)
-            with pytest.raises(errors.BrokerUnavailable) as refusal:
+            with pytest.raises(errors.BrokerUnavailable, match="check user and pass") as refusal:
                 await refused.open()
             assert "wr0ng" not in str(refusal.value)
             await refused.close()

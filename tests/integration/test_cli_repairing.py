@@ -10,6 +10,7 @@ import pytest
 import redis
 
 from tests.command_line import EXAMPLE, message
+from tests.terminal import on_a_terminal, without_escapes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +55,29 @@ def test_dead_letters_for_people_hold_no_escapes(troubled: Here) -> None:
     shown = troubled.done("dead", "show", letter_id).out
     assert "{bad \\x1b[31m" in shown
     assert "\x1b" not in shown + troubled.done("dead", "list").out
+
+
+def test_ids_can_be_copied_from_a_terminal(troubled: Here, sqlite_url: str) -> None:
+    """On 80 columns the reason is folded, and the id that the other verbs take is not."""
+    listed = on_a_terminal("dead", "list", columns=80, CQRS_ES_STORE_URL=sqlite_url)
+    lines = without_escapes(listed).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines if line[:1].strip()] == ["id", *ids(troubled)]
+
+
+def ids(here: Here) -> list[str]:
+    return [letter["id"] for letter in here.done("dead", "list", "--json").lines]
+
+
+def test_repair_where_nothing_is_broken(here: Here) -> None:
+    """It says so, to people; there is nothing for programs to read."""
+    here.done("init")
+    assert here.done("dead", "retry", "--all").out == "there are no dead letters\n"
+    assert here.done("dead", "drop", "--all").out == "there are no dead letters\n"
+    parked = ("parked", "retry", "account_query")
+    assert here.done(*parked).out == "nothing is parked for account_query\n"
+    assert here.done("dead", "drop", "--all", "--json").out == ""
+    assert here.done(*parked, "--json").out == ""
 
 
 def test_dead_show(troubled: Here) -> None:

@@ -129,6 +129,8 @@ def test_a_broker_that_is_away(
     result = bank(*verb)
     assert result.code == 3, result.err
     assert places[place].split(":")[0] in result.out + result.err
+    if place == "nobody listens":
+        assert "can't be reached" in result.out + result.err
     assert PASSWORD not in result.out + result.err
 
 

@@ -287,10 +287,11 @@ async def test_giving_up_is_safe(idle: Bank, stack: AsyncExitStack) -> None:
     """Without a worker the wait ends; the same id gives the outcome once there is one."""
     client = await idle.client(stack, store=True)
     command_id = new_command_id()
-    with pytest.raises(errors.WaitTimeout, match=f"{command_id}.*same id is safe"):
+    with pytest.raises(errors.WaitTimeout, match=f"{command_id}.*same id is safe") as raised:
         await client.execute(
             BankAccount, "A1", OpenAccount("A1"), command_id=command_id, timeout=0.2
         )
+    assert raised.value.__suppress_context__  # what the wait was made of tells nobody anything
     async with idle.opened.running():
         outcome = await client.execute(BankAccount, "A1", OpenAccount("A1"), command_id=command_id)
     assert outcome.accepted

@@ -104,8 +104,10 @@ class Bridge:
         """Make the error for a job that the server refused, or for a connection that ended."""
         cause = exc or self._end_cause
         reason = _said(exc) if exc else self._end_reason or "the connection is gone"
+        away = isinstance(cause, ConnectionRefusedError | socket.gaierror)
+        did = "can't be reached" if away else "did not do as asked"
         error = errors.BrokerUnavailable(
-            f"RabbitMQ at {self._address} did not do as asked ({reason}); {remedy_for(cause)}"
+            f"RabbitMQ at {self._address} {did} ({reason}); {remedy_for(cause)}"
         )
         error.__cause__ = cause
         return error

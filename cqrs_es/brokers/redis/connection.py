@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, RedisError
+from redis.exceptions import ConnectionError as NotConnected
 
 from cqrs_es import errors
 
@@ -120,11 +121,18 @@ class RedisConnection:
             async with asyncio.timeout(ANSWER_SECONDS):
                 yield
         except (RedisError, OSError, TimeoutError) as exc:
-            message = (
-                f"Redis at {self._address} did not do as asked ({type(exc).__name__}: {exc});"
-                " check CQRS_ES_BROKER_URL and the server, then try again"
-            )
+            message = f"Redis at {self._address} {_what_it_did(exc)}"
             raise errors.BrokerUnavailable(message) from exc
+
+
+def _what_it_did(exc: Exception) -> str:
+    """Say what became of a request, and what to do about it."""
+    said, remedy = f"({type(exc).__name__}: {exc})", "check CQRS_ES_BROKER_URL and the server"
+    if isinstance(exc, AuthenticationError):  # which is a `NotConnected`, too
+        return f"let nobody in {said}; check user and password in CQRS_ES_BROKER_URL"
+    if isinstance(exc, NotConnected | OSError) and not isinstance(exc, TimeoutError):
+        return f"can't be reached {said}; {remedy}, then try again"
+    return f"did not do as asked {said}; {remedy}, then try again"
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,10 @@ class Pool(Generic[S]):
             async with asyncio.timeout(CONNECT_SECONDS):
                 await self._free.acquire()
         except TimeoutError as exc:
-            message = f"all {MAX_CONNECTIONS} connections to the store are in use; try again"
+            message = (
+                f"all {MAX_CONNECTIONS} connections to the store are in use, and none came free in"
+                f" {CONNECT_SECONDS:g} s: is the store answering?"
+            )
             raise errors.StoreUnavailable(message) from exc
 
     def _take_idle(self) -> S | None:
