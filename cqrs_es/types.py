@@ -8,6 +8,7 @@ import re
 import unicodedata
 import uuid
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TypeAlias
@@ -22,6 +23,7 @@ VIEW_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")
 METADATA_KEY = re.compile(r"[a-z0-9_-]{1,64}")
 REPLY_TO = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MAX_AGGREGATE_ID_CHARACTERS = 255
+MAX_REASON_CHARACTERS = 2000
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 _VERSION = re.compile(r"([0-9]{1,9})(?:\.([0-9]{1,9})(?:\.([0-9]{1,9})(?:\.[^.].*)?)?)?")
 
@@ -112,6 +114,23 @@ def check_aggregate_id(text: str) -> None:
     if any(unicodedata.category(character) in {"Cc", "Cs"} for character in text):
         message = "aggregate_id must have no control characters and no lone surrogates"
         raise errors.InvalidMessage(message)
+
+
+def storable(text: str) -> str:
+    """Return text from somebody else's code as every store can hold it, cut where it is long.
+
+    That is without NUL, which PostgreSQL refuses, and without lone surrogates.
+    """
+    cut = text if len(text) <= MAX_REASON_CHARACTERS else text[: MAX_REASON_CHARACTERS - 1] + "…"
+    return cut.encode(errors="backslashreplace").decode().replace("\0", r"\x00")
+
+
+def text_of(exc: BaseException | None, form: Callable[[object], str] = repr) -> str:
+    """Return an exception's repr, or its text; what its own code may do wrong, it may do there."""
+    try:
+        return form(exc)
+    except Exception:  # noqa: BLE001 - an author's __repr__ can raise anything
+        return f"{type(exc).__name__}, which can't be shown"
 
 
 def shown(value: object, limit: int = 60) -> str:

@@ -229,7 +229,7 @@ class _Stream:
                 self.events[event.offset] = event.body
                 self.end = event.offset
         self._trim(retention)
-        return events[-1].offset
+        return self.end
 
     def _trim(self, retention: int) -> None:
         for offset in range(self.first, self.end - retention + 1):

@@ -18,6 +18,7 @@ from cqrs_es.execution.work import Job, Work, refusal
 from cqrs_es.messages import CommandContext, CommandMessage, Outcome, OutcomeEvent, Status
 from cqrs_es.ports.dead_letters import DeadLetter
 from cqrs_es.ports.store import DecidedCommand, NewEvent
+from cqrs_es.types import text_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,7 +30,11 @@ log = structlog.get_logger("cqrs_es.execution")
 
 
 class Decider:
-    """Decides works; knows the policy, the time, and whom to tell of handlers that fail."""
+    """Decides works; knows the policy, the time, and whom to tell of handlers that fail.
+
+    Whatever a handler raises is its command's failure, until `ending` is set: from then on a
+    cancellation is meant for the decider.
+    """
 
     def __init__(
         self,
@@ -40,6 +45,7 @@ class Decider:
         self._policy = policy
         self._now = now
         self._hooks = hooks
+        self.ending = False
 
     async def decide(self, work: Work) -> None:
         """Decide the work's jobs in order, filling `decided`, `result` and perhaps `held`."""
@@ -60,13 +66,16 @@ class Decider:
         while True:
             try:
                 return await self._decide_one(work, lineage, job)
-            except (Exception, SystemExit, asyncio.CancelledError) as exc:
-                if isinstance(exc, asyncio.CancelledError) and _being_cancelled():
+            except BaseException as exc:
+                if isinstance(exc, KeyboardInterrupt):
                     raise
+                if self.ending:
+                    raise asyncio.CancelledError from exc
+                _take_back_cancellations()
                 job.failures += 1
                 delay = self._after_failure(job, exc)
                 if delay is None:
-                    return self._failed(job, "internal_error", _said(exc), detail=repr(exc))
+                    return self._failed(job, "internal_error", _said(exc), detail=text_of(exc))
                 if delay > 0:
                     work.hold_seconds = delay
                     return None
@@ -104,7 +113,7 @@ class Decider:
             return _decided(job, _rejected(job, "invalid_command", exc.message, None))
         if work.load_failure is not None or lineage is None:
             failure = work.load_failure
-            return self._failed(job, "internal_error", _said(failure), detail=repr(failure))
+            return self._failed(job, "internal_error", _said(failure), detail=text_of(failure))
         return await self._handle(work.definition, lineage, job, command)
 
     async def _handle(
@@ -273,10 +282,11 @@ def _decided(
     )
 
 
-def _being_cancelled() -> bool:
-    """Tell a cancellation of this task from a CancelledError that a handler raised itself."""
+def _take_back_cancellations() -> None:
+    """Forget that a handler cancelled its own task; nobody else does before the end."""
     task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    while task is not None and task.cancelling():
+        task.uncancel()
 
 
 def _permanent(exc: BaseException) -> bool:

@@ -85,6 +85,7 @@ class Executor:
         traceback: TracebackType | None,
     ) -> None:
         """Stop at once; what is not answered yet is cancelled. Call `drain` first to finish it."""
+        self._decider.ending = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

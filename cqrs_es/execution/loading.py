@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import structlog
@@ -71,9 +72,9 @@ class BaselineLoader:
             work.baseline = baseline_from(definition, found)
             if work.baseline is None:
                 work.baseline = await self._replay_all(definition, found)
-        except errors.StoreUnavailable:
+        except (errors.StoreUnavailable, asyncio.CancelledError, KeyboardInterrupt):
             raise
-        except Exception as exc:  # noqa: BLE001 - an apply can raise anything
+        except BaseException as exc:  # noqa: BLE001 - an apply can raise anything
             work.load_failure = exc
 
     async def _replay_all(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from cqrs_es.messages import CommandMessage, Outcome, OutcomeError, Status
 from cqrs_es.ports.store import Chain, Snapshot
 from cqrs_es.telemetry.tracing import NO_SPAN, CommandSpan
-from cqrs_es.types import partition_of
+from cqrs_es.types import partition_of, storable
 
 if TYPE_CHECKING:
     from cqrs_es.definitions import AggregateDefinition
@@ -56,7 +56,7 @@ class Work:
     jobs: list[Job]
     definition: AggregateDefinition | None = None
     baseline: Baseline | None = None
-    load_failure: Exception | None = None
+    load_failure: BaseException | None = None
     decided: list[DecidedCommand] = field(default_factory=list["DecidedCommand"])
     result: Baseline | None = None
     new_snapshot: tuple[int, bytes] | None = None
@@ -100,7 +100,7 @@ def refusal(
         aggregate_type=message.aggregate_type,
         aggregate_id=message.aggregate_id,
         sequence=sequence,
-        error=OutcomeError(code, reason),
+        error=OutcomeError(code, storable(reason)),
     )
 
 

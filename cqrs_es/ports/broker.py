@@ -197,7 +197,8 @@ class Broker(ABC):
         """Publish contiguous events of a partition; return the last offset the topic confirmed.
 
         It may lie before the first of `events` when the topic has lost its end:
-        go on from there. Raises `LeaseLost` when the topic is of another epoch.
+        go on from there; and beyond the last one when it is ahead of them. Raises
+        `LeaseLost` when the topic is of another epoch.
         """
 
     async def republish(self, partition: int, log_epoch: str, start: int, read: ReadLog) -> int:

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from cqrs_es.types import storable
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from datetime import datetime
@@ -50,7 +52,7 @@ class DeadLetter:
         return cls(
             id=command_id or digest[:32],
             source=source,
-            reason=reason,
+            reason=storable(reason),
             body=body[:limit],
             body_hash=digest,
             body_length=len(body),

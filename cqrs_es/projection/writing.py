@@ -9,6 +9,7 @@ import structlog
 
 from cqrs_es import errors
 from cqrs_es.execution.policy import backoff
+from cqrs_es.types import storable, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -55,7 +56,28 @@ async def write_all(
     """Write what events mean to a view; raises whatever the author's code raises."""
     envelopes = _relevant(registry, folding, events)
     if envelopes:
-        await folding.fold(envelopes, transaction)
+        await _fold(folding, envelopes, transaction)
+
+
+async def _fold(
+    folding: Folding, events: Sequence[Envelope[Any]], transaction: ViewTransaction
+) -> None:
+    """Call the author's code; what it raises that is no `Exception` must not end the process."""
+    try:
+        await folding.fold(events, transaction)
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as exc:
+        if isinstance(exc, asyncio.CancelledError) and _being_cancelled():
+            raise
+        message = f"{folding.name} raised {text_of(exc)}"
+        raise errors.ViewFailed(message) from exc
+
+
+def _being_cancelled() -> bool:
+    """Tell a cancellation of this task from a CancelledError that a view raised itself."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _relevant(
@@ -90,4 +112,4 @@ async def past_collisions(work: Callable[[], Awaitable[T]], view: str) -> T:
 
 def reason_of(exc: Exception) -> str:
     """Say for an operator why an event was not applied."""
-    return f"{type(exc).__name__}: {exc}"[:1000]
+    return storable(f"{type(exc).__name__}: {text_of(exc, str)}")

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from cqrs_es import errors
 from cqrs_es.cloudevents import from_cloudevent
 from cqrs_es.projection.applying import READ_LIMIT, Applier
 from cqrs_es.projection.folding import folding_for
 from cqrs_es.projection.generations import make_sure_of_tables, publish, read_generations
 from cqrs_es.projection.parking import ParkingBreaker
+from cqrs_es.runtime.relay_loop import topic_within_log
 from cqrs_es.runtime.waiting import unless, within
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ class ProjectorLoop:
         assignment.position = await applier.read_checkpoint()
         live = _Live(self._storage.views, folding, self._process.clock)
         await self._catch_up(applier, live, assignment)
+        await topic_within_log(self._process.storage, self._process.broker, partition)
         feed = await self._process.broker.subscribe({partition: applier.checkpoint})
         try:
             assignment.went_well()
@@ -145,6 +148,23 @@ class _Live:
 
 
 def _of_epoch(arrived: Sequence[TopicEvent], epoch: str) -> list[StoredEvent]:
-    """Decode what the topic delivered, leaving out what belongs to another life of the log."""
-    decoded = [from_cloudevent(event.body) for event in arrived]
-    return [event for event, of_epoch in decoded if of_epoch == epoch]
+    """Decode what the topic delivered, leaving out what belongs to another life of the log.
+
+    What a relay did not write is left out too: the store has what belongs there.
+    """
+    return [event for each in arrived if (event := _decoded(each, epoch)) is not None]
+
+
+def _decoded(arrived: TopicEvent, epoch: str) -> StoredEvent | None:
+    place = {"partition": arrived.partition, "offset": arrived.offset}
+    try:
+        event, of_epoch = from_cloudevent(arrived.body)
+    except errors.UndecodableRow as exc:
+        log.warning("foreign entry on the topic", **place, error=exc.message)
+        return None
+    if of_epoch != epoch:
+        return None
+    if (event.partition, event.offset) != (arrived.partition, arrived.offset):
+        log.warning("foreign entry on the topic", **place, error="it is of another place")
+        return None
+    return event

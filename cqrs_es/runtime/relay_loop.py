@@ -16,7 +16,9 @@ from cqrs_es.runtime.topic_events import topic_events
 from cqrs_es.runtime.waiting import unless, within
 
 if TYPE_CHECKING:
+    from cqrs_es.ports.broker import Broker
     from cqrs_es.ports.leases import Lease
+    from cqrs_es.ports.storage import Storage
     from cqrs_es.runtime.leases import Assignment
     from cqrs_es.runtime.process import Process
 
@@ -62,14 +64,15 @@ class Relay:
     async def _look(self, partition: int, mark: int, epoch: str) -> int:
         """Return the lesser of our mark and what the topic holds: a flushed one is filled again.
 
-        Raises `LeaseLost` when the log has begun a new life: the mark was of the old one.
+        Raises `LeaseLost` when the log has begun a new life: the mark was of the old one;
+        `BrokenLog` when mark or topic are beyond the log's end.
         """
         info = await self._storage.info()
         if info.log_epoch != epoch:
             message = f"the log has left epoch {epoch} for {info.log_epoch}"
             raise errors.LeaseLost(message)
         await self._broker.restore(info.partitions, epoch)
-        end = await self._broker.topic_end(partition)
+        end = await topic_within_log(self._storage, self._broker, partition, mark)
         return mark if end is None else min(mark, end)
 
     async def _publish_after(self, partition: int, mark: int, epoch: str) -> int:
@@ -79,7 +82,10 @@ class Relay:
         outgoing = topic_events(events, self._service, epoch)
         with self._tracing.publishing(partition, events):
             confirmed = await self._broker.publish(partition, epoch, outgoing)
-        self._note(partition, mark, confirmed)
+        last = events[-1].offset
+        self._note(partition, mark, min(confirmed, last))
+        if confirmed > last:  # somebody was here before us: a relay, one hopes
+            return await self._look(partition, last, epoch)
         return confirmed
 
     def _note(self, partition: int, mark: int, confirmed: int) -> None:
@@ -100,3 +106,24 @@ class Relay:
             log.warning("relay mark moved by another", partition=lease.partition)
             raise errors.LeaseLost from None
         return mark
+
+
+async def topic_within_log(
+    storage: Storage, broker: Broker, partition: int, mark: int = 0
+) -> int | None:
+    """Return the last offset of the topic, None where it keeps nothing.
+
+    Raises `BrokenLog` when that or `mark` is beyond the log's end: then the store was put
+    back to an earlier state, and the next events would be taken for those already published.
+    """
+    end = await broker.topic_end(partition)
+    head = (await storage.events.heads()).get(partition, 0)
+    for what, offset in (("the relay's mark", mark), ("the topic", end or 0)):
+        if offset > head:
+            message = (
+                f"partition {partition} of the log ends at {head}, but {what} is at {offset}:"
+                " the store was restored, or somebody else writes there; run"
+                " `cqrs-es init --new-epoch`"
+            )
+            raise errors.BrokenLog(message)
+    return end

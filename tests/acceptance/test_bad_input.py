@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
+from cqrs_es import DomainError
 from cqrs_es.testing import TestApp
 from cqrs_es.types import new_command_id
 from tests.raw import deposit, opened, raw, sent
@@ -166,6 +167,10 @@ async def test_of_duplicate_keys_the_last_wins(t: TestApp) -> None:
 # --- Handlers that misbehave ----------------------------------------------------
 
 
+class NotToday(DomainError):
+    """not today"""  # noqa: D400 - what the sender is told
+
+
 def counter(name: str, payload: dict[str, Any]) -> dict[str, Any]:
     return raw(name, payload, aggregate_type="counter", aggregate_id="c")
 
@@ -187,6 +192,38 @@ async def test_a_handler_that_never_returns(where: Settings) -> None:
         assert failed.error
         assert (failed.status, failed.error.code) == ("failed", "internal_error")
         assert "CQRS_ES_HANDLER_TIMEOUT" in failed.error.message
+
+
+AWKWARD = ["a\0b", "\ud800", "x" * 10_000_000]
+
+
+@pytest.mark.parametrize("text", AWKWARD, ids=["NUL", "surrogate", "10 MB"])
+async def test_a_reason_that_no_store_can_hold(where: Settings, text: str) -> None:
+    """It is made one that they can, for the sender and for the operator; others go on."""
+
+    async def refuse() -> None:
+        raise NotToday(text)
+
+    async def crash() -> None:
+        raise RuntimeError(text)
+
+    services = Services({"refuse": refuse, "crash": crash})
+    async with TestApp(counting_app(services), settings=where) as t:
+        refused, crashing, good = (
+            counter("AddAfterCall", {"name": name, "n": 1}) for name in ("refuse", "crash", "")
+        )
+        with t.expect_failures():
+            await t.enqueue(*map(orjson.dumps, (refused, crashing, good)))
+            rejected = await t.reply(refused["id"])
+            failed = await t.reply(crashing["id"])
+            assert (await t.reply(good["id"])).accepted
+        assert rejected.error
+        assert (rejected.status, rejected.error.code) == ("rejected", "not_today")
+        assert (await t.opened.outcome(refused["id"])) == rejected
+        assert failed.status == "failed"
+        (letter,) = await t.opened.storage.dead_letters.page()
+        assert "RuntimeError" in letter.reason
+        assert max(len(rejected.error.message), len(letter.reason)) <= 2000
 
 
 async def test_state_changed_without_an_event(where: Settings) -> None:

@@ -70,6 +70,32 @@ class Twin(Fragile, View[Added], name="twin"):
     """The same under another name."""
 
 
+@dataclass
+class Mad(View[Added], name="mad"):
+    """A view that raises, for the counter "bad", what no `except Exception` catches."""
+
+    raises: ClassVar[BaseException] = SystemExit(3)
+
+    total: int = 0
+
+    def update(self, event: Envelope[Added]) -> None:
+        if event.aggregate_id == "bad":
+            raise self.raises
+        self.total += event.data.n
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), GeneratorExit(), asyncio.CancelledError()])
+async def test_g9_whatever_a_view_raises_parks_the_aggregate(error: BaseException) -> None:
+    """It neither ends the process nor leaves a projector that does nothing, and others go on."""
+    Mad.raises = error
+    async with counting(Mad).open(on("memory://", 1), initialise=True) as opened:
+        for name in ("bad", "good"):
+            await opened.execute(Counter, name, Add(1))
+        await project(opened)
+        assert [marker.key.id for marker in await opened.parked()] == ["bad"]
+        assert await opened.view(Mad, "good") == Mad(1)
+
+
 # --- The breaker -------------------------------------------------------------
 
 

@@ -482,6 +482,51 @@ async def test_a_handler_that_ends_the_program_or_cancels_itself_fails(rig: Rig)
     assert outcome.accepted
 
 
+class Odd(BaseException):
+    """What no `except Exception` catches, such as a test framework's own failures."""
+
+
+class Unspeakable(Exception):
+    """An error that can't even be shown."""
+
+    def __repr__(self) -> str:
+        raise LookupError
+
+    __str__ = __repr__
+
+
+@pytest.mark.parametrize(
+    "error", [Odd(), GeneratorExit(), BaseExceptionGroup("", [Odd()]), Unspeakable()]
+)
+async def test_whatever_a_handler_raises_is_its_commands_failure(
+    rig: Rig, error: BaseException
+) -> None:
+    """Nobody waits for ever, and the aggregate goes on."""
+    rig.services.hooks["mad"] = Failing(99, error)
+    mad, good = await patiently(
+        rig, [rig.submit("A", AddAfterCall("mad", 1)), rig.submit("A", Add(1))]
+    )
+    assert mad.status is Status.FAILED
+    assert good.accepted
+
+
+async def test_a_handler_that_cancels_its_own_task_fails(rig: Rig) -> None:
+    """It is not taken for the executor's end, and what comes next is not cancelled with it."""
+
+    async def cancel() -> None:
+        task = asyncio.current_task()
+        assert task
+        task.cancel()
+        await asyncio.sleep(0)
+
+    rig.services.hooks["mad"] = cancel
+    mad, good = await patiently(
+        rig, [rig.submit("A", AddAfterCall("mad", 1)), rig.submit("A", Add(1))]
+    )
+    assert mad.status is Status.FAILED
+    assert good.accepted
+
+
 async def test_an_async_handler_that_never_returns_times_out() -> None:
     """It is ended by its deadline and fails; its aggregate goes on."""
     policy = ExecutionPolicy(handler_timeout=0.01, retry_delays=(0.0,))

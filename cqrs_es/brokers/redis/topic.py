@@ -48,7 +48,8 @@ return ends
 )
 
 # KEYS: meta, the stream. ARGV: epoch, partitions or '', retention, first offset, event, event, …
-# Returns the last offset confirmed, -1 when the topic is of another epoch.
+# Returns the last offset confirmed, that of the stream's end where it is beyond these events;
+# -1 when the topic is of another epoch.
 # One script for a chunk: an entry refused for want of memory could otherwise never
 # be put before a later one that got in.
 _PUBLISH = (
@@ -74,7 +75,7 @@ for offset = last + 1, final do
   redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[3], string.format('%.0f-0', offset),
     'event', ARGV[5 + offset - first])
 end
-return final
+return math.max(last, final)
 """
 )
 
