@@ -1,6 +1,7 @@
 """How many commands a second one process of each role gets through, and what that costs.
 
-    python -m tests.benchmarks.throughput [--copies 5] [--roles worker relay projector]
+    python -m tests.benchmarks.throughput [--copies 5] [--broker redis]
+        [--roles worker relay projector]
 
 The queue is filled first: with the real transactions of a bank (`BANK_DATA`), as
 many copies of them as asked for, each copy with accounts and ids of its own. Then
@@ -12,29 +13,29 @@ operating system's own, of each process from then to then.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-import zlib
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 import pymysql
-import redis
 
 from tests.bank_data import bank_folder
+from tests.outside import Outside, RabbitOutside, RedisOutside
 from tests.processes import CLI, Service, service
-from tests.servers import Server, start_mariadb, start_redis
+from tests.servers import Server, start_mariadb, start_rabbitmq, start_redis
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
 
-PARTITIONS = 16
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 PATIENCE_SECONDS = 300.0
 
@@ -57,6 +58,40 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS_PER_SECOND
 
 
+# --- The brokers -------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """A broker that runs: its URL, the process whose CPU counts, and a client that fills it."""
+
+    url: str
+    pid: int
+    outside: Outside
+
+
+@contextmanager
+def redis_queue(folder: Path) -> Generator[Queue]:
+    server = start_redis(folder)
+    url = f"redis://127.0.0.1:{server.port}/0"
+    outside = RedisOutside(url)
+    yield Queue(url, server.process.pid, outside)
+    outside.close()
+    server.stop()
+
+
+@contextmanager
+def rabbitmq_queue(folder: Path) -> Generator[Queue]:
+    server = start_rabbitmq(folder)
+    outside = RabbitOutside(server.url)
+    yield Queue(server.url, int((folder / "pid").read_text()), outside)
+    outside.hang_up()
+    server.stop()
+
+
+QUEUES = {"redis": redis_queue, "rabbitmq": rabbitmq_queue}
+
+
 # --- The commands ------------------------------------------------------------
 
 
@@ -77,19 +112,18 @@ def renamed(message: dict[str, Any], copy: int) -> dict[str, Any]:
     return message
 
 
-def enqueue(broker: str, name: str, copies: int) -> int:
+def enqueue(outside: Outside, name: str, copies: int) -> int:
     """Fill the queue; return how many commands it holds."""
     count = 0
-    with redis.Redis.from_url(broker) as client:  # pyright: ignore[reportUnknownMemberType]
-        pipeline = client.pipeline(transaction=False)  # pyright: ignore[reportUnknownMemberType]
-        for count, message in enumerate(commands(copies), start=1):
-            key = f"{message['aggregate_type']}/{message['aggregate_id']}".encode()
-            stream = f"{name}:commands:{zlib.crc32(key) % PARTITIONS}"
-            pipeline.xadd(stream, {"command": orjson.dumps(message)})
-            if count % 1000 == 0:
-                pipeline.execute()
-        pipeline.execute()
+    for batch in batched(commands(copies), 1000):
+        outside.send(name, batch)
+        count += len(batch)
     return count
+
+
+def batched(messages: Iterator[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    while batch := list(itertools.islice(messages, size)):
+        yield batch
 
 
 # --- The measurement ---------------------------------------------------------
@@ -120,11 +154,11 @@ def slowest(port: int, roles: Sequence[str]) -> int:
 
 
 def measure(
-    bank: Service, mariadb: Server, queue: Server, count: int, chosen: argparse.Namespace
+    bank: Service, mariadb: Server, queue: Queue, count: int, chosen: argparse.Namespace
 ) -> None:
     started = {role: start(bank, role, chosen.profile) for role in chosen.roles}
     processes = {role: process.pid for role, process in started.items()}
-    processes |= {"mariadb": mariadb.process.pid, "redis": queue.process.pid}
+    processes |= {"mariadb": mariadb.process.pid, chosen.broker: queue.pid}
     while (first := events(mariadb.port)) == 0:
         time.sleep(0.005)
     begin = Moment.now(processes)
@@ -160,25 +194,23 @@ def report(count: int, begin: Moment, end: Moment) -> None:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--copies", type=int, default=5)
+    options.add_argument("--broker", choices=QUEUES, default="redis")
     options.add_argument("--roles", nargs="+", default=["worker"], metavar="VERB")
     options.add_argument("--profile", metavar="FILE", help="cProfile writes to FILE.<role>")
     chosen = options.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for part in ("mariadb", "redis", "logs"):
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for part in ("mariadb", "broker", "logs"):
             (folder / part).mkdir()
-        mariadb, queue = start_mariadb(folder / "mariadb"), start_redis(folder / "redis")
-        try:
-            with pymysql.connect(host="127.0.0.1", port=mariadb.port, user="root") as connection:
-                connection.cursor().execute("CREATE DATABASE bank")
-            store = f"mysql://root@127.0.0.1:{mariadb.port}/bank"
-            broker = f"redis://127.0.0.1:{queue.port}/0"
-            with service("worker.app:app", store, broker, folder / "logs") as bank:
-                count = enqueue(broker, "bank", chosen.copies)
-                measure(bank, mariadb, queue, count, chosen)
-        finally:
-            mariadb.stop()
-            queue.stop()
+        mariadb = start_mariadb(folder / "mariadb")
+        stack.callback(mariadb.stop)
+        queue = stack.enter_context(QUEUES[chosen.broker](folder / "broker"))
+        with pymysql.connect(host="127.0.0.1", port=mariadb.port, user="root") as connection:
+            connection.cursor().execute("CREATE DATABASE bank")
+        store = f"mysql://root@127.0.0.1:{mariadb.port}/bank"
+        with service("worker.app:app", store, queue.url, folder / "logs") as bank:
+            count = enqueue(queue.outside, "bank", chosen.copies)
+            measure(bank, mariadb, queue, count, chosen)
 
 
 if __name__ == "__main__":
