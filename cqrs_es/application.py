@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from cqrs_es import errors
 from cqrs_es.brokers import broker_for
-from cqrs_es.definitions import define_aggregate, define_projector, define_view
+from cqrs_es.definitions import define_aggregate, define_projector, define_view, needs_services
 from cqrs_es.execution.executor import Executor
 from cqrs_es.execution.hooks import Hooks, OnHandlerFailure
 from cqrs_es.execution.policy import ExecutionPolicy
@@ -80,6 +80,9 @@ class Application:
             upcasters=upcasters,
             handler_timeout=handler_timeout,
         )
+        if factory is None and needs_services(cls):
+            message = f"{cls.__qualname__} needs services: app.aggregate(…, services=…) makes them"
+            raise errors.DefinitionError(message)
         self.registry.add_aggregate(definition)
 
     def view(self, cls: type[View[Any]]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, TypeAlias, TypeVar, cast
 
 import orjson
@@ -142,6 +142,14 @@ def define_aggregate(
         upcasters=UpcasterChain(upcasters, {name: d.version for name, d in by_name.items()}),
         handler_timeout=handler_timeout,
     )
+
+
+def needs_services(cls: type[AnyAggregate]) -> bool:
+    """Tell whether a handler could not do with `None` for its services."""
+    services = _type_arguments(cls, Aggregate, 3)[2]
+    if services in {None, Any, object} or isinstance(services, TypeVar):
+        return False
+    return NoneType not in _members(services)
 
 
 def _no_services(_: CommandContext) -> None:

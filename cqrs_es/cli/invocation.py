@@ -54,6 +54,7 @@ class Invocation:
         settings = self.settings()
         path = application_path(settings.app)
         app = load_application(path).on_store_of(settings)
+        _name_service(settings.service or app.service)
         return dataclasses.replace(settings, app=path), app
 
 
@@ -68,6 +69,12 @@ def _set_up_logs(settings: Settings) -> None:
     from cqrs_es.telemetry import logs
 
     logs.configure(settings.log_level, settings.log_format)
+
+
+def _name_service(service: str) -> None:
+    from cqrs_es.telemetry import logs
+
+    logs.name_process(service=service)
 
 
 def with_application(

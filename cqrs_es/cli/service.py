@@ -75,7 +75,6 @@ class Report:
 async def serve(app: Application, settings: Settings, task: Task) -> Report:
     """Run a process's roles until a signal, or until idle; report what became of it."""
     collect_less_often()
-    logs.name_process(service=settings.service or app.service)
     with stop_on_signals() as stopping:
         async with probed(app, settings, task.roles, stopping.asked) as probes:
             service = Service(app, settings, task, stopping, probes)

@@ -22,6 +22,7 @@ from tests.samples import (
     AddThenCrash,
     AddUpTo,
     Counter,
+    Services,
     Totals,
     counting_app,
 )
@@ -108,7 +109,13 @@ async def test_b14_options_keep_each_other() -> None:
         return payload
 
     app = Application("tests")
-    app.aggregate(Counter, source=SnapshotEvery(7), upcasters=[same], handler_timeout=3.0)
+    app.aggregate(
+        Counter,
+        services=lambda _: Services(),
+        source=SnapshotEvery(7),
+        upcasters=[same],
+        handler_timeout=3.0,
+    )
     definition = app.registry.aggregates["counter"]
     assert definition.source == SnapshotEvery(7)
     assert definition.handler_timeout == 3.0

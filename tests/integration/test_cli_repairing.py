@@ -97,6 +97,8 @@ def test_dead_retry_of_what_is_still_wrong(troubled: Here) -> None:
     assert result.code == 1
     assert [outcome["status"] for outcome in result.lines] == ["failed"]
     assert "not JSON" in result.complaint
+    logged = [orjson.loads(line) for line in result.err.splitlines() if line.startswith("{")]
+    assert {line["service"] for line in logged} == {"bank"}
     assert len(letters(troubled)) == 2
 
 

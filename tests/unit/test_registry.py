@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, Union
 import pytest
 
 from cqrs_es import Aggregate, Envelope, View, command, errors, event
+from cqrs_es.application import Application
 from cqrs_es.definitions import define_aggregate, define_projector, define_view
 from cqrs_es.projector import Projector, SqlSession, physical_name
 from cqrs_es.registry import RESERVED_NAMES, Registry
@@ -307,6 +308,35 @@ def test_an_aggregate_that_could_not_be_run_or_stored_is_refused(
     """At start-up, naming the class and what is wrong."""
     with pytest.raises(errors.DefinitionError, match=expected):
         define()
+
+
+@dataclass
+class Clerk(Aggregate[Do, Done, dict[str, str]], type="clerk"):
+    def handle(self, command: Do, services: dict[str, str]) -> None:
+        """Do nothing."""
+
+    def apply(self, event: Done) -> None:
+        """Do nothing."""
+
+
+@dataclass
+class LoneClerk(Aggregate[Do, Done, Union[dict[str, str], None]], type="lone-clerk"):  # noqa: UP007 - as older code has it
+    def handle(self, command: Do, services: dict[str, str] | None) -> None:
+        """Do nothing."""
+
+    def apply(self, event: Done) -> None:
+        """Do nothing."""
+
+
+def test_services_that_nobody_makes_are_missed_at_start_up() -> None:
+    """Not by the first command; an aggregate that can do without may."""
+    app = Application("desk")
+    with pytest.raises(errors.DefinitionError, match=r"Clerk needs services: app.aggregate\(…"):
+        app.aggregate(Clerk)
+    app.aggregate(Clerk, services=lambda _: {})
+    app.aggregate(LoneClerk)
+    app.aggregate(Task)
+    assert set(app.registry.aggregates) == {"clerk", "lone-clerk", "task"}
 
 
 # --- Views and projectors ----------------------------------------------------
