@@ -123,6 +123,9 @@ async def _follow(opened: OpenApplication, selection: Selection) -> None:
     write = await event_writer(opened, as_json=selection.as_json)
     after = selection.start.after(await opened.storage.events.heads())
     log.info("following", after={str(partition): offset for partition, offset in after.items()})
+    known = {name for each in opened.process.registry.aggregates.values() for name in each.events}
+    for unknown in sorted(selection.types - known):  # a slip, or of older code
+        log.warning("event type unknown", type=unknown, known=sorted(known))
     failures = 0
     while True:
         try:

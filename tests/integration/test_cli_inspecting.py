@@ -255,6 +255,19 @@ def test_tail_from_an_offset_of_one_type(bank: Here, sqlite_url: str) -> None:
     ]  # fmt: skip
 
 
+def test_tail_warns_of_a_type_that_the_code_does_not_have(bank: Here, sqlite_url: str) -> None:
+    """It may be in the log all the same, from older code; a slip would show nothing for ever."""
+    del bank  # it has filled the log
+    arguments = ("--from", "start", "--type", "AccountOpend", "--type", "AccountOpened")
+    with running("tail", "--json", *arguments, CQRS_ES_STORE_URL=sqlite_url) as tail:
+        tail.wait_for("event type unknown")
+        tail.signal(signal.SIGTERM)
+        result = tail.end()
+    assert result.code == 0, result.err
+    assert result.err.count("event type unknown") == 1
+    assert '"type":"AccountOpend"' in result.err
+
+
 def test_tail_shows_what_comes(bank: Here, sqlite_url: str) -> None:
     """From the end on, unless said otherwise: only what is committed later."""
     with running("tail", "--json", CQRS_ES_STORE_URL=sqlite_url) as tail:
