@@ -62,6 +62,8 @@ class ProjectorLoop:
         await topic_within_log(self._process.storage, self._process.broker, partition)
         feed = await self._process.broker.subscribe({partition: applier.checkpoint})
         try:
+            # What came after the look at the store and before the subscription passed us by.
+            await self._catch_up(applier, live, assignment)
             assignment.went_well()
             await self._follow(feed, applier, live, assignment)
         finally:

@@ -10,9 +10,11 @@ import pytest
 
 from cqrs_es import Envelope, View, errors
 from cqrs_es.application import Application
+from cqrs_es.brokers.memory import MemoryBroker
 from cqrs_es.projection.folding import folding_for
 from cqrs_es.projection.generations import make_sure_of_tables
 from cqrs_es.projector import Projector, SqlSession
+from cqrs_es.runtime import projection_loop
 from cqrs_es.settings import Settings
 from cqrs_es.stores.sql.storage import SqlStorage
 from cqrs_es.testing import TestApp
@@ -23,9 +25,10 @@ from tests.tallies import check_complete, tallying_app
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from cqrs_es.opened import OpenApplication
+    from cqrs_es.ports.broker import EventFeed
     from cqrs_es.ports.storage import Storage
     from cqrs_es.stores.sql.session import Session
 
@@ -393,3 +396,41 @@ async def test_tables_are_made_where_nothing_was_written_yet(store_url: str) -> 
         folding = folding_for(opened.projection("sums"), 7)
         await make_sure_of_tables(opened.storage.views, folding)
         assert await opened.storage.views.columns("sums__7") == ["counter", "total"]
+
+
+# --- Where the topic keeps nothing --------------------------------------------
+
+
+class Forgetful(MemoryBroker):
+    """A topic without a past, like an exchange; something happens just before a subscription."""
+
+    meanwhile: Callable[[], Awaitable[object]]
+
+    async def subscribe(self, after: Mapping[int, int]) -> EventFeed:
+        await self.meanwhile()
+        now = {partition: await self.topic_end(partition) or 0 for partition in after}
+        return await super().subscribe(now)
+
+
+async def test_what_came_just_before_the_subscription_is_applied_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is read from the store, and does not wait for the next event or for quiet."""
+    monkeypatch.setattr(projection_loop, "QUIET_SECONDS", 3600.0)
+    broker = Forgetful(event_retention=100)
+    async with counting(Totals).open(on("memory://", 1), broker=broker) as opened:
+
+        async def published() -> bool:
+            return await broker.topic_end(0) == 1
+
+        async def meanwhile() -> None:
+            await opened.execute(Counter, "c", Add(1))
+            await eventually(published)
+
+        broker.meanwhile = meanwhile
+        async with opened.running():
+            await eventually(lambda: _applied(opened))
+
+
+async def _applied(opened: OpenApplication) -> bool:
+    return await opened.view(Totals, "c") == Totals(1, 1)
