@@ -8,14 +8,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import orjson
 import structlog
 
 from cqrs_es import errors, wire
-from cqrs_es.codec import to_json
+from cqrs_es.commands import new_command
 from cqrs_es.definitions import ViewDefinition
 from cqrs_es.execution.baselines import baseline_from, load_request, mended_baseline
-from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome, spec_of
+from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome
 from cqrs_es.ports.store import LoadRequest
 from cqrs_es.projection.folding import folding_for
 from cqrs_es.projection.generations import (
@@ -34,8 +33,6 @@ from cqrs_es.runtime.republishing import republish
 from cqrs_es.runtime.supervisor import Supervisor
 from cqrs_es.types import (
     AggregateKey,
-    check_aggregate_id,
-    new_command_id,
     parse_command_id,
 )
 
@@ -137,17 +134,15 @@ class OpenApplication:
         marked `duplicate`. Raises `InvalidMessage` for an id or metadata that
         no message may have, `StoreUnavailable` when the store stays away.
         """
-        definition = self.registry.aggregate_of(cls)
-        message = CommandMessage(
-            id=new_command_id() if command_id is None else parse_command_id(command_id),
-            type=spec_of(type(command)).name,
-            aggregate_type=definition.type,
-            aggregate_id=aggregate_id,
-            payload=orjson.loads(to_json(command)),
-            metadata=wire.check_metadata(dict(metadata)),
+        self.registry.aggregate_of(cls)
+        message = new_command(
+            cls,
+            aggregate_id,
+            command,
+            command_id=command_id,
+            metadata=metadata,
             expected_sequence=expected_sequence,
         )
-        check_aggregate_id(aggregate_id)
         return await self.submit(message)
 
     async def submit(self, message: CommandMessage, *, retrying: bool = False) -> Outcome:

@@ -14,13 +14,11 @@ from cqrs_es.cli.invocation import with_application
 from cqrs_es.cli.output import JsonFlag, print_json, print_text
 from cqrs_es.cli.showing import print_outcome
 from cqrs_es.cloudevents import timestamp
-from cqrs_es.messages import CommandMessage
-from cqrs_es.ports.broker import OutgoingCommand
 from cqrs_es.runtime.waiting import within
-from cqrs_es.types import JsonObject, new_command_id, shown, utc_now
+from cqrs_es.types import JsonObject, shown, utc_now
 
 if TYPE_CHECKING:
-    from cqrs_es.messages import Outcome
+    from cqrs_es.messages import CommandMessage, Outcome
     from cqrs_es.opened import OpenApplication
     from cqrs_es.ports.broker import ReplyInbox
 
@@ -53,13 +51,15 @@ def send(  # noqa: PLR0913, PLR0917 - what a command message consists of
 
     Example: cqrs-es send account ACCT-001 DepositMoney '{"amount": "200.00"}' --wait
     """
+    from cqrs_es.commands import new_command
+
     message = _checked(
-        CommandMessage(
-            id=command_id or new_command_id(),
-            type=command,
-            aggregate_type=aggregate_type,
-            aggregate_id=aggregate_id,
-            payload=_parsed(payload),
+        new_command(
+            aggregate_type,
+            aggregate_id,
+            command,
+            _parsed(payload),
+            command_id=command_id,
             expected_sequence=expected,
             reply_to=f"cli-{secrets.token_hex(8)}" if wait else None,
         )
@@ -95,11 +95,11 @@ def _checked(message: CommandMessage) -> CommandMessage:
 
 
 async def _send(opened: OpenApplication, message: CommandMessage) -> None:
+    from cqrs_es.client.sending import outgoing
+
     process = opened.process
-    partition = message.key.partition(process.partitions)
     with process.tracing.sending([message]) as (traced,):
-        body = traced.body or _checked(traced).body
-        await process.broker.send([OutgoingCommand(partition, message.id, body)])
+        await process.broker.send([outgoing(traced, process.partitions)])
 
 
 async def _send_and_wait(

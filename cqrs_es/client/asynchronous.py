@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Self, Unpack
 
 from cqrs_es import errors
 from cqrs_es.brokers import broker_for
-from cqrs_es.client.commands import AggregateName, CommandOptions, Payload, new_command, outgoing
 from cqrs_es.client.replies import Replies
-from cqrs_es.client.sending import Sender
+from cqrs_es.client.sending import Sender, outgoing
 from cqrs_es.client.source import EventSource
 from cqrs_es.client.subscription import Begin, Subscription, subscription_to
+from cqrs_es.commands import AggregateName, CommandOptions, Payload, new_command
 from cqrs_es.execution.policy import backoff
 from cqrs_es.projection.seen import wait_until_seen
 from cqrs_es.stores import storage_for

@@ -7,10 +7,16 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from cqrs_es import errors, wire
+from cqrs_es.cloudevents import timestamp
+from cqrs_es.ports.broker import OutgoingCommand
+from cqrs_es.types import shown, utc_now
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from cqrs_es.ports.broker import Broker, OutgoingCommand
+    from cqrs_es.messages import CommandMessage
+    from cqrs_es.ports.broker import Broker
 
 SENT_AT_ONCE: Final = 500
 BYTES_AT_ONCE: Final = 4 * 1024 * 1024
@@ -119,3 +125,13 @@ def _settle(sent: asyncio.Future[None], error: Exception | None) -> None:
         sent.set_result(None)
     else:
         sent.set_exception(error)
+
+
+def outgoing(message: CommandMessage, partitions: int) -> OutgoingCommand:
+    """Encode a message and read it as a worker will; raise `InvalidMessage`, naming the field."""
+    try:
+        body = wire.encode_command(message, sent_at=timestamp(utc_now()))
+    except (TypeError, ValueError) as exc:
+        raise errors.InvalidMessage(f"the message is not JSON: {shown(str(exc))}") from exc
+    checked = wire.parse_command(body)
+    return OutgoingCommand(checked.key.partition(partitions), checked.id, body)

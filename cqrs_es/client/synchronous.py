@@ -16,9 +16,9 @@ from cqrs_es.client.asynchronous import Client
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from cqrs_es.client.commands import AggregateName, CommandOptions, Payload
     from cqrs_es.client.cursors import Cursor
     from cqrs_es.client.subscription import Begin, Event, Subscription
+    from cqrs_es.commands import AggregateName, CommandOptions, Payload
     from cqrs_es.messages import CommandMessage, Outcome
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from cqrs_es.messages import CommandMessage, Outcome, OutcomeError, Status
 from cqrs_es.ports.store import Chain, Snapshot
 from cqrs_es.telemetry.tracing import NO_SPAN, CommandSpan
-from cqrs_es.types import partition_of, storable
+from cqrs_es.types import storable
 
 if TYPE_CHECKING:
     from cqrs_es.definitions import AggregateDefinition
@@ -72,7 +72,7 @@ class Work:
         """Return what is to be appended, to a log of so many partitions."""
         return Chain(
             key=self.key,
-            partition=partition_of(self.key.type, self.key.id, partitions),
+            partition=self.key.partition(partitions),
             base_sequence=None if self.baseline is None else self.baseline.sequence,
             commands=tuple(self.decided),
             snapshot=self._snapshot(),

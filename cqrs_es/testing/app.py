@@ -10,16 +10,14 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self, TypeVar
 
-import orjson
-
 from cqrs_es import errors, wire
-from cqrs_es.codec import to_json
-from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome, spec_of
+from cqrs_es.commands import new_command
+from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome
 from cqrs_es.ports.broker import OutgoingCommand
 from cqrs_es.runtime.waiting import cancelled
 from cqrs_es.settings import Settings
 from cqrs_es.testing.clock import FakeClock
-from cqrs_es.types import new_command_id, partition_of
+from cqrs_es.types import new_command_id
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -173,12 +171,12 @@ class TestApp:
         Raises `InvalidMessage` for what no message may hold, `WaitTimeout` when
         no reply comes, and what a handler raised unexpectedly.
         """
-        message = CommandMessage(
-            id=command_id or new_command_id(),
-            type=spec_of(type(command)).name,
-            aggregate_type=self._app.registry.aggregate_of(cls).type,
-            aggregate_id=aggregate_id,
-            payload=orjson.loads(to_json(command)),
+        self._app.registry.aggregate_of(cls)
+        message = new_command(
+            cls,
+            aggregate_id,
+            command,
+            command_id=command_id,
             metadata=metadata,
             expected_sequence=expected_sequence,
             reply_to=self.reply_to,
@@ -307,10 +305,9 @@ class TestApp:
 def _partition_of(body: bytes, partitions: int) -> int:
     """Return the partition that a sender would choose, 0 for what names no aggregate."""
     try:
-        message = wire.parse_command(body, len(body))
+        return wire.parse_command(body, len(body)).key.partition(partitions)
     except errors.InvalidMessage:
         return 0
-    return partition_of(message.aggregate_type, message.aggregate_id, partitions)
 
 
 def _done(task: asyncio.Task[None]) -> Callable[[], Awaitable[bool]]:

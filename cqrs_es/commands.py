@@ -1,4 +1,4 @@
-"""Command messages as clients make them: whole, and checked before they leave."""
+"""Command messages as senders make them, whether of this process or of another."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, cast
 
 import orjson
 
-from cqrs_es import errors, wire
-from cqrs_es.cloudevents import timestamp
+from cqrs_es import errors
 from cqrs_es.codec import to_json
 from cqrs_es.messages import NO_METADATA, CommandMessage, spec_of
-from cqrs_es.ports.broker import OutgoingCommand
-from cqrs_es.types import new_command_id, shown, utc_now
+from cqrs_es.types import new_command_id, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,13 +85,3 @@ def _as_json(content: object) -> JsonObject:
     except (TypeError, ValueError, NotImplementedError) as exc:
         message = f"the payload can't be written as JSON: {shown(str(exc))}"
         raise errors.InvalidMessage(message) from exc
-
-
-def outgoing(message: CommandMessage, partitions: int) -> OutgoingCommand:
-    """Encode a message and read it as a worker will; raise `InvalidMessage`, naming the field."""
-    try:
-        body = wire.encode_command(message, sent_at=timestamp(utc_now()))
-    except (TypeError, ValueError) as exc:
-        raise errors.InvalidMessage(f"the message is not JSON: {shown(str(exc))}") from exc
-    checked = wire.parse_command(body)
-    return OutgoingCommand(checked.key.partition(partitions), checked.id, body)
