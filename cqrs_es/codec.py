@@ -16,7 +16,7 @@ import msgspec
 import orjson
 
 from cqrs_es import errors
-from cqrs_es.storable import refuse_what_json_would_lose
+from cqrs_es.lossless import refuse_what_json_would_lose
 from cqrs_es.strictness import strict_check
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ from cqrs_es.projection.applying import READ_LIMIT, Applier
 from cqrs_es.projection.folding import folding_for
 from cqrs_es.projection.generations import make_sure_of_tables, publish, read_generations
 from cqrs_es.projection.parking import ParkingBreaker
-from cqrs_es.runtime.relay_loop import topic_within_log
+from cqrs_es.runtime.topic import topic_within_log
 from cqrs_es.runtime.waiting import unless, within
 
 if TYPE_CHECKING:

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from cqrs_es import errors
-from cqrs_es.runtime.topic_events import topic_events
+from cqrs_es.runtime.topic import topic_events, topic_within_log
 from cqrs_es.runtime.waiting import unless, within
 
 if TYPE_CHECKING:
-    from cqrs_es.ports.broker import Broker
     from cqrs_es.ports.leases import Lease
-    from cqrs_es.ports.storage import Storage
     from cqrs_es.runtime.leases import Assignment
     from cqrs_es.runtime.process import Process
 
@@ -106,24 +104,3 @@ class Relay:
             log.warning("relay mark moved by another", partition=lease.partition)
             raise errors.LeaseLost from None
         return mark
-
-
-async def topic_within_log(
-    storage: Storage, broker: Broker, partition: int, mark: int = 0
-) -> int | None:
-    """Return the last offset of the topic, None where it keeps nothing.
-
-    Raises `BrokenLog` when that or `mark` is beyond the log's end: then the store was put
-    back to an earlier state, and the next events would be taken for those already published.
-    """
-    end = await broker.topic_end(partition)
-    head = (await storage.events.heads()).get(partition, 0)
-    for what, offset in (("the relay's mark", mark), ("the topic", end or 0)):
-        if offset > head:
-            message = (
-                f"partition {partition} of the log ends at {head}, but {what} is at {offset}:"
-                " the store was restored, or somebody else writes there; run"
-                " `cqrs-es init --new-epoch`"
-            )
-            raise errors.BrokenLog(message)
-    return end

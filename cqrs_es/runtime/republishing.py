@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from cqrs_es import errors
-from cqrs_es.runtime.topic_events import topic_events
+from cqrs_es.runtime.topic import topic_events
 
 if TYPE_CHECKING:
     from cqrs_es.ports.broker import OutgoingEvent

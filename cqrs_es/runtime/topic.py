@@ -1,0 +1,51 @@
+"""The topic beside the log: how events go there, and that it can't be ahead."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cqrs_es import errors
+from cqrs_es.cloudevents import to_cloudevent
+from cqrs_es.ports.broker import OutgoingEvent
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from cqrs_es.messages import StoredEvent
+    from cqrs_es.ports.broker import Broker
+    from cqrs_es.ports.storage import Storage
+
+
+def topic_events(events: Iterable[StoredEvent], service: str, epoch: str) -> list[OutgoingEvent]:
+    """Encode events of a service's log, which bear the log's epoch."""
+    source = f"/{service}"
+    return [
+        OutgoingEvent(
+            event.offset,
+            event.key.type,
+            event.event_type,
+            to_cloudevent(event, source, epoch),
+        )
+        for event in events
+    ]
+
+
+async def topic_within_log(
+    storage: Storage, broker: Broker, partition: int, mark: int = 0
+) -> int | None:
+    """Return the last offset of the topic, None where it keeps nothing.
+
+    Raises `BrokenLog` when that or `mark` is beyond the log's end: then the store was put
+    back to an earlier state, and the next events would be taken for those already published.
+    """
+    end = await broker.topic_end(partition)
+    head = (await storage.events.heads()).get(partition, 0)
+    for what, offset in (("the relay's mark", mark), ("the topic", end or 0)):
+        if offset > head:
+            message = (
+                f"partition {partition} of the log ends at {head}, but {what} is at {offset}:"
+                " the store was restored, or somebody else writes there; run"
+                " `cqrs-es init --new-epoch`"
+            )
+            raise errors.BrokenLog(message)
+    return end
