@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from cqrs_es.opened import OpenApplication
     from cqrs_es.ports.broker import EventFeed
     from cqrs_es.ports.storage import Storage
-    from cqrs_es.stores.sql.session import Session
 
 LONG = 60.0
 
@@ -204,13 +204,17 @@ async def test_g9_a_retry_that_collides_is_tried_again(store_url: str, lost: Exc
 
 async def lose_table(storage: Storage, name: str) -> None:
     """Drop the first generation's table behind the framework's back."""
-    if isinstance(storage, SqlStorage):  # PostgreSQL keeps a table that an SQL view shows
 
-        async def work(session: Session) -> int:
-            return await session.execute(f"DROP VIEW {name}")
+    async def gone() -> bool:
+        if isinstance(storage, SqlStorage):
+            # PostgreSQL keeps a table that an SQL view shows; a projector that starts makes it.
+            drop_view = f"DROP VIEW IF EXISTS {name}"
+            await storage._database.run(lambda session: session.execute(drop_view))
+        with contextlib.suppress(errors.StoreError):
+            await storage.views.drop_table(f"{name}__1")
+        return not await storage.views.columns(f"{name}__1")
 
-        await storage._database.run(work)
-    await storage.views.drop_table(f"{name}__1")
+    await eventually(gone)
 
 
 @on_sql

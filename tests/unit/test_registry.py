@@ -15,6 +15,7 @@ from cqrs_es.application import Application
 from cqrs_es.definitions import define_aggregate, define_projector, define_view
 from cqrs_es.projector import Projector, SqlSession, physical_name
 from cqrs_es.registry import RESERVED_NAMES, Registry
+from cqrs_es.stores.sql.tables import FRAMEWORK_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -403,6 +404,11 @@ def test_a_view_must_have_a_name_and_a_first_state() -> None:
         define_view(NoEvents)
     with pytest.raises(errors.DefinitionError, match=r"has no name: .*Projector\[…\]"):
         define_projector(NamelessProjector)
+
+
+def test_every_table_of_the_framework_is_reserved() -> None:
+    """A table that is added later can't be taken by a view."""
+    assert RESERVED_NAMES == FRAMEWORK_NAMES
 
 
 @pytest.mark.parametrize("name", [*sorted(RESERVED_NAMES), "EVENTS", "Diary", "TALLY_days"])
