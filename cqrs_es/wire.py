@@ -74,6 +74,9 @@ def command_id_of(body: bytes) -> str | None:
 
 
 def _parse_object(body: bytes, max_bytes: int) -> JsonObject:
+    if not body:
+        reason = "message is not JSON but empty; on Redis it goes into the entry's field `command`"
+        raise errors.InvalidMessage(reason)
     if len(body) > max_bytes:
         reason = f"message has {len(body)} bytes, over the limit of {max_bytes}"
         raise errors.InvalidMessage(reason)

@@ -12,6 +12,7 @@ from cqrs_es.cli.output import Coloured, JsonFlag, print_json, print_table, prin
 from cqrs_es.cli.showing import event_writer, print_outcome
 from cqrs_es.projection.generations import read_generations
 from cqrs_es.projection.replay import stored_stream
+from cqrs_es.runtime.roles import known_roles
 from cqrs_es.types import AggregateKey
 
 if TYPE_CHECKING:
@@ -43,13 +44,16 @@ async def read_status(opened: OpenApplication) -> dict[str, Any]:
         name: await storage.views.checkpoints(await opened.table(name))
         for name in opened.registry.projections
     }
+    members = await storage.leases.members()
+    vacant = known_roles(opened.registry) - {member.role for member in members}
     return {
         "views": [await _view(opened, name, heads, projected[name]) for name in projected],
         "partitions": _partitions(heads, relayed, projected),
         "members": [
             {"role": m.role, "owner": m.owner, "fit": m.fit, "expires_at": m.expires_at}
-            for m in await storage.leases.members()
+            for m in members
         ],
+        "vacant_roles": sorted(vacant),
         "leases": [
             {"role": ls.role, "partition": ls.partition, "owner": ls.owner, "epoch": ls.epoch}
             for ls in await storage.leases.held()
@@ -101,11 +105,12 @@ def _print_status(found: dict[str, Any]) -> None:
     _print_partitions(found["partitions"])
     print_text("")
     held = [(lease["role"], lease["owner"]) for lease in found["leases"]]
-    members = [
+    members: list[list[object]] = [
         [m["role"], m["owner"], held.count((m["role"], m["owner"])), m["fit"]]
         for m in found["members"]
     ]
-    print_table(["role", "member", "partitions", "fit"], members)
+    vacant = [[role, Coloured("nobody", LATE), None, None] for role in found["vacant_roles"]]
+    print_table(["role", "member", "partitions", "fit"], [*members, *vacant])
     print_text("")
     counts = {"dead letters": found["dead_letters"], "parked": found["parked"]}
     print_table([], [[what, _bad(count)] for what, count in counts.items()])

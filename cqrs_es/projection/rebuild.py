@@ -174,7 +174,11 @@ class Rebuild:
             return False
 
     async def _bridge(self, folding: Folding) -> None:
-        """Fill up to the present heads: projectors take a moment to notice the switch."""
+        """Fill up to the present heads: projectors take a moment to notice the switch.
+
+        That is no progress of the rebuild any more, which has happened.
+        """
+        self._on_progress = None
         self._heads = dict(await self._storage.events.heads())
         try:
             await self._fill_round(folding)

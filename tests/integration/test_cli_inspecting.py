@@ -49,6 +49,7 @@ def test_status(bank: Here) -> None:
             }
         ],
         "members": [],
+        "vacant_roles": ["projector:account_query", "projector:bank_totals", "relay", "worker"],
         "leases": [],
         "dead_letters": 0,
         "parked": 0,
@@ -67,6 +68,8 @@ def test_status_names_who_works_on_what(here: Here, sqlite_url: str) -> None:
         (role, 0) for role in roles
     ]
     assert all(role in text for role in roles)
+    assert found["vacant_roles"] == []
+    assert "nobody" not in text
 
 
 def test_status_for_people(bank: Here) -> None:
@@ -76,6 +79,7 @@ def test_status_for_people(bank: Here) -> None:
     assert lines[1].split() == ["account_query", "1", "0", "0"]
     assert lines[4].split() == ["partition", "head", "relay", "account_query", "bank_totals"]
     assert lines[5].split() == ["0", "26", "26", "26", "26"]
+    assert lines[-4].split() == ["worker", "nobody"]
     assert lines[-2:] == ["dead letters  0", "parked        0"]
 
 

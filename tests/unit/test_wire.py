@@ -155,7 +155,7 @@ def test_metadata_at_the_limit_is_taken() -> None:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (b"", "not JSON"),
+        (b"", "not JSON but empty"),
         (b"{", "not JSON"),
         (b"\xff", "not JSON"),
         (b'{"id":"\xff"}', "not JSON"),
