@@ -38,9 +38,9 @@ def print_text(text: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Coloured:
-    """A number in a table that has a colour on a terminal."""
+    """A number or a word in a table that has a colour on a terminal."""
 
-    value: int
+    value: int | str
     colour: str
 
 
