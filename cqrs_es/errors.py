@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import ClassVar
+from typing import ClassVar, cast
 
 
 class CqrsError(Exception):
@@ -228,6 +228,15 @@ class TooManyParked(CqrsError):
 
 class HandlerTimeout(CqrsError):
     """The handler took longer than CQRS_ES_HANDLER_TIMEOUT."""
+
+
+def innermost(exc: Exception) -> Exception:
+    """Return the first error within nested groups; an error alone is its own."""
+    error: Exception = exc
+    while isinstance(error, ExceptionGroup):
+        group = cast("ExceptionGroup[Exception]", error)
+        error = group.exceptions[0]
+    return error
 
 
 def default_message(cls: type[BaseException]) -> str:

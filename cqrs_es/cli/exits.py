@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, cast
+from typing import Final
 
 from cqrs_es import errors
 
@@ -22,15 +22,6 @@ def exit_code(exc: Exception) -> int:
             return UNREACHABLE
         case _:
             return FAILED
-
-
-def innermost(exc: Exception) -> Exception:
-    """Return the first error within nested groups; an error alone is its own."""
-    error: Exception = exc
-    while isinstance(error, ExceptionGroup):
-        group = cast("ExceptionGroup[Exception]", error)
-        error = group.exceptions[0]
-    return error
 
 
 def sentence(exc: Exception) -> str:

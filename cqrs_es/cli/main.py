@@ -9,6 +9,7 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
+from cqrs_es import errors
 from cqrs_es.cli import (
     dead_letters,
     exits,
@@ -113,7 +114,7 @@ def _run(argv: list[str]) -> int:
     except Exception as exc:  # noqa: BLE001 - the last place to turn an error into a sentence
         if invocation.debugging:
             sys.stderr.write(mask_credentials("".join(traceback.format_exception(exc))))
-        error = exits.innermost(exc)
+        error = errors.innermost(exc)
         complain(exits.sentence(error))
         return exits.exit_code(error)
     return exits.DONE

@@ -99,8 +99,8 @@ def log_end(report: Report, exc: Exception | None = None) -> None:
     say = log.info if exc is None else log.error
     say(
         "ended",
-        reason=report.reason if exc is None else exits.sentence(exits.innermost(exc)),
-        exit_code=report.code if exc is None else exits.exit_code(exits.innermost(exc)),
+        reason=report.reason if exc is None else exits.sentence(errors.innermost(exc)),
+        exit_code=report.code if exc is None else exits.exit_code(errors.innermost(exc)),
         accepted=counts.accepted,
         rejected=counts.rejected,
         failed=counts.failed,

@@ -206,8 +206,8 @@ class Rebuild:
             async with asyncio.TaskGroup() as group:
                 for partition in self._heads:
                     group.create_task(self._fill_partition(folding, partition, limit))
-        except* errors.CqrsError as group_of_errors:
-            raise group_of_errors.exceptions[0] from None
+        except* errors.CqrsError as several:
+            raise errors.innermost(several) from None
 
     async def _fill_partition(
         self, folding: Folding, partition: int, limit: asyncio.Semaphore

@@ -52,8 +52,8 @@ class CommandWorker:
         intake = await self._process.broker.open_intake(lease.partition, lease.owner)
         try:
             await self._consume(intake, assignment)
-        except* errors.CqrsError as group_of_errors:
-            raise _first(group_of_errors) from None
+        except* errors.CqrsError as several:
+            raise errors.innermost(several) from None
         finally:
             await intake.close()
 
@@ -84,11 +84,3 @@ async def _note_calm(assignment: Assignment, clock: Clock) -> None:
     if assignment.trouble is not None:
         await clock.sleep(CALM_SECONDS)
         assignment.went_well()
-
-
-def _first(group: ExceptionGroup[errors.CqrsError]) -> Exception:
-    """Return the first error within a group, however deeply it is wrapped."""
-    error: Exception = group
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error

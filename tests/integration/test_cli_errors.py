@@ -284,7 +284,7 @@ def test_a_traceback_only_when_debugging_by_setting(
 def test_each_error_has_its_exit_code(exc: Exception, code: int) -> None:
     """Also deep within groups."""
     group = ExceptionGroup("outer", [ExceptionGroup("inner", [exc])])
-    assert exits.exit_code(exits.innermost(group)) == code
+    assert exits.exit_code(errors.innermost(group)) == code
     assert exits.sentence(exc).count("\n") == 0
 
 

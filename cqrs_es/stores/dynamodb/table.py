@@ -274,18 +274,13 @@ async def side_by_side(work: Callable[[A], Awaitable[T]], items: Iterable[A]) ->
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(in_turn(item)) for item in waiting]
     except* errors.CqrsError as several:
-        raise _first(several) from None
+        raise errors.innermost(several) from None
     return [task.result() for task in tasks]
 
 
 async def pause(tries: int) -> None:
     """Wait before another try: longer each time, and not as long as anybody else."""
     await asyncio.sleep(PAUSE_SECONDS * min(tries, MAX_TRIES) * random.random())  # noqa: S311 - jitter
-
-
-def _first(several: BaseExceptionGroup[errors.CqrsError]) -> BaseException:
-    first = several.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 def _client_for(target: Target) -> Any:
