@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -11,13 +10,12 @@ from uuid import uuid4
 import orjson
 import pymysql
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from tests.waiting import until
 
+if TYPE_CHECKING:
     from tests.outside import Outside
     from tests.processes import Service
 
-PATIENCE = 100.0
 VIEWS = ("account_query", "bank_totals")
 
 
@@ -30,14 +28,6 @@ def message(name: str, account: str, payload: dict[str, Any], **fields: Any) -> 
         "aggregate_id": account,
         "payload": payload,
     } | fields
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Return once the condition holds; fail the test when it does not in time."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 def query(store_url: str, sql: str) -> list[tuple[Any, ...]]:

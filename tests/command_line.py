@@ -7,8 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +21,7 @@ from cqrs_es.cli.main import main
 from cqrs_es.messages import CommandMessage
 from cqrs_es.types import JsonObject, new_command_id
 from tests.bank_data import PROJECT
+from tests.waiting import until
 
 if TYPE_CHECKING:
     import signal
@@ -130,7 +130,7 @@ class Running:
 
     def wait_for(self, said: str) -> None:
         """Wait until it has said something on stderr."""
-        eventually(lambda: said in self.err or self.process.poll() is not None)
+        until(lambda: said in self.err or self.process.poll() is not None)
         assert said in self.err, self.err
 
     def feed(self, content: bytes) -> None:
@@ -161,14 +161,6 @@ def running(*arguments: str, module: str = "cqrs_es.cli", **settings: str) -> Ge
     finally:
         started.process.kill()
         started.end()
-
-
-def eventually(condition: Callable[[], object], *, within_seconds: float = 20.0) -> None:
-    """Return once the condition holds; fail the test when it does not in time."""
-    deadline = time.monotonic() + within_seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not so within {within_seconds} s"
-        time.sleep(0.01)
 
 
 class Here:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 POLL_SECONDS = 0.01
+PATIENCE = 100.0  # seconds for what several processes do, all of them slowed down
 
 
 async def eventually(
@@ -23,3 +24,13 @@ async def eventually(
     while not await condition():
         assert time.monotonic() < deadline, f"not so within {within_seconds} s"
         await asyncio.sleep(every)
+
+
+def until(
+    condition: Callable[[], object], what: str = "it", *, within_seconds: float = PATIENCE
+) -> None:
+    """Return once the condition holds, for tests without an event loop; fail when it does not."""
+    deadline = time.monotonic() + within_seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not so within {within_seconds} s"
+        time.sleep(POLL_SECONDS)

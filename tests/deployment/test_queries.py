@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from tests.command_line import eventually
 from tests.deployment.conftest import running_bank
 from tests.deployment.files import (
     ALERTS,
@@ -23,6 +22,7 @@ from tests.deployment.files import (
     scaling_queries,
 )
 from tests.servers import free_port, installed, launch
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -120,7 +120,7 @@ def watched(prometheus: Prometheus) -> Prometheus:
         outcomes = {one["metric"]["outcome"] for one in found}
         return outcomes >= {"accepted", "rejected", "failed"}
 
-    eventually(seen, within_seconds=PATIENCE_SECONDS)
+    until(seen, within_seconds=PATIENCE_SECONDS)
     return prometheus
 
 
@@ -137,7 +137,7 @@ def test_every_process_is_asked(watched: Prometheus) -> None:
         found = watched.query("count by (process) (up == 1)")
         return {one["metric"]["process"]: one["value"][1] for one in found} == copies
 
-    eventually(asked, within_seconds=PATIENCE_SECONDS)
+    until(asked, within_seconds=PATIENCE_SECONDS)
 
 
 def test_the_service_can_be_chosen(watched: Prometheus) -> None:
@@ -156,14 +156,14 @@ def test_panels_have_data(watched: Prometheus, panel: str) -> None:
     """Every query is one that Prometheus takes, and shows something, be it that nothing happens."""
     expression = dashboard_queries()[panel]
     replaced = expression.replace("$service", "bank").replace("$__rate_interval", "1h")
-    eventually(lambda: watched.query(replaced), within_seconds=PATIENCE_SECONDS)
+    until(lambda: watched.query(replaced), within_seconds=PATIENCE_SECONDS)
 
 
 @pytest.mark.parametrize("name", scaling_queries())
 def test_scaling_has_one_number(watched: Prometheus, name: str) -> None:
     """KEDA wants one value from a query."""
     query = scaling_queries()[name]
-    eventually(lambda: watched.query(query), within_seconds=PATIENCE_SECONDS)
+    until(lambda: watched.query(query), within_seconds=PATIENCE_SECONDS)
     (found,) = watched.query(query)
     assert float(found["value"][1]) >= 0
 
@@ -180,7 +180,7 @@ def test_alerts_are_quiet(watched: Prometheus) -> None:
             and {name for name, _ in watched.alerts()} <= {"CqrsEsCommandsFailing"}
         )
 
-    eventually(quiet, within_seconds=PATIENCE_SECONDS)
+    until(quiet, within_seconds=PATIENCE_SECONDS)
 
 
 def test_a_role_that_nobody_has_is_noticed(watched: Prometheus) -> None:
@@ -188,5 +188,5 @@ def test_a_role_that_nobody_has_is_noticed(watched: Prometheus) -> None:
     (relay,) = [one for one in watched.bank.containers if one.service == "relay"]
     relay.process.kill()
     expected = ("CqrsEsPartitionsUnheld", "relay")
-    eventually(lambda: expected in watched.alerts(), within_seconds=PATIENCE_SECONDS)
+    until(lambda: expected in watched.alerts(), within_seconds=PATIENCE_SECONDS)
     assert ("CqrsEsPartitionsUnheld", "worker") not in watched.alerts()

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
-from tests.bank_service import balances, message, query, until
+from tests.bank_service import balances, message, query
 from tests.outside import RabbitOutside
 from tests.processes import service
 from tests.servers import free_port, start_rabbitmq
+from tests.waiting import until
 
 if TYPE_CHECKING:
     import subprocess

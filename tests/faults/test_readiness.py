@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -17,25 +16,16 @@ from tests.integration import newer_bank
 from tests.outside import RedisOutside
 from tests.processes import Service, service
 from tests.servers import free_port, start_again, start_mariadb, start_redis
+from tests.waiting import until
 from worker.app import app as bank_app
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.servers import Server
 
-# A lease is 3 s; a server that is away shows within one, one that is frozen within a time-out.
-PATIENCE = 60.0
-
 pytestmark = pytest.mark.timeout(600)
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 def opening(account: str, **fields: Any) -> dict[str, Any]:

@@ -16,11 +16,12 @@ import pymysql
 import pytest
 import redis
 
-from tests.bank_service import balances, message, projected, published, query, until
+from tests.bank_service import balances, message, projected, published, query
 from tests.conftest import run_on
 from tests.outside import RedisOutside, partition_of
 from tests.processes import service
 from tests.servers import Server, start_mariadb, start_redis
+from tests.waiting import until
 
 if TYPE_CHECKING:
     import subprocess

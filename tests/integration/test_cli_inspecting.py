@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cqrs_es.types import new_command_id
-from tests.command_line import EXAMPLE, eventually, message, running
+from tests.command_line import EXAMPLE, message, running
 from tests.terminal import on_a_terminal, without_escapes
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,7 +60,7 @@ def test_status(bank: Here) -> None:
 def test_status_names_who_works_on_what(here: Here, sqlite_url: str) -> None:
     """Beside a process that runs, its members and leases are listed."""
     with running("run", CQRS_ES_STORE_URL=sqlite_url) as run:
-        eventually(lambda: run.err.count("partition taken") == 4)
+        until(lambda: run.err.count("partition taken") == 4)
         found = here.done("status", "--json").json
         text = here.done("status").out
     roles = ["projector:account_query", "projector:bank_totals", "relay", "worker"]
@@ -233,10 +234,10 @@ def test_no_such_stream(bank: Here, name: tuple[str, str]) -> None:
     assert "there is no aggregate" in result.complaint
 
 
-def followed(url: str, *arguments: str, until: int) -> list[Any]:
+def followed(url: str, *arguments: str, count: int) -> list[Any]:
     """Tail until so many events are there, then stop it by a signal."""
     with running("tail", "--json", *arguments, CQRS_ES_STORE_URL=url) as tail:
-        eventually(lambda: tail.out.count("\n") >= until)
+        until(lambda: tail.out.count("\n") >= count)
         tail.signal(signal.SIGTERM)
         result = tail.end()
     assert result.code == 0, result.err
@@ -246,14 +247,14 @@ def followed(url: str, *arguments: str, until: int) -> list[Any]:
 def test_tail_from_the_start(bank: Here, sqlite_url: str) -> None:
     """Every event of the log, in order; a signal ends it with exit code 0."""
     del bank  # it has filled the log
-    events = followed(sqlite_url, "--from", "start", until=26)
+    events = followed(sqlite_url, "--from", "start", count=26)
     assert [event["offset"] for event in events] == [str(n) for n in range(1, 27)]
 
 
 def test_tail_from_an_offset_of_one_type(bank: Here, sqlite_url: str) -> None:
     """From that offset on, it included; other types are left out."""
     del bank  # it has filled the log
-    checks = followed(sqlite_url, "--from", "0:6", "--type", "CustomerWroteCheck", until=5)
+    checks = followed(sqlite_url, "--from", "0:6", "--type", "CustomerWroteCheck", count=5)
     assert [event["data"]["check_number"] for event in checks] == [
         "1171", "2001", "2002", "3001", "4001"
     ]  # fmt: skip
@@ -280,7 +281,7 @@ def test_tail_shows_what_comes(bank: Here, sqlite_url: str) -> None:
         opening = message("OpenAccount", "account", "zoe", {"account_id": "zoe"})
         with running("run", "--commands", "-", CQRS_ES_STORE_URL=sqlite_url) as run:
             run.feed(opening + b"\n")
-            eventually(lambda: "\n" in tail.out)
+            until(lambda: "\n" in tail.out)
         tail.signal(signal.SIGINT)
         result = tail.end()
     assert result.code == 0

@@ -10,8 +10,9 @@ import orjson
 import pytest
 
 from cqrs_es.types import new_command_id
-from tests.command_line import eventually, running
+from tests.command_line import running
 from tests.servers import free_port, start_redis
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,10 +61,10 @@ def test_the_roles_together_are_the_service(roles: list[Running], service: Here)
     assert accepted["status"] == "accepted"
     assert accepted["events"] == [{"type": "AccountOpened", "sequence": 1}]
     service.done("send", *DEPOSIT, "--wait")
-    eventually(lambda: balance(service) == "200.00")
-    eventually(lambda: service.done("view", "bank_totals", "--json").json["held_cents"] == 20_000)
+    until(lambda: balance(service) == "200.00")
+    until(lambda: service.done("view", "bank_totals", "--json").json["held_cents"] == 20_000)
     (partition,) = service.done("status", "--json").json["partitions"]
-    eventually(lambda: service.done("status", "--json").json["partitions"][0]["relay"] == "2")
+    until(lambda: service.done("status", "--json").json["partitions"][0]["relay"] == "2")
     assert partition["head"] == "2"
     for role in roles:
         role.signal(signal.SIGTERM)
@@ -155,7 +156,7 @@ def test_a_long_running_verb_waits_for_a_server(
     """It says so again and again, and ends cleanly when it is told to."""
     urls = {"CQRS_ES_STORE_URL": sqlite_url, f"CQRS_ES_{setting}_URL": nobody}
     with running(verb, CQRS_ES_LOG_FORMAT="json", **urls) as process:
-        eventually(lambda: process.err.count("waiting for a server") >= 2)
+        until(lambda: process.err.count("waiting for a server") >= 2)
         process.signal(signal.SIGTERM)
         result = process.end()
     assert result.code == 0

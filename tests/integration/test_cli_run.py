@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import orjson
 import pytest
 
-from tests.command_line import EXAMPLE, cqrs_es, eventually, message, running
+from tests.command_line import EXAMPLE, cqrs_es, message, running
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -83,7 +84,7 @@ def test_what_arrives_on_stdin_is_handled_before_it_ends(sqlite_url: str) -> Non
     with running("run", "--commands", "-", CQRS_ES_STORE_URL=sqlite_url) as run:
         run.feed(first + b"\n")
         command_id = orjson.loads(first)["id"]
-        eventually(lambda: cqrs_es("outcome", command_id, CQRS_ES_STORE_URL=sqlite_url).code == 0)
+        until(lambda: cqrs_es("outcome", command_id, CQRS_ES_STORE_URL=sqlite_url).code == 0)
         run.signal(signal.SIGTERM)
         assert run.end().code == 0
 
@@ -141,7 +142,7 @@ def trouble(command: str, sqlite_url: str, says: str, **settings: str) -> Genera
         *TROUBLE, "run", "--commands", "-", CQRS_ES_STORE_URL=sqlite_url, **settings
     ) as run:
         run.feed(lines_of(command) + b"\n")
-        eventually(lambda: says in run.out)
+        until(lambda: says in run.out)
         yield run
 
 
@@ -170,7 +171,7 @@ def test_the_third_signal_exits_at_once(sqlite_url: str) -> None:
     with trouble("Block", sqlite_url, "blocking") as run:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             run.signal(number)
-            eventually(lambda: _handled(run.process.pid))
+            until(lambda: _handled(run.process.pid))
         assert run.end().code == 128 + signal.SIGTERM
 
 
@@ -204,11 +205,11 @@ def test_a_frozen_process_goes_on(here: Here, sqlite_url: str) -> None:
 
     with running("run", CQRS_ES_STORE_URL=sqlite_url, CQRS_ES_LEASE_SECONDS="1") as run:
         run.wait_for("partition taken")
-        eventually(lambda: leases() == 4)
+        until(lambda: leases() == 4)
         run.signal(signal.SIGSTOP)
-        eventually(lambda: leases() == 0)
+        until(lambda: leases() == 0)
         run.signal(signal.SIGCONT)
-        eventually(lambda: leases() == 4)
+        until(lambda: leases() == 4)
         run.signal(signal.SIGTERM)
         assert run.end().code == 0
 

@@ -14,8 +14,9 @@ from structlog.testing import capture_logs
 
 from cqrs_es.testing import TestApp
 from tests.bank_data import PROJECT
-from tests.command_line import EXAMPLE, cqrs_es, environment, eventually, message, running
+from tests.command_line import EXAMPLE, cqrs_es, environment, message, running
 from tests.samples import AddThenCrash, Counter, counting_app
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -151,7 +152,7 @@ def test_a_process_whose_stderr_nobody_reads_is_ended(sqlite_url: str) -> None:
         stderr=writes,
     )
     try:
-        eventually(lambda: process.poll() is not None)
+        until(lambda: process.poll() is not None)
         assert process.returncode == 1
     finally:
         process.kill()

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.asking import Asked
-from tests.command_line import EXAMPLE, cqrs_es, eventually, message, running
+from tests.command_line import EXAMPLE, cqrs_es, message, running
 from tests.servers import free_port
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,16 +40,16 @@ def at(asked: Asked) -> tuple[str, str]:
 def test_a_process_that_is_well(asked: Asked) -> None:
     """Alive, ready once its roles have begun, and counting; a signal ends it with code 0."""
     with running("run", *at(asked), "--commands", str(EXAMPLE), **MEMORY) as process:
-        eventually(asked.listening)
+        until(asked.listening)
         assert asked.live
-        eventually(lambda: not asked.reasons)
-        eventually(lambda: asked.samples.get(("events_published_total",)) == 26)
+        until(lambda: not asked.reasons)
+        until(lambda: asked.samples.get(("events_published_total",)) == 26)
         samples = asked.samples
         assert samples["ready",] == 1
         assert samples["info", "worker.app:app", "bank", "0.1.0"] == 1
         assert samples["partitions_held", "projector:bank_totals"] == 1
         assert samples["commands_total", "account", "WriteCheck", "accepted"] == 6
-        eventually(lambda: asked.samples.get(("queue_commands", "0")) == 0)
+        until(lambda: asked.samples.get(("queue_commands", "0")) == 0)
         assert asked.get("/metrics", method="HEAD") == (200, b"")
         assert asked.get("/", method="GET")[0] == 404
         assert asked.get("/ready", method="POST")[0] == 405
@@ -60,10 +61,10 @@ def test_a_process_that_is_well(asked: Asked) -> None:
 def test_both_servers_are_down(verb: str, asked: Asked) -> None:
     """Alive from the start; not ready, and why, without a password; metrics all the same."""
     with running(verb, *at(asked), **NO_SERVERS) as process:
-        eventually(asked.listening)
+        until(asked.listening)
         assert asked.live
-        eventually(lambda: asked.unready_for("not open yet: "))
-        eventually(lambda: asked.unready_for("check CQRS_ES_STORE_URL"))
+        until(lambda: asked.unready_for("not open yet: "))
+        until(lambda: asked.unready_for("check CQRS_ES_STORE_URL"))
         assert b"secret" not in asked.get("/ready")[1]
         samples = asked.samples
         assert samples["ready",] == 0
@@ -77,21 +78,21 @@ def test_the_port_from_the_environment(asked: Asked) -> None:
     other = Asked(free_port())
     environment = {"CQRS_ES_HEALTH_PORT": f"127.0.0.1:{other.port}", **MEMORY}
     with running("run", **environment):
-        eventually(other.listening)
+        until(other.listening)
     with running("run", *at(asked), **environment):
-        eventually(asked.listening)
+        until(asked.listening)
         assert not other.listening()
 
 
 def test_a_port_alone_listens_to_everybody(asked: Asked) -> None:
     """Who asks is, as a rule, not in the same container."""
     with running("run", "--health-port", str(asked.port), **MEMORY):
-        eventually(asked.listening)
+        until(asked.listening)
         with socket.create_connection(("127.0.0.2", asked.port)) as connection:
             connection.sendall(b"GET /live HTTP/1.1\r\n\r\n")
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
     with running("run", *at(asked), **MEMORY):
-        eventually(asked.listening)
+        until(asked.listening)
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.2", asked.port))
 
@@ -152,9 +153,9 @@ def test_ipv6(asked: Asked) -> None:
 def test_without_prometheus_client(asked: Asked) -> None:
     """Probes work; /metrics answers 501 with the remedy."""
     with running("run", *at(asked), module="tests.apps.no_prometheus", **MEMORY):
-        eventually(asked.listening)
+        until(asked.listening)
         assert asked.live
-        eventually(lambda: not asked.reasons)
+        until(lambda: not asked.reasons)
         status, body = asked.get("/metrics")
     assert status == 501
     assert b"pip install 'cqrs-es[metrics]'" in body
@@ -177,15 +178,15 @@ def troubled(asked: Asked) -> Iterator[Running]:
     """Run an application whose handlers do what nobody's should, fed through stdin."""
     feeding = ("--commands", "-")
     with running(*TROUBLE, "run", *at(asked), *feeding, **MEMORY) as process:
-        eventually(asked.listening)
-        eventually(lambda: not asked.reasons)
+        until(asked.listening)
+        until(lambda: not asked.reasons)
         yield process
 
 
 def test_a_blocked_event_loop_does_not_answer(troubled: Running, asked: Asked) -> None:
     """Whoever only has a thread that answers is not alive."""
     troubled.feed(message("Block", "trouble", "t") + b"\n")
-    eventually(lambda: "blocking" in troubled.out)
+    until(lambda: "blocking" in troubled.out)
     with pytest.raises(TimeoutError):
         asked.get("/live", seconds=1.0)
 
@@ -193,9 +194,9 @@ def test_a_blocked_event_loop_does_not_answer(troubled: Running, asked: Asked) -
 def test_a_process_that_stops(troubled: Running, asked: Asked) -> None:
     """It is alive and not ready while it finishes what is in hand."""
     troubled.feed(message("Wait", "trouble", "t") + b"\n")
-    eventually(lambda: "waiting" in troubled.out)
+    until(lambda: "waiting" in troubled.out)
     troubled.signal(signal.SIGTERM)
-    eventually(lambda: asked.unready_for("stopping"))
+    until(lambda: asked.unready_for("stopping"))
     assert asked.live
     troubled.signal(signal.SIGTERM)
     assert troubled.end().code == 1

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
-from tests.bank_service import message, query, until
+from tests.bank_service import message, query
 from tests.outside import PARTITIONS, partition_of
 from tests.processes import service
 from tests.servers import free_port
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
