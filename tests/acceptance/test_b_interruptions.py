@@ -11,7 +11,7 @@ from cqrs_es import errors
 from cqrs_es.aggregate import SnapshotEvery
 from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
-from cqrs_es.stores.dynamodb.items import snapshot_key
+from cqrs_es.stores.dynamodb.places import snapshot_key
 from cqrs_es.stores.dynamodb.storage import DynamoStorage
 from cqrs_es.stores.memory import MemoryStorage
 from cqrs_es.stores.sql.storage import SqlStorage

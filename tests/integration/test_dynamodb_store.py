@@ -11,7 +11,7 @@ import pytest
 from cqrs_es import errors
 from cqrs_es.settings import Settings
 from cqrs_es.stores import has_sql, storage_for
-from cqrs_es.stores.dynamodb import items, table, target_of
+from cqrs_es.stores.dynamodb import places, table, target_of
 from cqrs_es.stores.dynamodb.actions import Key, condition, put, update
 from cqrs_es.stores.dynamodb.storage import DynamoStorage
 from tests.clock import SettableClock
@@ -134,7 +134,7 @@ async def test_member_long_gone_is_deleted(storage: DynamoStorage, clock: Settab
     await storage.leases.announce("worker", "gone", fit=True, seconds=TERM)
     clock.move(3_600 + TERM + 1)
     await storage.leases.announce("worker", "here", fit=True, seconds=TERM)
-    found = await storage._table.query(items.all_of(items.MEMBERS))
+    found = await storage._table.query(places.all_of(places.MEMBERS))
     assert [fields["owner"] for fields in found] == ["here"]
 
 
@@ -188,7 +188,7 @@ async def test_forever_beaten_is_unavailable(
 
     async def be_beaten(actions: Any) -> None:
         head = {"head": next(heads)}
-        await storage._table.write(put(items.head_key(1), head))
+        await storage._table.write(put(places.head_key(1), head))
         await transact(actions)
 
     storage._table.transact = be_beaten  # type: ignore[method-assign]
@@ -205,7 +205,7 @@ async def test_g5_a_transaction_seen_in_part_is_read_again_whole(storage: Dynamo
     await commit(storage, one(KEY, 0, 3))
     await commit(storage, one(KEY, 3, 3))
     whole = await stream(storage, KEY)
-    hide(storage, items.event_key(KEY, 2), items.event_key(KEY, 5), items.entry_key(1, 1))
+    hide(storage, places.event_key(KEY, 2), places.event_key(KEY, 5), places.entry_key(1, 1))
     assert await stream(storage, KEY) == whole
     assert await storage.events.read_log(1, 0, 10) == whole
 
@@ -228,12 +228,12 @@ async def test_g5_a_later_transaction_seen_before_an_earlier_one_waits(
     """Behind a gap nothing is read: what is in it comes first, with the next read."""
     for base in range(3):
         await commit(storage, one(KEY, base, 1))
-    hide(storage, items.entry_key(1, 2))
+    hide(storage, places.entry_key(1, 2))
     assert offsets(await storage.events.read_log(1, 0, 10)) == [1]
     assert offsets(await storage.events.read_log(1, 1, 10)) == [2, 3]
 
 
-@pytest.mark.parametrize("lost", [items.event_key(KEY, 2), items.entry_key(1, 2)])
+@pytest.mark.parametrize("lost", [places.event_key(KEY, 2), places.entry_key(1, 2)])
 async def test_g7_what_is_really_gone_is_a_broken_log(storage: DynamoStorage, lost: Key) -> None:
     """An item that a transaction does not find either is lost, and never skipped."""
     for base in range(3):
@@ -421,7 +421,7 @@ async def test_too_many_partitions(dynamodb_url: str) -> None:
 
 async def test_newer_schema(storage: DynamoStorage) -> None:
     """A table that newer code made is left alone."""
-    newer = update(items.INFO, condition("SET #schema_version = :newer", newer=99))
+    newer = update(places.INFO, condition("SET #schema_version = :newer", newer=99))
     await storage._table.write(newer)
     with pytest.raises(errors.SchemaTooNew):
         await storage.info()

@@ -18,7 +18,7 @@ from cqrs_es import errors
 from cqrs_es.ports.store import Committed
 from cqrs_es.stores import append_plan
 from cqrs_es.stores.append_plan import AppendState
-from cqrs_es.stores.dynamodb import dead_letters, items
+from cqrs_es.stores.dynamodb import dead_letters, items, places
 from cqrs_es.stores.dynamodb.actions import ABSENT, check, condition, delete, put, update
 from cqrs_es.stores.dynamodb.failures import ConditionFailed, Contended
 from cqrs_es.stores.dynamodb.fitting import check_fits, cut
@@ -102,14 +102,14 @@ class Appender:
     async def _read(self, chains: Sequence[Chain]) -> AppendState:
         """Read what the plan depends on, in any order: the transaction has it all as conditions."""
         ids = append_plan.command_ids(chains)
-        head = items.head_key(chains[0].partition)
-        snapshots = {items.snapshot_key(k): k for k in append_plan.snapshot_keys(chains)}
+        head = places.head_key(chains[0].partition)
+        snapshots = {places.snapshot_key(k): k for k in append_plan.snapshot_keys(chains)}
         probes = [key for chain in chains for key in _probes(chain)]
         small, outcomes = await asyncio.gather(
             self._table.get_many([head, *snapshots, *probes], "head", "current_snapshot"),
-            self._table.get_many(map(items.outcome_key, ids)),
+            self._table.get_many(map(places.outcome_key, ids)),
         )
-        known = {id_: outcomes.get(items.outcome_key(id_)) for id_ in ids}
+        known = {id_: outcomes.get(places.outcome_key(id_)) for id_ in ids}
         return AppendState(
             heads={chains[0].partition: small[head]["head"] if head in small else 0},
             versions=await self._versions(chains, frozenset(small)),
@@ -132,7 +132,7 @@ class Appender:
         return expected | dict(zip(elsewhere, actual, strict=True))
 
     async def _last_sequence(self, key: AggregateKey) -> int:
-        stream = items.all_of(items.stream_of(key))
+        stream = places.all_of(places.stream_of(key))
         found = await self._table.query(stream, limit=1, descending=True, attributes=("sequence",))
         return int(found[0]["sequence"]) if found else 0
 
@@ -146,15 +146,15 @@ def _check_partition(chain: Chain, partitions: int) -> None:
 def _probes(chain: Chain) -> Iterator[Key]:
     """Name the events that tell whether an aggregate stands at a chain's base."""
     if chain.base_sequence is not None:
-        yield items.event_key(chain.key, chain.base_sequence + 1)
+        yield places.event_key(chain.key, chain.base_sequence + 1)
         if chain.base_sequence:
-            yield items.event_key(chain.key, chain.base_sequence)
+            yield places.event_key(chain.key, chain.base_sequence)
 
 
 def _stands_at(key: AggregateKey, base: int, found: frozenset[object]) -> bool:
     """Whether the base's event is there and the next is not; events are never deleted."""
-    reached = not base or items.event_key(key, base) in found
-    return reached and items.event_key(key, base + 1) not in found
+    reached = not base or places.event_key(key, base) in found
+    return reached and places.event_key(key, base + 1) not in found
 
 
 # --- Writing -----------------------------------------------------------------
@@ -171,8 +171,8 @@ def _actions(
         *(_outcome(stored, _STILL_FAILED, recorded_at) for stored in plan.replaced_outcomes),
         *(_snapshot(snapshot, ABSENT) for snapshot in plan.inserted_snapshots),
         *(_snapshot(new, _is_number(new.number - 1)) for new in plan.replaced_snapshots),
-        *(delete(items.attempts_key(id_)) for id_ in plan.settled_attempts),
-        *(delete(items.letter_key(id_)) for id_ in plan.settled_letters),
+        *(delete(places.attempts_key(id_)) for id_ in plan.settled_attempts),
+        *(delete(places.letter_key(id_)) for id_ in plan.settled_letters),
         *(dead_letters.adding(letter) for letter in plan.dead_letters),
     ]
 
@@ -185,13 +185,13 @@ def _is_number(number: int) -> Condition:
 
 
 def _snapshot(snapshot: Snapshot, only_if: Condition) -> Action:
-    return put(items.snapshot_key(snapshot.key), items.snapshot_fields(snapshot), only_if)
+    return put(places.snapshot_key(snapshot.key), items.snapshot_fields(snapshot), only_if)
 
 
 def _events(events: Sequence[StoredEvent]) -> Iterator[Action]:
     """Write events by aggregate, and an entry of the log for each aggregate's."""
     for event in events:
-        yield put(items.event_key(event.key, event.sequence), items.event_fields(event), ABSENT)
+        yield put(places.event_key(event.key, event.sequence), items.event_fields(event), ABSENT)
     for key, group in itertools.groupby(events, lambda event: event.key):
         first, *rest = group
         fields = {
@@ -201,7 +201,7 @@ def _events(events: Sequence[StoredEvent]) -> Iterator[Action]:
             "events": 1 + len(rest),
             "log_offset": first.offset,
         }
-        yield put(items.entry_key(first.partition, first.offset), fields, ABSENT)
+        yield put(places.entry_key(first.partition, first.offset), fields, ABSENT)
 
 
 def _head(partition: int, was: int, to: int) -> Action:
@@ -209,7 +209,7 @@ def _head(partition: int, was: int, to: int) -> Action:
     only_if = (
         condition("#head = :was", was=was) if was else condition("attribute_not_exists(#head)")
     )
-    return update(items.head_key(partition), change, only_if)
+    return update(places.head_key(partition), change, only_if)
 
 
 def _unmoved(chains: Sequence[Chain], plan: AppendPlan) -> Iterator[Action]:
@@ -217,9 +217,9 @@ def _unmoved(chains: Sequence[Chain], plan: AppendPlan) -> Iterator[Action]:
     for chain, result in zip(chains, plan.results, strict=True):
         silent = not any(command.events for command in chain.commands)
         if isinstance(result, Committed) and silent and chain.base_sequence is not None:
-            yield check(items.event_key(chain.key, chain.base_sequence + 1), ABSENT)
+            yield check(places.event_key(chain.key, chain.base_sequence + 1), ABSENT)
 
 
 def _outcome(stored: StoredOutcome, only_if: Condition, recorded_at: datetime) -> Action:
-    key = items.outcome_key(stored.outcome.command_id)
+    key = places.outcome_key(stored.outcome.command_id)
     return put(key, items.outcome_fields(stored, recorded_at), only_if)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from cqrs_es.ports.dead_letters import DeadLetters
-from cqrs_es.stores.dynamodb import items
+from cqrs_es.stores.dynamodb import items, places
 from cqrs_es.stores.dynamodb.actions import condition, delete, update
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cqrs_es.stores.dynamodb.actions import Action
     from cqrs_es.stores.dynamodb.table import Table
 
-_ALL: Final = items.all_of(items.LETTERS)
+_ALL: Final = places.all_of(places.LETTERS)
 
 
 class DynamoDeadLetters(DeadLetters):
@@ -28,17 +28,17 @@ class DynamoDeadLetters(DeadLetters):
 
     async def page(self, *, after: str = "", limit: int = 100) -> list[DeadLetter]:
         """Return up to `limit` letters with an id above `after`, by id."""
-        found = await self._table.query(items.above(items.LETTERS, after), limit=limit)
+        found = await self._table.query(places.above(places.LETTERS, after), limit=limit)
         return [items.letter_of(fields) for fields in found]
 
     async def get(self, letter_id: str) -> DeadLetter | None:
         """Return one letter, None when there is none by that id."""
-        found = await self._table.get(items.letter_key(letter_id))
+        found = await self._table.get(places.letter_key(letter_id))
         return items.letter_of(found) if found else None
 
     async def drop(self, letter_id: str) -> bool:
         """Forget a letter; return whether there was one."""
-        return bool(await self._table.write(delete(items.letter_key(letter_id)), "ALL_OLD"))
+        return bool(await self._table.write(delete(places.letter_key(letter_id)), "ALL_OLD"))
 
     async def count(self) -> int:
         """Return how many letters there are."""
@@ -56,4 +56,4 @@ def adding(letter: DeadLetter) -> Action:
         attempts=letter.attempts,
         **fields,
     )
-    return update(items.letter_key(letter.id), change)
+    return update(places.letter_key(letter.id), change)

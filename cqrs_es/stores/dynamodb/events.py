@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from cqrs_es import errors
 from cqrs_es.ports.store import EventStore, LoadedAggregate
-from cqrs_es.stores.dynamodb import items, log
+from cqrs_es.stores.dynamodb import items, log, places
 from cqrs_es.stores.dynamodb.actions import condition, delete, found_key, update
 from cqrs_es.stores.dynamodb.appending import Appender
 from cqrs_es.stores.dynamodb.failures import ConditionFailed
@@ -44,7 +44,7 @@ class DynamoEvents(EventStore):
         return await side_by_side(load, requests)
 
     async def _snapshots(self, keys: Sequence[AggregateKey]) -> dict[AggregateKey, Snapshot]:
-        found = await self._table.get_many(map(items.snapshot_key, keys))
+        found = await self._table.get_many(map(places.snapshot_key, keys))
         snapshots = [items.snapshot_of(fields) for fields in found.values()]
         return {snapshot.key: snapshot for snapshot in snapshots}
 
@@ -56,7 +56,7 @@ class DynamoEvents(EventStore):
 
     async def find_outcomes(self, command_ids: Collection[str]) -> dict[str, StoredOutcome]:
         """Look up the outcomes of those ids that have one."""
-        found = await self._table.get_many(map(items.outcome_key, command_ids))
+        found = await self._table.get_many(map(places.outcome_key, command_ids))
         return {fields["command_id"]: items.outcome_of(fields) for fields in found.values()}
 
     async def prune_outcomes(self, before: datetime, limit: int) -> int:
@@ -71,7 +71,7 @@ class DynamoEvents(EventStore):
             where = condition("#prunable = :s AND #recorded_at < :t", s=shard, t=moment)
             attributes = ("pk", "sk", "recorded_at")
             return await self._table.query(
-                where, limit=limit, index=items.PRUNABLE, attributes=attributes
+                where, limit=limit, index=places.PRUNABLE, attributes=attributes
             )
 
         async def prune(fields: Mapping[str, Any]) -> bool:
@@ -82,7 +82,7 @@ class DynamoEvents(EventStore):
                 return False
             return True
 
-        found = [o for some in await side_by_side(find, items.PRUNING_SHARDS) for o in some]
+        found = [o for some in await side_by_side(find, places.PRUNING_SHARDS) for o in some]
         oldest = sorted(found, key=lambda fields: str(fields["recorded_at"]))[:limit]
         return sum(await side_by_side(prune, oldest))
 
@@ -97,24 +97,24 @@ class DynamoEvents(EventStore):
         if error is not None:
             change = condition("ADD #attempts :one SET #last_error = :error", one=1, error=error)
         counted = await self._table.write(
-            update(items.attempts_key(command_id), change), "UPDATED_NEW"
+            update(places.attempts_key(command_id), change), "UPDATED_NEW"
         )
         return int(counted["attempts"])
 
     async def record_first_attempts(self, command_ids: Collection[str]) -> dict[str, int]:
         """Count an attempt at those that have none; return how many the others have."""
-        found = await self._table.get_many(map(items.attempts_key, command_ids))
+        found = await self._table.get_many(map(places.attempts_key, command_ids))
         before = {
             command_id: int(found[key]["attempts"])
             for command_id in command_ids
-            if (key := items.attempts_key(command_id)) in found
+            if (key := places.attempts_key(command_id)) in found
         }
         await side_by_side(self.record_attempt, [id_ for id_ in command_ids if id_ not in before])
         return before
 
     async def forget_attempts(self, command_ids: Collection[str]) -> None:
         """Delete what was counted."""
-        await self._table.delete_many(map(items.attempts_key, command_ids))
+        await self._table.delete_many(map(places.attempts_key, command_ids))
 
     # --- The log -------------------------------------------------------------
 
@@ -127,14 +127,14 @@ class DynamoEvents(EventStore):
 
     async def heads(self) -> Mapping[int, int]:
         """Return every partition's head."""
-        keys = {p: items.head_key(p) for p in range(await self._partitions())}
+        keys = {p: places.head_key(p) for p in range(await self._partitions())}
         found = await self._table.get_many(keys.values())
         return {p: found[key]["head"] if key in found else 0 for p, key in keys.items()}
 
     async def _partitions(self) -> int:
         """Return the number of partitions, which never changes."""
         if self._known_partitions is None:
-            info = await self._table.get(items.INFO)
+            info = await self._table.get(places.INFO)
             if info is None:
                 raise errors.StoreNotInitialised
             self._known_partitions = int(info["partitions"])

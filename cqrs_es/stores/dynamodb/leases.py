@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from cqrs_es import errors
 from cqrs_es.ports.leases import Lease, Leases, Member
-from cqrs_es.stores.dynamodb import items
+from cqrs_es.stores.dynamodb import items, places
 from cqrs_es.stores.dynamodb.actions import check, condition, delete, found_key, put, update
 from cqrs_es.stores.dynamodb.failures import ConditionFailed, Contended
 from cqrs_es.stores.dynamodb.table import MAX_TRIES, pause, side_by_side
@@ -53,19 +53,19 @@ class DynamoLeases(Leases):
             at=items.moment_text(expires_at),
             one=1,
         )
-        await self._table.write(update(items.member_key(role, owner), change))
+        await self._table.write(update(places.member_key(role, owner), change))
 
     async def _delete_forgotten(self, role: str) -> None:
         """Delete the items of members that expired long ago by their own clocks and by ours."""
         long_ago = items.moment_text(self._clock.now() - _MEMBER_KEPT)
-        members = await self._found(items.MEMBERS, role)
+        members = await self._found(places.MEMBERS, role)
         gone = [fields for fields in members if fields["expires_at"] < long_ago]
         await self._table.delete_many(found_key(fields) for fields in gone)
 
     async def leave(self, role: str, owner: str) -> None:
         """Stop being a member and release every lease held in the role."""
-        await self._table.write(delete(items.member_key(role, owner)))
-        leases = await self._found(items.LEASES, role)
+        await self._table.write(delete(places.member_key(role, owner)))
+        leases = await self._found(places.LEASES, role)
         await self.release(
             role, owner, [x["log_partition"] for x in leases if x.get("owner") == owner]
         )
@@ -77,7 +77,7 @@ class DynamoLeases(Leases):
         watched for as long on its leases, which are free at once.
         """
         await self.held(role)
-        found = [x for x in await self._found(items.MEMBERS, role) if not self._watch.expired(x)]
+        found = [x for x in await self._found(places.MEMBERS, role) if not self._watch.expired(x)]
         members = [
             Member(x["role"], x["owner"], bool(x["fit"]), items.moment_of(x["expires_at"]))
             for x in found
@@ -90,7 +90,7 @@ class DynamoLeases(Leases):
         self, role: str, owner: str, partitions: Collection[int], seconds: float
     ) -> list[Lease]:
         """Take those partitions that nobody else holds; return them."""
-        keys = {partition: items.lease_key(role, partition) for partition in sorted(partitions)}
+        keys = {partition: places.lease_key(role, partition) for partition in sorted(partitions)}
         found = await self._table.get_many(keys.values())
 
         async def take(partition: int) -> Lease | None:
@@ -120,7 +120,7 @@ class DynamoLeases(Leases):
         only_if = condition("#owner = :owner", owner=owner)
 
         async def extend(partition: int) -> Lease | None:
-            action = update(items.lease_key(role, partition), change, only_if)
+            action = update(places.lease_key(role, partition), change, only_if)
             try:
                 renewed = await self._table.write(action, "ALL_NEW")
             except ConditionFailed:
@@ -136,7 +136,7 @@ class DynamoLeases(Leases):
         only_if = condition("#owner = :owner", owner=owner)
 
         async def give_up(partition: int) -> None:
-            await self._wrote(update(items.lease_key(role, partition), change, only_if))
+            await self._wrote(update(places.lease_key(role, partition), change, only_if))
 
         await side_by_side(give_up, sorted(partitions))
 
@@ -144,24 +144,24 @@ class DynamoLeases(Leases):
         """Return the leases that have not expired, by role and partition."""
         leases = [
             Lease(x["role"], x["log_partition"], x["owner"], x["epoch"])
-            for x in await self._found(items.LEASES, role)
+            for x in await self._found(places.LEASES, role)
             if "owner" in x and not self._watch.expired(x)
         ]
         return sorted(leases, key=lambda lease: (lease.role, lease.partition))
 
     async def _found(self, pk: str, role: str | None) -> list[dict[str, Any]]:
-        where = items.all_of(pk) if role is None else items.beginning(pk, f"{role}/")
+        where = places.all_of(pk) if role is None else places.beginning(pk, f"{role}/")
         return await self._table.query(where)
 
     # --- Marks ---------------------------------------------------------------
 
     async def advance_mark(self, lease: Lease, mark: str, expected: int, to: int) -> None:
         """Move a checkpoint that belongs to a role, fenced by the lease's owner and epoch."""
-        key = items.checkpoint_key(mark, lease.partition)
+        key = places.checkpoint_key(mark, lease.partition)
         fields = {"log_partition": lease.partition, "log_offset": to}
         actions = [
-            check(items.lease_key(lease.role, lease.partition), _is_owned(lease)),
-            put(key, fields, items.is_at(expected)),
+            check(places.lease_key(lease.role, lease.partition), _is_owned(lease)),
+            put(key, fields, places.is_at(expected)),
         ]
         for tries in range(1, MAX_TRIES):
             try:
@@ -224,7 +224,7 @@ def _taking(lease: Lease, known: Mapping[str, Any] | None, seconds: float) -> Ac
     only_if = condition("attribute_not_exists(#pk)")
     if known is not None:
         only_if = condition("#renewals = :was", was=renewals)
-    return put(items.lease_key(lease.role, lease.partition), fields, only_if)
+    return put(places.lease_key(lease.role, lease.partition), fields, only_if)
 
 
 def _is_owned(lease: Lease) -> Condition:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cqrs_es import errors
-from cqrs_es.stores.dynamodb import items
+from cqrs_es.stores.dynamodb import items, places
 from cqrs_es.stores.dynamodb.actions import found_key
 from cqrs_es.types import AggregateKey
 
@@ -41,14 +41,14 @@ class _Entry(NamedTuple):
         """Name its events above an offset."""
         skipped = max(0, after + 1 - self.first)
         sequences = range(self.first_sequence + skipped, self.first_sequence + self.events)
-        return [items.event_key(self.key, sequence) for sequence in sequences]
+        return [places.event_key(self.key, sequence) for sequence in sequences]
 
 
 async def read_stream(table: Table, key: AggregateKey, after: int) -> list[StoredEvent]:
     """Read an aggregate's events above a sequence."""
-    found = await table.query(items.events_above(key, after))
+    found = await table.query(places.events_above(key, after))
     last = int(found[-1]["sequence"]) if found else after
-    keys = [items.event_key(key, sequence) for sequence in range(after + 1, last + 1)]
+    keys = [places.event_key(key, sequence) for sequence in range(after + 1, last + 1)]
     return await _events(table, keys, {found_key(fields): fields for fields in found})
 
 
@@ -65,7 +65,7 @@ async def read_log(table: Table, partition: int, after: int, limit: int) -> list
 
 async def read_head(table: Table, partition: int) -> int:
     """Read the offset of a partition's last event."""
-    found = await table.get(items.head_key(partition))
+    found = await table.get(places.head_key(partition))
     return int(found["head"]) if found else 0
 
 
@@ -74,7 +74,7 @@ async def read_head(table: Table, partition: int) -> int:
 
 async def _entries(table: Table, partition: int, after: int, limit: int) -> list[_Entry]:
     """Read entries that hold the events from `after + 1` on, without a gap between them."""
-    where = items.entries_between(partition, after + 1, after + limit)
+    where = places.entries_between(partition, after + 1, after + limit)
     entries = [_entry(fields) for fields in await table.query(where)]
     if not entries and await read_head(table, partition) == after:
         return []
@@ -85,12 +85,12 @@ async def _entries(table: Table, partition: int, after: int, limit: int) -> list
 
 async def _entry_with(table: Table, partition: int, after: int) -> _Entry:
     """Read the entry that holds the event `after + 1`: it begins there, or before."""
-    before = items.entries_between(partition, 0, after)
+    before = places.entries_between(partition, 0, after)
     for fields in await table.query(before, limit=1, descending=True):
         entry = _entry(fields)
         if entry.last > after:
             return entry
-    missing = items.entry_key(partition, after + 1)
+    missing = places.entry_key(partition, after + 1)
     found = await table.get_certainly([missing])
     if missing not in found:
         raise _broken(partition, after)

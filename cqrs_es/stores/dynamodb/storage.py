@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from cqrs_es import errors
 from cqrs_es.ports.storage import Storage
 from cqrs_es.ports.store import StoreInfo
-from cqrs_es.stores.dynamodb import items
+from cqrs_es.stores.dynamodb import places
 from cqrs_es.stores.dynamodb.actions import ABSENT, condition, delete, put, update
 from cqrs_es.stores.dynamodb.dead_letters import DynamoDeadLetters
 from cqrs_es.stores.dynamodb.events import DynamoEvents
@@ -86,7 +86,7 @@ class DynamoStorage(Storage):
 
     async def info(self) -> StoreInfo:
         """Read what `initialise` fixed; raise `StoreNotInitialised`, `SchemaTooNew`."""
-        found = await self._table.get(items.INFO)
+        found = await self._table.get(places.INFO)
         if found is None:
             raise errors.StoreNotInitialised
         info = _info_of(found)
@@ -126,16 +126,16 @@ class DynamoStorage(Storage):
             "schema_version": SCHEMA_VERSION,
         }
         try:
-            await self._table.write(put(items.INFO, fields, ABSENT))
+            await self._table.write(put(places.INFO, fields, ABSENT))
         except ConditionFailed:
-            fields = await self._table.get(items.INFO) or fields
+            fields = await self._table.get(places.INFO) or fields
         return _info_of(fields)
 
     async def _renew_epoch(self, partitions: int) -> None:
         """Begin a new epoch of the log, in which nothing has been published yet."""
-        marks = [delete(items.checkpoint_key(RELAY_MARK, p)) for p in range(partitions)]
+        marks = [delete(places.checkpoint_key(RELAY_MARK, p)) for p in range(partitions)]
         epoch = condition("SET #logepoch = :epoch", epoch=str(uuid.uuid4()))
-        await self._table.transact([*marks, update(items.INFO, epoch)])
+        await self._table.transact([*marks, update(places.INFO, epoch)])
 
 
 _TABLE: Final[Mapping[str, Any]] = {
@@ -146,13 +146,13 @@ _TABLE: Final[Mapping[str, Any]] = {
     ],
     "AttributeDefinitions": [
         {"AttributeName": name, "AttributeType": "S"}
-        for name in ("pk", "sk", items.PRUNABLE, "recorded_at")
+        for name in ("pk", "sk", places.PRUNABLE, "recorded_at")
     ],
     "GlobalSecondaryIndexes": [
         {
-            "IndexName": items.PRUNABLE,
+            "IndexName": places.PRUNABLE,
             "KeySchema": [
-                {"AttributeName": items.PRUNABLE, "KeyType": "HASH"},
+                {"AttributeName": places.PRUNABLE, "KeyType": "HASH"},
                 {"AttributeName": "recorded_at", "KeyType": "RANGE"},
             ],
             "Projection": {"ProjectionType": "KEYS_ONLY"},

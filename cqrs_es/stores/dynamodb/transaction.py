@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from cqrs_es import errors
 from cqrs_es.ports.views import NO_CHANGES, ViewTransaction
-from cqrs_es.stores.dynamodb import items
+from cqrs_es.stores.dynamodb import items, places
 from cqrs_es.stores.dynamodb.actions import (
     ABSENT,
     MAX_ACTIONS,
@@ -102,24 +102,24 @@ class DynamoTransaction(ViewTransaction):
 
     async def checkpoint(self, projector: str, partition: int) -> int:
         """Return a checkpoint, which must stay where it is; 0 before the first."""
-        key = items.checkpoint_key(projector, partition)
+        key = places.checkpoint_key(projector, partition)
         await self._see([key], _stays_there)
         return _offset(self._cells[key])
 
     async def advance(self, projector: str, partition: int, expected: int, to: int) -> None:
         """Move a checkpoint; `Conflict`, here or at the end, when it is not at `expected`."""
-        key = items.checkpoint_key(projector, partition)
+        key = places.checkpoint_key(projector, partition)
         if key in self._cells and _offset(self._cells[key]) != expected:
             actual = _offset(self._cells[key])
             message = f"the checkpoint of {projector} is at {actual}, not at {expected}"
             raise errors.Conflict(f"{message}: read it again", expected=expected, actual=actual)
-        self._set(key, {"log_partition": partition, "log_offset": to}, items.is_at(expected))
+        self._set(key, {"log_partition": partition, "log_offset": to}, places.is_at(expected))
 
     # --- Rows ----------------------------------------------------------------
 
     async def load(self, table: str, view_ids: Collection[str]) -> dict[str, ViewRow]:
         """Return the rows there are, which must stay as they are."""
-        keys = {view_id: items.row_key(table, view_id) for view_id in view_ids}
+        keys = {view_id: places.row_key(table, view_id) for view_id in view_ids}
         await self._see(keys.values(), _stays_at_version)
         return {
             view_id: items.row_of(fields, view_id)
@@ -130,7 +130,7 @@ class DynamoTransaction(ViewTransaction):
     async def save(self, table: str, rows: Sequence[ViewRow]) -> None:
         """Write rows, each over its version minus one."""
         for row in rows:
-            key, before = items.row_key(table, row.view_id), row.version - 1
+            key, before = places.row_key(table, row.view_id), row.version - 1
             if key in self._cells:
                 _check_version(table, row, self._cells[key])
             self._set(key, dict(items.row_fields(row)), _is_version(before) if before else ABSENT)
@@ -138,7 +138,7 @@ class DynamoTransaction(ViewTransaction):
     async def delete(self, table: str, view_ids: Collection[str]) -> None:
         """Delete rows; those that are not there are no error."""
         for view_id in view_ids:
-            self._set(items.row_key(table, view_id), None)
+            self._set(places.row_key(table, view_id), None)
 
     # --- Markers -------------------------------------------------------------
 
@@ -152,8 +152,8 @@ class DynamoTransaction(ViewTransaction):
         """
         if not keys:
             return {}
-        wanted = {items.marker_key(projector, key): key for key in keys}
-        for fields in await self._table.query(items.beginning(items.PARKED, f"{projector}/")):
+        wanted = {places.marker_key(projector, key): key for key in keys}
+        for fields in await self._table.query(places.beginning(places.PARKED, f"{projector}/")):
             key = found_key(fields)
             if key in wanted and key not in self._cells:
                 self._cells[key] = _Cell(fields, _is_marked(items.marker_of(fields)))
@@ -165,18 +165,18 @@ class DynamoTransaction(ViewTransaction):
 
     async def park(self, marker: ParkedAggregate) -> None:
         """Set or replace an aggregate's marker."""
-        key = items.marker_key(marker.projector, marker.key)
+        key = places.marker_key(marker.projector, marker.key)
         self._set(key, dict(items.marker_fields(marker)))
 
     async def unpark(self, projector: str, key: AggregateKey) -> None:
         """Clear an aggregate's marker."""
-        self._set(items.marker_key(projector, key), None)
+        self._set(places.marker_key(projector, key), None)
 
     async def forget(self, projector: str) -> None:
         """Delete a projector's checkpoints and parked markers: as many as fit in a transaction."""
         for where in (
-            items.all_of(items.checkpoints_of(projector)),
-            items.beginning(items.PARKED, f"{projector}/"),
+            places.all_of(places.checkpoints_of(projector)),
+            places.beginning(places.PARKED, f"{projector}/"),
         ):
             for fields in await self._table.query(where, attributes=("pk", "sk")):
                 self._set(found_key(fields), None)
@@ -186,19 +186,19 @@ class DynamoTransaction(ViewTransaction):
     async def generations(self) -> dict[str, int]:
         """Return the live generation of each view and projector, which must stay so."""
         self._read_generations = True
-        for fields in await self._table.query(items.all_of(items.GENERATIONS)):
+        for fields in await self._table.query(places.all_of(places.GENERATIONS)):
             only_if = condition("#live = :was", was=fields["live"])
             self._cells.setdefault(found_key(fields), _Cell(fields, only_if))
         return {
             key.sk: int(cell.fields["live"])
             for key, cell in self._cells.items()
-            if key.pk == items.GENERATIONS and cell.fields is not None
+            if key.pk == places.GENERATIONS and cell.fields is not None
         }
 
     async def set_generation(self, projector: str, live: int) -> None:
         """Make a generation live."""
         only_if = ABSENT if self._read_generations else None
-        self._set(Key(items.GENERATIONS, projector), {"live": live}, only_if)
+        self._set(Key(places.GENERATIONS, projector), {"live": live}, only_if)
 
     # --- SQL -----------------------------------------------------------------
 
@@ -226,7 +226,7 @@ class DynamoTransaction(ViewTransaction):
 
 def _conflict(changed: Sequence[Key]) -> errors.Conflict:
     """Say what was changed meanwhile; a checkpoint means that another process projects too."""
-    moved = [key for key in changed if key.pk.startswith(items.CHECKPOINTS)]
+    moved = [key for key in changed if key.pk.startswith(places.CHECKPOINTS)]
     key = (moved or changed)[0]
     message = f"{key.pk} {key.sk} was changed by somebody else: load it again"
     return errors.CheckpointMoved(message) if moved else errors.Conflict(message)
@@ -257,7 +257,7 @@ def _offset(cell: _Cell) -> int:
 
 
 def _stays_there(fields: dict[str, Any]) -> Condition:
-    return items.is_at(fields["log_offset"])
+    return places.is_at(fields["log_offset"])
 
 
 def _stays_at_version(fields: dict[str, Any]) -> Condition:

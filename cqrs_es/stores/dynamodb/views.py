@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from cqrs_es.ports.views import ViewStore, ViewTransaction
-from cqrs_es.stores.dynamodb import items
+from cqrs_es.stores.dynamodb import items, places
 from cqrs_es.stores.dynamodb.actions import Key, delete, found_key, put
 from cqrs_es.stores.dynamodb.transaction import DynamoTransaction, refuse_sql
 
@@ -35,29 +35,29 @@ class DynamoViews(ViewStore):
         """Note that a view is there; refuse a table with columns of its own."""
         if columns is not None:
             refuse_sql(f"the table {table}")
-        await self._table.write(put(Key(items.TABLES, table), {}))
+        await self._table.write(put(Key(places.TABLES, table), {}))
 
     async def columns(self, table: str) -> list[str]:
         """Return the names of a view's columns; none where there is no such view."""
-        there = await self._table.get(Key(items.TABLES, table))
+        there = await self._table.get(Key(places.TABLES, table))
         return [] if there is None else ["view_id", "version", "payload"]
 
     async def drop_table(self, table: str) -> None:
         """Delete the rows of a view, then what says that it is there."""
-        await self._delete_all(items.all_of(items.rows_of(table)))
-        await self._table.write(delete(Key(items.TABLES, table)))
+        await self._delete_all(places.all_of(places.rows_of(table)))
+        await self._table.write(delete(Key(places.TABLES, table)))
 
     async def publish_table(self, name: str, table: str) -> None:
         """Do nothing: who reads a view goes through `generations`, there is no SQL to read it."""
 
     async def get(self, table: str, view_id: str) -> ViewRow | None:
         """Return one row, None when there is none."""
-        found = await self._table.get(items.row_key(table, view_id))
+        found = await self._table.get(places.row_key(table, view_id))
         return items.row_of(found, view_id) if found else None
 
     async def page(self, table: str, *, after: str = "", limit: int = 100) -> list[ViewRow]:
         """Return up to `limit` rows with an id above `after`, by id."""
-        where = items.above(items.rows_of(table), after)
+        where = places.above(places.rows_of(table), after)
         return [
             items.row_of(fields, fields["sk"])
             for fields in await self._table.query(where, limit=limit)
@@ -65,7 +65,7 @@ class DynamoViews(ViewStore):
 
     async def count(self, table: str) -> int:
         """Return how many rows there are; reads them all."""
-        return await self._table.count(items.all_of(items.rows_of(table)))
+        return await self._table.count(places.all_of(places.rows_of(table)))
 
     async def query(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
         """Raise `ConfigurationError`."""
@@ -74,20 +74,20 @@ class DynamoViews(ViewStore):
 
     async def checkpoints(self, projector: str) -> dict[int, int]:
         """Return a projector's checkpoints by partition."""
-        found = await self._table.query(items.all_of(items.checkpoints_of(projector)))
+        found = await self._table.query(places.all_of(places.checkpoints_of(projector)))
         return {fields["log_partition"]: fields["log_offset"] for fields in found}
 
     async def generations(self) -> Mapping[str, int]:
         """Return the live generation of each view and projector."""
-        found = await self._table.query(items.all_of(items.GENERATIONS))
+        found = await self._table.query(places.all_of(places.GENERATIONS))
         return {fields["sk"]: fields["live"] for fields in found}
 
     async def list_parked(self, projector: str | None = None) -> list[ParkedAggregate]:
         """Return the markers there are, of one projector or of all."""
         where = (
-            items.all_of(items.PARKED)
+            places.all_of(places.PARKED)
             if projector is None
-            else items.beginning(items.PARKED, f"{projector}/")
+            else places.beginning(places.PARKED, f"{projector}/")
         )
         markers = [items.marker_of(fields) for fields in await self._table.query(where)]
         return sorted(markers, key=lambda marker: (marker.projector, marker.key))
