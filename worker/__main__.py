@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from cqrs_es.cli.main import main
+from cqrs_es.cli.entry import main
 
 if __name__ == "__main__":
     main(["--app", "worker.app:app", "worker", *sys.argv[1:]])

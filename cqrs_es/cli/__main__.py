@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cqrs_es.cli.main import main
+from cqrs_es.cli.entry import main
 
 if __name__ == "__main__":
     main()

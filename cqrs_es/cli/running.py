@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,11 +64,11 @@ def run(
     """
     settings, app = _load(context, health_port)
     from cqrs_es.cli.feeding import opened_commands
-    from cqrs_es.cli.service import Task, serve
+    from cqrs_es.cli.service import Task, run_to_the_end, serve
 
     with opened_commands(commands) as source:
         task = Task(commands=source, until_idle=until_idle)
-        report = asyncio.run(serve(app, settings, task))
+        report = run_to_the_end(serve(app, settings, task))
     if json:
         print_json(_summary(report))
     else:
@@ -131,9 +130,9 @@ def _serve_roles(
 ) -> None:
     settings, app = _load(context, health_port)
     refuse_memory(settings)
-    from cqrs_es.cli.service import Task, serve
+    from cqrs_es.cli.service import Task, run_to_the_end, serve
 
-    report = asyncio.run(serve(app, settings, Task(roles=roles_of(app.registry))))
+    report = run_to_the_end(serve(app, settings, Task(roles=roles_of(app.registry))))
     raise typer.Exit(report.code)
 
 

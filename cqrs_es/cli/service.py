@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import structlog
 
@@ -19,6 +19,7 @@ from cqrs_es.cli.probes import Probes, probed
 from cqrs_es.cli.progress import display_for
 from cqrs_es.cli.version import version
 from cqrs_es.definitions import ViewDefinition
+from cqrs_es.execution.executor import CANCELLATION_SECONDS
 from cqrs_es.execution.policy import backoff
 from cqrs_es.execution.report import Counts
 from cqrs_es.projection.generations import live_name
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from cqrs_es.runtime.supervisor import Supervisor
     from cqrs_es.settings import Settings
 
+T = TypeVar("T")
 log = structlog.get_logger("cqrs_es.cli")
 
 IDLE_POLL_SECONDS: Final = 0.02
@@ -70,6 +72,25 @@ class Report:
     seconds: float = 0.0
     rows: Mapping[str, int] = field(default_factory=dict[str, int])
     parked: int = 0
+
+
+def run_to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Run as `asyncio.run` does, but end also where tasks ignore their cancellation."""
+    runner = asyncio.Runner()
+    try:
+        return runner.run(work)
+    finally:
+        if _all_ended(runner.get_loop()):
+            runner.close()
+
+
+def _all_ended(loop: asyncio.AbstractEventLoop) -> bool:
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        loop.run_until_complete(asyncio.wait(tasks, timeout=CANCELLATION_SECONDS))
+    return all(task.done() for task in tasks)
 
 
 async def serve(app: Application, settings: Settings, task: Task) -> Report:

@@ -15,7 +15,9 @@ nothing behind, and the command goes round again from the look-up on.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
+
+import structlog
 
 from cqrs_es import errors
 from cqrs_es.execution.answers import Answers, known_outcome
@@ -40,6 +42,10 @@ if TYPE_CHECKING:
     from cqrs_es.ports.clock import Clock
     from cqrs_es.ports.store import ChainResult, EventStore, StoredOutcome
     from cqrs_es.registry import Registry
+
+log = structlog.get_logger("cqrs_es.execution")
+
+CANCELLATION_SECONDS: Final = 2.0
 
 
 class Executor:
@@ -84,11 +90,16 @@ class Executor:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Stop at once; what is not answered yet is cancelled. Call `drain` first to finish it."""
+        """Stop at once; what is not answered yet is cancelled. Call `drain` first to finish it.
+
+        A handler that ignores its cancellation is left behind: nothing comes of it any more.
+        """
         self._decider.ending = True
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        _, left = await asyncio.wait(self._tasks, timeout=CANCELLATION_SECONDS)
+        if left:
+            log.error("handlers ignore their cancellation", handlers=len(left))
         self._answers.cancel_all()
 
     # --- For callers ---------------------------------------------------------

@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from cqrs_es.types import new_command_id
-from tests.command_line import running
+from tests.command_line import cqrs_es, running
 from tests.servers import free_port, start_redis
 from tests.waiting import until
 
@@ -205,3 +205,19 @@ def test_it_goes_on_when_the_server_is_there(sqlite_url: str, tmp_path: Path) ->
             assert worker.end().code == 0
         finally:
             server.stop()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ("run", 0),
+        ("--log-level error run --until-idle", 4),
+        ("worker", 0),
+        ("status", -signal.SIGTERM),
+    ],
+)
+def test_told_to_stop_before_it_has_begun(arguments: str, code: int, sqlite_url: str) -> None:
+    """A process that would run for long has stopped cleanly: it had nothing in hand."""
+    app = "tests.apps.told_to_stop:app"
+    ended = cqrs_es(*arguments.split(), CQRS_ES_APP=app, CQRS_ES_STORE_URL=sqlite_url)
+    assert ended.code == code

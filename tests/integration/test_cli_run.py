@@ -157,9 +157,10 @@ def test_the_second_signal_cancels(sqlite_url: str) -> None:
     assert "stopped before all in hand was finished" in result.err
 
 
-def test_the_first_signal_gives_only_so_much_time(sqlite_url: str) -> None:
-    """After the shutdown timeout what is left is cut short: exit code 1."""
-    with trouble("Wait", sqlite_url, "waiting", CQRS_ES_SHUTDOWN_TIMEOUT="0.3") as run:
+@pytest.mark.parametrize(("command", "says"), [("Wait", "waiting"), ("Cling", "clinging")])
+def test_the_first_signal_gives_only_so_much_time(sqlite_url: str, command: str, says: str) -> None:
+    """After the shutdown timeout what is left is cut short, even what won't be: exit code 1."""
+    with trouble(command, sqlite_url, says, CQRS_ES_SHUTDOWN_TIMEOUT="0.3") as run:
         run.signal(signal.SIGTERM)
         result = run.end()
     assert result.code == 1

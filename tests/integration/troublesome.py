@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass
 
@@ -16,6 +17,11 @@ LONG = 60.0
 @command
 class Wait:
     """Wait without blocking anybody."""
+
+
+@command
+class Cling:
+    """Wait, whoever cancels it."""
 
 
 @command
@@ -33,7 +39,7 @@ class Done:
     """It is done."""
 
 
-Command = Wait | Block | Do
+Command = Wait | Cling | Block | Do
 
 
 @dataclass
@@ -45,6 +51,11 @@ class Trouble(Aggregate[Command, Done, None], type="trouble"):
             case Wait():
                 print("waiting", flush=True)
                 await asyncio.sleep(LONG)
+            case Cling():
+                print("clinging", flush=True)
+                while True:
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.sleep(LONG)
             case Block():
                 print("blocking", flush=True)
                 time.sleep(LONG)  # noqa: ASYNC251 - that is the trouble
