@@ -16,6 +16,9 @@ from cqrs_es.runtime.topic import topic_events, topic_within_log
 from cqrs_es.runtime.waiting import unless, within
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cqrs_es.ports.broker import OutgoingEvent
     from cqrs_es.ports.leases import Lease
     from cqrs_es.runtime.leases import Assignment
     from cqrs_es.runtime.process import Process
@@ -79,12 +82,24 @@ class Relay:
             return mark
         outgoing = topic_events(events, self._service, epoch)
         with self._tracing.publishing(partition, events):
-            confirmed = await self._broker.publish(partition, epoch, outgoing)
+            confirmed = await self._publish(partition, epoch, outgoing)
         last = events[-1].offset
         self._note(partition, mark, min(confirmed, last))
         if confirmed > last:  # somebody was here before us: a relay, one hopes
             return await self._look(partition, last, epoch)
         return confirmed
+
+    async def _publish(self, partition: int, epoch: str, events: Sequence[OutgoingEvent]) -> int:
+        try:
+            return await self._broker.publish(partition, epoch, events)
+        except errors.LeaseLost as exc:
+            if (await self._storage.info()).log_epoch != epoch:
+                raise
+            message = (
+                f"{exc.message}: another store publishes by this service's name, or an"
+                " `init` was cut short; run `cqrs-es init` to have the topic follow this store"
+            )
+            raise errors.ConfigurationError(message) from exc
 
     def _note(self, partition: int, mark: int, confirmed: int) -> None:
         if confirmed < mark:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cqrs_es import errors
-from cqrs_es.ports.broker import OutgoingReply
+from cqrs_es.ports.broker import OutgoingReply, Topology
 from tests.contract.brokers import (
     EPOCH,
     PARTITIONS,
@@ -208,6 +208,15 @@ async def test_a_read_is_bounded_in_bytes(broker: Broker) -> None:
     assert bodies([*first, *rest]) == large
     again = await broker.open_intake(0, "b")
     assert bodies(await take(again, 250)) == large
+
+
+async def test_meta_that_makes_no_sense(server: AnyRedisServer, broker: Broker) -> None:
+    """It is a matter of setting up, and says what to do."""
+    await server.raw.hset("bank:meta", "partitions", "many")
+    with pytest.raises(errors.ConfigurationError, match="run `cqrs-es init`"):
+        await broker.topology()
+    await broker.declare(PARTITIONS, EPOCH)
+    assert await broker.topology() == Topology(PARTITIONS, EPOCH)
 
 
 async def test_what_meta_lost_is_restored(server: AnyRedisServer, broker: Broker) -> None:

@@ -130,3 +130,16 @@ async def test_a_relay_mark_beyond_the_log(redis_url: str) -> None:
         async with opened.running() as supervisor:
             await add(opened, 1)
             await tells(supervisor, "ends at 1", "the relay's mark is at 7")
+
+
+async def test_a_topic_of_another_store(redis_url: str, client: Any) -> None:
+    """The relay says so as long as it is so, and publishes nothing to it; `init` ends it."""
+    async with counting_app().open(settings("memory://", redis_url), initialise=True) as opened:
+        client.hset("tests:meta", "logepoch", "another")
+        async with opened.running() as supervisor:
+            await add(opened, 1)
+            await tells(supervisor, "relay on partition 0", "another epoch", "run `cqrs-es init`")
+            assert offsets(client) == []
+            await opened.initialise()
+            await eventually(supervisor.idle, within_seconds=PATIENCE)
+        assert offsets(client) == [1]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cqrs_es import errors
 from cqrs_es.brokers.redis import commands as queues
 from cqrs_es.brokers.redis import replies as inboxes
 from cqrs_es.brokers.redis.connection import Names, RedisConnection
 from cqrs_es.brokers.redis.republishing import Republication
 from cqrs_es.brokers.redis.topic import RedisTopic
 from cqrs_es.ports.broker import Broker, Topology
+from cqrs_es.types import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -71,7 +73,10 @@ class RedisBroker(Broker):
         partitions, log_epoch = fields
         if partitions is None or log_epoch is None:
             return None
-        return Topology(int(partitions), log_epoch.decode())
+        if not partitions.isdigit():
+            message = f"{self._names.meta} says partitions {shown(partitions)}: run `cqrs-es init`"
+            raise errors.ConfigurationError(message)
+        return Topology(int(partitions), log_epoch.decode(errors="replace"))
 
     async def send(self, commands: Sequence[OutgoingCommand]) -> None:
         """Add commands to their streams, all or none, so that a refusal can't reorder them."""

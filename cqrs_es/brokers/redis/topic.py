@@ -123,7 +123,7 @@ class RedisTopic:
         header = [log_epoch, known, self._retention, events[0].offset]
         end: int = await self._publish(keys, [*header, *(event.body for event in events)])
         if end == OTHER_EPOCH:
-            message = f"the topic is of another epoch than {log_epoch}; read the store's info again"
+            message = f"the topic is of another epoch than {log_epoch}"
             raise errors.LeaseLost(message)
         return end
 
