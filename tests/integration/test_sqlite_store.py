@@ -141,6 +141,25 @@ async def test_damaged(storage: Storage, path: Path) -> None:
         await opened(path)
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+async def test_deleted_or_replaced_while_open(
+    storage: Storage, path: Path, *, replaced: bool
+) -> None:
+    """Nothing more is accepted: it would be gone when the file that nobody sees is closed."""
+    await commit(storage, one(account("A"), 0))
+    lose(path, replaced=replaced)
+    with pytest.raises(errors.StoreUnusable, match="deleted or replaced"):
+        await commit(storage, one(account("B"), 0))
+
+
+def lose(path: Path, *, replaced: bool) -> None:
+    """Do what a restore does to a file in use, or half of that."""
+    content = path.read_bytes()
+    path.unlink()
+    if replaced:
+        path.write_bytes(content)
+
+
 async def test_migrated_by_newer_code(storage: Storage, path: Path) -> None:
     """Old code refuses to go on."""
     other = sqlite3.connect(path, isolation_level=None)

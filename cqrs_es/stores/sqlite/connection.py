@@ -18,6 +18,7 @@ from cqrs_es import errors
 from cqrs_es.stores.sql.session import Session, Work, to_its_end
 from cqrs_es.stores.sqlite.dialect import SQLITE
 from cqrs_es.stores.sqlite.failures import mapped_errors
+from cqrs_es.stores.sqlite.identity import FileIdentity
 from cqrs_es.stores.sqlite.session import LocalSession
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Connection:
         connection = sqlite3.connect(
             target.uri, uri=True, timeout=target.timeout, isolation_level=None
         )
-        self._session = LocalSession(connection, self._clock)
+        self._session = LocalSession(connection, self._clock, FileIdentity(target.path))
 
     async def close(self) -> None:
         """Disconnect once the thread has done what it was given."""

@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from cqrs_es.ports.clock import Clock
     from cqrs_es.stores.sql.dialect import Dialect, Parameter, RowStatement
     from cqrs_es.stores.sql.session import Row
+    from cqrs_es.stores.sqlite.identity import FileIdentity
 
 
 class LocalSession(Session):
     """A session for use on the connection's thread: nothing in it ever waits."""
 
-    def __init__(self, connection: sqlite3.Connection, clock: Clock) -> None:
+    def __init__(self, connection: sqlite3.Connection, clock: Clock, file: FileIdentity) -> None:
         self.connection = connection
+        self._file = file
         self._clock = clock
 
     @property
@@ -58,8 +60,9 @@ class LocalSession(Session):
         return self._clock.now()
 
     def begin(self) -> None:
-        """Begin a transaction, with the write lock."""
+        """Begin a transaction, with the write lock; raises `StoreUnusable` for a lost file."""
         self.connection.execute("BEGIN IMMEDIATE")
+        self._file.check()
 
     def commit(self) -> None:
         """Commit, durably."""
