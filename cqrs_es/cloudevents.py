@@ -68,6 +68,15 @@ def from_cloudevent(body: bytes) -> tuple[StoredEvent, str]:
         raise errors.UndecodableRow(message) from exc
 
 
+def event_at(partition: int, offset: int, body: bytes) -> tuple[StoredEvent, str]:
+    """Read as `from_cloudevent` does what the topic holds at a place; it must be that place's."""
+    event, log_epoch = from_cloudevent(body)
+    if (event.partition, event.offset) != (partition, offset):
+        message = f"this is offset {event.offset} of partition {event.partition}"
+        raise errors.UndecodableRow(message)
+    return event, log_epoch
+
+
 class _Attributes(msgspec.Struct):
     """What is read of an event: the attributes that are more than repetitions."""
 

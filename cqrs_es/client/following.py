@@ -11,7 +11,7 @@ import structlog
 
 from cqrs_es import errors
 from cqrs_es.client.ordering import Ordering
-from cqrs_es.cloudevents import from_cloudevent
+from cqrs_es.cloudevents import event_at
 from cqrs_es.execution.policy import backoff
 
 if TYPE_CHECKING:
@@ -130,7 +130,11 @@ class Follower:
 
     async def _take_arrived(self) -> None:
         while self._arrived:
-            event, epoch = from_cloudevent(self._arrived[0].body)
+            decoded = _decoded(self._arrived[0])
+            if decoded is None:
+                self._arrived.popleft()
+                continue
+            event, epoch = decoded
             if epoch != self.epoch and await self._is_new(epoch):
                 await self._enter(epoch)
             elif epoch == self.epoch:
@@ -195,6 +199,16 @@ def _gone(gap: Gap) -> str:
 
 def _again(gap: Gap) -> str:
     return f"run `cqrs-es republish {gap.partition} --from {gap.first}`"
+
+
+def _decoded(arrived: TopicEvent) -> tuple[StoredEvent, str] | None:
+    """Return an event and its epoch; None for what no relay wrote: a missing one is a gap."""
+    place = (arrived.partition, arrived.offset)
+    try:
+        return event_at(*place, arrived.body)
+    except errors.UndecodableRow as exc:
+        log.warning("foreign entry on the topic", place=place, error=exc.message)
+        return None
 
 
 async def _received(feed: EventFeed) -> list[TopicEvent]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from cqrs_es import errors
-from cqrs_es.cloudevents import from_cloudevent
+from cqrs_es.cloudevents import event_at
 from cqrs_es.projection.applying import READ_LIMIT, Applier
 from cqrs_es.projection.folding import folding_for
 from cqrs_es.projection.generations import make_sure_of_tables, publish, read_generations
@@ -158,15 +158,10 @@ def _of_epoch(arrived: Sequence[TopicEvent], epoch: str) -> list[StoredEvent]:
 
 
 def _decoded(arrived: TopicEvent, epoch: str) -> StoredEvent | None:
-    place = {"partition": arrived.partition, "offset": arrived.offset}
+    place = (arrived.partition, arrived.offset)
     try:
-        event, of_epoch = from_cloudevent(arrived.body)
+        event, of_epoch = event_at(*place, arrived.body)
     except errors.UndecodableRow as exc:
-        log.warning("foreign entry on the topic", **place, error=exc.message)
+        log.warning("foreign entry on the topic", place=place, error=exc.message)
         return None
-    if of_epoch != epoch:
-        return None
-    if (event.partition, event.offset) != (arrived.partition, arrived.offset):
-        log.warning("foreign entry on the topic", **place, error="it is of another place")
-        return None
-    return event
+    return event if of_epoch == epoch else None

@@ -119,6 +119,17 @@ async def test_a_gap_is_held_until_it_is_resent(queues: Queues) -> None:
         assert await waiting == [3, 4, 5, 6]
 
 
+async def test_what_no_relay_wrote_is_passed_by(queues: Queues) -> None:
+    """A subscriber does not fail on it, once or again; what it stood in for is still awaited."""
+    async with subscribed(queues) as events:
+        queues.deliver(1)
+        elsewhere = to_cloudevent(event(7), "/bank", EPOCH)
+        for offset, body in ((2, b"garbage"), (2, elsewhere), (1_700_000_000_000, b"{}")):
+            queues.queues[-1].waiting.put_nowait(TopicEvent(0, offset, body))
+        queues.deliver(2, 3)
+        assert await offsets(events, 3) == [1, 2, 3]
+
+
 async def _drained(queues: Queues) -> bool:
     return queues.queues[-1].waiting.empty()
 
