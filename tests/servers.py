@@ -6,12 +6,15 @@ not installed, its tests are skipped with the reason; in CI that is an error.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,18 +128,10 @@ def _accepts(port: int) -> bool:
 
 def start_mariadb(folder: Path, *options: str, port: int | None = None) -> Server:
     """Start a MariaDB of our own, again with what it has on disk; its user is root, no password."""
-    daemon, installer = installed("mariadbd"), installed("mariadb-install-db")
+    daemon = installed("mariadbd")
     data, port = folder / "data", port or free_port()
-    install = [
-        installer,
-        "--no-defaults",
-        "--user=root",
-        f"--datadir={data}",
-        "--auth-root-authentication-method=normal",
-        "--skip-test-db",
-    ]
     if not data.exists():
-        subprocess.run(install, check=True, capture_output=True)
+        shutil.copytree(_new_mariadb(), data)
     command = [
         daemon,
         f"--defaults-file={CONFIG / 'mysql.cnf'}",
@@ -148,6 +143,28 @@ def start_mariadb(folder: Path, *options: str, port: int | None = None) -> Serve
         *options,
     ]
     return launch(command, port, folder / "mariadbd.log")
+
+
+@functools.cache
+def _new_mariadb() -> Path:
+    """Make the data of a new MariaDB, once: a copy starts in a tenth of the time."""
+    folder = Path(tempfile.mkdtemp(prefix="cqrs-es-mariadb-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    done = subprocess.run(
+        [
+            installed("mariadb-install-db"),
+            "--no-defaults",
+            "--user=root",
+            f"--datadir={folder / 'data'}",
+            "--auth-root-authentication-method=normal",
+            "--skip-test-db",
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return folder / "data"
 
 
 # --- MySQL itself ------------------------------------------------------------

@@ -334,7 +334,7 @@ async def test_publishing_again_changes_nothing(stream: Broker) -> None:
     """Events that the topic has are confirmed again, wholly or in part, and stored once."""
     assert await stream.publish(0, EPOCH, events(1, 4)) == 4
     assert await stream.publish(0, EPOCH, events(1, 4)) == 4
-    assert await stream.publish(0, EPOCH, events(2, 3)) == 3
+    assert await stream.publish(0, EPOCH, events(2, 3)) == 4  # that is how far the topic is
     assert await stream.publish(0, EPOCH, events(3, 6)) == 6
     feed = await stream.subscribe({0: 0})
     assert offsets(await follow(feed, 6)) == [1, 2, 3, 4, 5, 6]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -82,9 +84,19 @@ def prometheus(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         ]
         server = launch(command, port, folder / "prometheus.log")
         try:
+            until(lambda: is_ready(port), within_seconds=PATIENCE_SECONDS)
             yield Prometheus(server, bank)
         finally:
             server.stop()
+
+
+def is_ready(port: int) -> bool:
+    """Tell whether Prometheus has read what it has on disk: it listens before that."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/-/ready", timeout=10) as answer:
+            return bool(answer.status == HTTPStatus.OK)
+    except urllib.error.HTTPError:
+        return False
 
 
 def configuration(bank: Composition) -> str:
@@ -108,6 +120,8 @@ def configuration(bank: Composition) -> str:
 def watched(prometheus: Prometheus) -> Prometheus:
     """Have commands of each outcome decided, and wait until Prometheus has seen it."""
     ask = prometheus.bank.ask
+    # A rate is of what has changed since the first look.
+    until(lambda: prometheus.query("cqrs_es_commands_total == 0"), within_seconds=PATIENCE_SECONDS)
     for number in range(3):
         to = ("send", "account", f"ACCT-{number}")
         opening = [*to, "OpenAccount", f'{{"account_id": "ACCT-{number}"}}', "--wait"]

@@ -10,6 +10,7 @@ import pytest
 
 from cqrs_es import errors
 from cqrs_es.ports.store import NewEvent, Snapshot
+from cqrs_es.ports.views import ParkedAggregate
 from cqrs_es.stores import storage_for
 from tests.contract.building import (
     PARTITIONS,
@@ -18,7 +19,6 @@ from tests.contract.building import (
     chain,
     commit,
     conflict,
-    letter,
     one,
     stream,
 )
@@ -90,10 +90,11 @@ async def test_sums_are_whole_numbers(storage: Storage) -> None:
 
 
 async def test_text_that_the_database_can_not_hold(storage: Storage) -> None:
-    """A NUL in an error's text is replaced: the letter matters more than the character."""
-    await storage.dead_letters.add(letter("1", reason="bad byte \0 here"))
-    kept = await storage.dead_letters.get("1")
-    assert kept is not None
+    """A NUL in prose is replaced: what it is about matters more than the character."""
+    marker = ParkedAggregate("ledger__1", account(), 1, 0, "bad byte \0 here")
+    async with storage.views.transaction() as transaction:
+        await transaction.park(marker)
+    [kept] = await storage.views.list_parked()
     assert kept.reason == "bad byte ␀ here"
 
 
