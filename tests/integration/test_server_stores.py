@@ -159,6 +159,17 @@ async def test_disjoint_partitions_do_not_wait_for_each_other(
             await commit(storage, *(one(account_in(p), 0) for p in (0, 2, 3)))
 
 
+async def test_a_migration_that_fails_leaves_its_limits_to_nobody(
+    server: Server, storage: Storage
+) -> None:
+    """Its connection is not lent again: it waits for locks for longer than a lease."""
+    before = await storage.views.query(server.connection_id)
+    with pytest.raises(errors.StoreError):
+        await storage.views.create_table("broken__1", "no columns at all")
+    assert await storage.views.query(server.connection_id) != before
+    assert (await storage.initialise(PARTITIONS)).partitions == PARTITIONS
+
+
 # --- Broken connections --------------------------------------------------------
 
 

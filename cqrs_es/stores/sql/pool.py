@@ -187,10 +187,11 @@ class ServerDatabase(Database, Generic[S]):
         """Lend a connection that holds a lock for the whole database; DDL commits by itself."""
         async with self._pool.lent() as session:
             session.deadline = MIGRATION_SECONDS
-            await self._lock_migrations(session)
             try:
+                await self._lock_migrations(session)
                 yield session
-            finally:
-                if session.usable:
-                    await self._unlock_migrations(session)
-                    session.deadline = STATEMENT_SECONDS
+            except BaseException:
+                session.usable = False  # its limits are a migration's; cutting it unlocks too
+                raise
+            await self._unlock_migrations(session)
+            session.deadline = STATEMENT_SECONDS
