@@ -8,10 +8,11 @@ WORKDIR /build
 # Which stores and brokers the image can reach; see pyproject.toml.
 ARG EXTRAS=mysql,postgres,redis,amqp,metrics
 RUN python -m venv /opt/venv
-COPY pyproject.toml README.md CHANGELOG.md LICENSE ./
+COPY pyproject.toml constraints.txt README.md CHANGELOG.md LICENSE ./
 COPY cqrs_es ./cqrs_es
 RUN python -m pip wheel --quiet --no-cache-dir --no-deps --wheel-dir dist . \
-    && /opt/venv/bin/python -m pip install --quiet --no-cache-dir "$(ls dist/*.whl)[$EXTRAS]"
+    && /opt/venv/bin/python -m pip install --quiet --no-cache-dir --constraint constraints.txt \
+        "$(ls dist/*.whl)[$EXTRAS]"
 
 FROM python:3.13-slim-bookworm
 LABEL org.opencontainers.image.title="bank" \

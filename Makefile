@@ -10,7 +10,7 @@ MYSQL_SUITES := tests/contract tests/acceptance tests/integration/test_mysql_sto
 	tests/integration/test_server_stores.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-mysql check format secrets clean
+.PHONY: help demo test test-mysql check format upgrade secrets clean
 
 help:  ## show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,15 +38,25 @@ format: $(VENV)/.installed  ## rewrite the source in the project's style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+upgrade:  ## move constraints.txt to the newest versions, then check and test everything
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@{ sed -n '/^#/p' constraints.txt; \
+	$(BIN)/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools; } >$(VENV)/new
+	mv $(VENV)/new constraints.txt
+	touch $(VENV)/.installed
+	$(MAKE) check test
+
 secrets:  ## random passwords for docker-compose.yml, into secrets/; those that are there stay
 	@deploy/make-secrets
 
 clean:  ## remove the virtual environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist build
 
-# The stamp is younger than pyproject.toml exactly when its dependencies are installed.
-$(VENV)/.installed: pyproject.toml
+# The stamp is younger than these files exactly when what they ask for is installed.
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.x")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@

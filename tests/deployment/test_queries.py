@@ -112,8 +112,7 @@ def configuration(bank: Composition) -> str:
         }
         for name in discovery["names"]
     ]
-    written: str = yaml.safe_dump(loaded)
-    return written
+    return json.dumps(loaded)  # which is YAML too
 
 
 @pytest.fixture(scope="module")
