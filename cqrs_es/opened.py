@@ -15,7 +15,7 @@ from cqrs_es.commands import new_command
 from cqrs_es.definitions import ViewDefinition
 from cqrs_es.execution.baselines import baseline_from, load_request, mended_baseline
 from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome
-from cqrs_es.ports.store import LoadRequest
+from cqrs_es.ports.store import LoadRequest, load_whole
 from cqrs_es.projection.folding import folding_for
 from cqrs_es.projection.generations import (
     live_name,
@@ -188,12 +188,12 @@ class OpenApplication:
 
     async def _baseline(self, definition: AggregateDefinition, key: AggregateKey) -> Baseline:
         events = self.storage.events
-        (loaded,) = await events.load([load_request(definition, key)])
+        (loaded,) = await load_whole(events, [load_request(definition, key)])
         baseline = baseline_from(definition, loaded)
         if baseline is not None:
             return baseline
         assert loaded.snapshot is not None  # noqa: S101 - only a snapshot can be unusable
-        (everything,) = await events.load([LoadRequest(key)])
+        (everything,) = await load_whole(events, [LoadRequest(key)])
         return mended_baseline(definition, loaded.snapshot, everything)
 
     async def events(
@@ -201,8 +201,11 @@ class OpenApplication:
     ) -> list[Envelope[E]]:
         """Read an aggregate's events, upcast to what the code knows."""
         key = AggregateKey(self.registry.aggregate_of(cls).type, aggregate_id)
-        stored = await stored_stream(self.storage.events, key)
-        return [envelope for event in stored for envelope in self.registry.envelopes(event)]
+        return [
+            envelope
+            async for event in stored_stream(self.storage.events, key)
+            for envelope in self.registry.envelopes(event)
+        ]
 
     def replay(self) -> AsyncIterator[Envelope[Any]]:
         """Read every event in the log, partition by partition; see `projection.replay`."""

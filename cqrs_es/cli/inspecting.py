@@ -148,13 +148,14 @@ def stream(
     key = AggregateKey(aggregate_type, aggregate_id)
 
     async def work(opened: OpenApplication) -> None:
-        events = await stored_stream(opened.storage.events, key)
-        if not events:
+        write = await event_writer(opened, as_json=json)
+        found = False
+        async for event in stored_stream(opened.storage.events, key):
+            write(event)
+            found = True
+        if not found:
             message = f"there is no aggregate {key}; its type and id are case-sensitive"
             raise errors.NotFound(message)
-        write = await event_writer(opened, as_json=json)
-        for event in events:
-            write(event)
 
     with_application(context, work)
 

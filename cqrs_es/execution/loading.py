@@ -9,7 +9,7 @@ import structlog
 
 from cqrs_es import errors
 from cqrs_es.execution.baselines import baseline_from, load_request, mended_baseline
-from cqrs_es.ports.store import LoadRequest
+from cqrs_es.ports.store import LoadRequest, load_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +49,7 @@ class BaselineLoader:
     async def _load(self, wanted: Sequence[tuple[Work, AggregateDefinition]]) -> None:
         requests = [load_request(definition, work.key) for work, definition in wanted]
         try:
-            loaded = await self._outage.wait_out(lambda: self._events.load(requests))
+            loaded = await self._outage.wait_out(lambda: load_whole(self._events, requests))
         except errors.UndecodableRow as exc:
             await self._load_one_by_one(wanted, exc)
             return
@@ -84,7 +84,9 @@ class BaselineLoader:
         assert found.snapshot is not None  # noqa: S101 - only a snapshot can be unusable
         key = found.snapshot.key
         log.warning("snapshot unusable", aggregate=str(key), number=found.snapshot.number)
-        (everything,) = await self._outage.wait_out(lambda: self._events.load([LoadRequest(key)]))
+        (everything,) = await self._outage.wait_out(
+            lambda: load_whole(self._events, [LoadRequest(key)])
+        )
         return mended_baseline(definition, found.snapshot, everything)
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
 
 # Part of this port's vocabulary, so it can be had from here.
 from cqrs_es.messages import StoredEvent as StoredEvent  # noqa: TC001
@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     from cqrs_es.messages import Outcome
     from cqrs_es.ports.dead_letters import DeadLetter
     from cqrs_es.types import AggregateKey
+
+
+LOAD_LIMIT: Final = 10_000
+"""About how many events one `load` returns at most, of all aggregates together."""
+PAGE_LIMIT: Final = 1_000
+"""How many events of one aggregate a `load` returns at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +76,20 @@ class LoadRequest:
 
 @dataclass(frozen=True, slots=True)
 class LoadedAggregate:
-    """What a `LoadRequest` found; events in ascending sequence."""
+    """What a `LoadRequest` found: a page of events, in ascending sequence.
+
+    `more`: the page is full. What follows is had by another request, with the
+    last event's sequence as `after`.
+    """
 
     snapshot: Snapshot | None
     events: Sequence[StoredEvent]
+    more: bool = False
+
+
+def page_size(requests: int) -> int:
+    """Return how many events of each aggregate a `load` of so many returns at most."""
+    return max(1, min(PAGE_LIMIT, LOAD_LIMIT // max(1, requests)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +171,11 @@ class EventStore(ABC):
 
     @abstractmethod
     async def load(self, requests: Sequence[LoadRequest]) -> list[LoadedAggregate]:
-        """Read aggregates, at least one query for all; results in the order of `requests`."""
+        """Read a page of each aggregate, `page_size(len(requests))` events at most.
+
+        Results are in the order of `requests`. A statement that reads a page
+        takes as long for a long stream as for a short one.
+        """
 
     @abstractmethod
     async def append(self, chains: Sequence[Chain], recorded_at: datetime) -> list[ChainResult]:
@@ -196,3 +216,14 @@ class EventStore(ABC):
     @abstractmethod
     async def heads(self) -> Mapping[int, int]:
         """Return every partition's head: the offset of its last event, 0 when it is empty."""
+
+
+async def load_whole(events: EventStore, requests: Sequence[LoadRequest]) -> list[LoadedAggregate]:
+    """Read aggregates to their ends, page by page; all their events are in memory at once."""
+    whole = await events.load(requests)
+    while rest := [nth for nth, found in enumerate(whole) if found.more]:
+        more = [LoadRequest(requests[nth].key, whole[nth].events[-1].sequence) for nth in rest]
+        for nth, page in zip(rest, await events.load(more), strict=True):
+            found = whole[nth]
+            whole[nth] = LoadedAggregate(found.snapshot, [*found.events, *page.events], page.more)
+    return whole

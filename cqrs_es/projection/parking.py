@@ -121,7 +121,8 @@ class ParkedRetry:
     async def _due(self, first: int, checkpoint: int) -> Sequence[StoredEvent]:
         """Return what the projector has passed over: from one sequence up to the checkpoint.
 
-        What was read for an earlier chunk is not read again.
+        A page of it, which is more than a chunk. What was read for an earlier chunk is not
+        read again.
         """
         self._known = [event for event in self._known if event.sequence >= first]
         if len(self._known) <= RETRY_CHUNK:

@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 READ_LIMIT: Final = 500
 
 
-async def stored_stream(events: EventStore, key: AggregateKey, after: int = 0) -> list[StoredEvent]:
-    """Read an aggregate's events above a sequence."""
-    (loaded,) = await events.load([LoadRequest(key, after=after)])
-    return list(loaded.events)
+async def stored_stream(events: EventStore, key: AggregateKey) -> AsyncIterator[StoredEvent]:
+    """Read an aggregate's events, page by page."""
+    after, more = 0, True
+    while more:
+        (page,) = await events.load([LoadRequest(key, after)])
+        for event in page.events:
+            yield event
+            after = event.sequence
+        more = page.more
 
 
 async def stored_log(

@@ -19,6 +19,7 @@ from cqrs_es.ports.store import (
     NewEvent,
     Snapshot,
     StoredEvent,
+    load_whole,
 )
 from cqrs_es.types import AggregateKey, new_command_id
 
@@ -223,7 +224,7 @@ async def conflict(storage: Storage, doomed: Chain) -> int | None:
 
 async def stream(storage: Storage, key: AggregateKey, after: int = 0) -> list[StoredEvent]:
     """Read the events of an aggregate."""
-    [loaded] = await storage.events.load([LoadRequest(key, after)])
+    [loaded] = await load_whole(storage.events, [LoadRequest(key, after)])
     return list(loaded.events)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cqrs_es.ports.store import LoadRequest
+from cqrs_es.ports.store import LOAD_LIMIT, PAGE_LIMIT, LoadRequest, load_whole, page_size
 from cqrs_es.types import AggregateKey
 from tests.contract.building import (
     AWKWARD_IDS,
@@ -42,6 +42,47 @@ async def test_loads_many_at_once(storage: Storage) -> None:
     for request, found in zip(requests, loaded, strict=True):
         assert [e.sequence for e in found.events] == list(range(request.after + 1, 4))
         assert {e.key for e in found.events} <= {request.key}
+
+
+async def test_long_streams_come_in_pages(storage: Storage) -> None:
+    """What a call returns is bounded; what follows a full page is had by asking again."""
+    requests = [LoadRequest(account(f"{n}"), after=n % 3) for n in range(1_000)]
+    most = page_size(len(requests))
+    assert most * len(requests) == LOAD_LIMIT
+    await commit(storage, one(account("0"), 0, 2 * most + 1), one(account("1"), 0, most))
+    loaded = await storage.events.load(requests)
+    assert [e.sequence for e in loaded[0].events] == list(range(1, most + 1))
+    assert loaded[0].more
+    assert [e.sequence for e in loaded[1].events] == list(range(2, most + 1))
+    assert not loaded[1].more
+    next_page = LoadRequest(account("0"), after=most)
+    later = await storage.events.load([next_page, *requests[1:]])
+    assert [e.sequence for e in later[0].events] == list(range(most + 1, 2 * most + 1))
+    assert later[0].more
+    whole = await load_whole(storage.events, requests)
+    assert [e.sequence for e in whole[0].events] == list(range(1, 2 * most + 2))
+    assert not whole[0].more
+
+
+async def test_a_page_above_a_snapshot(storage: Storage) -> None:
+    """A page begins above the snapshot; the one after it needs no snapshot."""
+    key = account()
+    await commit(storage, one(key, 0, 40, snapshot=snapshot(key, 3, 1)))
+    requests = [LoadRequest(account(f"{n}"), snapshot=True) for n in range(999)]
+    loaded = await storage.events.load([LoadRequest(key, snapshot=True), *requests])
+    assert [e.sequence for e in loaded[0].events] == list(range(4, 14))
+    assert loaded[0].more
+    [rest] = await storage.events.load([LoadRequest(key, after=13)])
+    assert [e.sequence for e in rest.events] == list(range(14, 41))
+    assert not rest.more
+
+
+@pytest.mark.parametrize("requests", [1, 10, 11, 500, 10_000, 1_000_000])
+def test_a_page_is_bounded(requests: int) -> None:
+    """One aggregate's page and a call's events are bounded, and each call goes on."""
+    most = page_size(requests)
+    assert 1 <= most <= PAGE_LIMIT
+    assert most == 1 or most * requests <= LOAD_LIMIT
 
 
 async def test_after_beyond_the_end_is_empty(storage: Storage) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cqrs_es import errors
-from cqrs_es.ports.store import EventStore, LoadedAggregate
+from cqrs_es.ports.store import EventStore, LoadedAggregate, page_size
 from cqrs_es.stores.dynamodb import items, log, places
 from cqrs_es.stores.dynamodb.actions import condition, delete, found_key, update
 from cqrs_es.stores.dynamodb.appending import Appender
@@ -33,13 +33,15 @@ class DynamoEvents(EventStore):
         self._known_partitions: int | None = None
 
     async def load(self, requests: Sequence[LoadRequest]) -> list[LoadedAggregate]:
-        """Read aggregates, side by side; results in the order of `requests`."""
+        """Read a page of each aggregate, side by side; results in the order of `requests`."""
+        most = page_size(len(requests))
         snapshots = await self._snapshots([r.key for r in requests if r.snapshot])
 
         async def load(request: LoadRequest) -> LoadedAggregate:
             snapshot = snapshots.get(request.key) if request.snapshot else None
             after = max(request.after, snapshot.last_sequence if snapshot else 0)
-            return LoadedAggregate(snapshot, await log.read_stream(self._table, request.key, after))
+            events = await log.read_stream(self._table, request.key, after, most)
+            return LoadedAggregate(snapshot, events, more=len(events) == most)
 
         return await side_by_side(load, requests)
 

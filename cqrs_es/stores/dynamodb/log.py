@@ -44,10 +44,10 @@ class _Entry(NamedTuple):
         return [places.event_key(self.key, sequence) for sequence in sequences]
 
 
-async def read_stream(table: Table, key: AggregateKey, after: int) -> list[StoredEvent]:
-    """Read an aggregate's events above a sequence."""
-    found = await table.query(places.events_above(key, after))
-    last = int(found[-1]["sequence"]) if found else after
+async def read_stream(table: Table, key: AggregateKey, after: int, limit: int) -> list[StoredEvent]:
+    """Read up to `limit` of an aggregate's events above a sequence."""
+    found = await table.query(places.events_above(key, after), limit=limit)
+    last = min(int(found[-1]["sequence"]), after + limit) if found else after
     keys = [places.event_key(key, sequence) for sequence in range(after + 1, last + 1)]
     return await _events(table, keys, {found_key(fields): fields for fields in found})
 

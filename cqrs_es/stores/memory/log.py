@@ -16,6 +16,7 @@ from cqrs_es.ports.store import (
     Snapshot,
     StoredEvent,
     StoredOutcome,
+    page_size,
 )
 from cqrs_es.stores.append_plan import (
     AppendPlan,
@@ -63,13 +64,14 @@ class MemoryEvents(EventStore):
         self._log = [[] for _ in range(partitions)]
 
     async def load(self, requests: Sequence[LoadRequest]) -> list[LoadedAggregate]:
-        """Read aggregates, in the order of `requests`."""
-        return [self._load(request) for request in requests]
+        """Read a page of each aggregate, in the order of `requests`."""
+        return [self._load(request, page_size(len(requests))) for request in requests]
 
-    def _load(self, request: LoadRequest) -> LoadedAggregate:
+    def _load(self, request: LoadRequest, most: int) -> LoadedAggregate:
         snapshot = self._snapshots.get(request.key) if request.snapshot else None
         after = max(request.after, snapshot.last_sequence if snapshot else 0)
-        return LoadedAggregate(snapshot, self._streams.get(request.key, [])[after:])
+        events = self._streams.get(request.key, [])[after : after + most]
+        return LoadedAggregate(snapshot, events, more=len(events) == most)
 
     async def append(self, chains: Sequence[Chain], recorded_at: datetime) -> list[ChainResult]:
         """Write what passes its checks; results in the order of `chains`."""

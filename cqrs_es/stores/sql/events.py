@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
 from cqrs_es import errors
-from cqrs_es.ports.store import EventStore, LoadedAggregate
+from cqrs_es.ports.store import EventStore, LoadedAggregate, page_size
 from cqrs_es.stores import append_plan
 from cqrs_es.stores.append_plan import AppendState
 from cqrs_es.stores.sql import dead_letters, outcomes
@@ -33,18 +33,18 @@ _SNAPSHOT_NUMBERS: Final = """
     SELECT aggregate_id, current_snapshot FROM snapshots
     WHERE aggregate_type = ? AND aggregate_id IN {ids}"""
 _SNAPSHOTS: Final = f"{SNAPSHOTS.select} WHERE aggregate_type = ? AND aggregate_id IN {{ids}}"
-_WHOLE_STREAMS: Final = f"""
-    {EVENTS.select} WHERE aggregate_type = ? AND aggregate_id IN {{ids}}
+# A page of a stream is a range of the primary key: LIMIT would have PostgreSQL before 17
+# read whole streams and sort them.
+_FIRST_PAGES: Final = f"""
+    {EVENTS.select} WHERE aggregate_type = ? AND aggregate_id IN {{ids}} AND sequence <= ?
     ORDER BY aggregate_id, sequence"""
-_STREAM: Final = "(aggregate_type = ? AND aggregate_id = ? AND sequence > ?)"
-_STREAMS: Final = (
-    f"{EVENTS.select} WHERE {{streams}} ORDER BY aggregate_type, aggregate_id, sequence"
-)
+_PAGE: Final = "(aggregate_type = ? AND aggregate_id = ? AND sequence > ? AND sequence <= ?)"
+_PAGES: Final = f"{EVENTS.select} WHERE {{pages}} ORDER BY aggregate_type, aggregate_id, sequence"
 _LOG: Final = (
     f"{EVENTS.select} WHERE log_partition = ? AND log_offset > ? ORDER BY log_offset LIMIT ?"
 )
-STREAMS_PER_QUERY: Final = 100
-"""Each is a range of the primary key, and SQLite limits an expression's depth to 1,000."""
+PAGES_PER_QUERY: Final = 100
+"""SQLite limits an expression's depth to 1,000."""
 
 
 class SqlEvents(EventStore):
@@ -54,7 +54,7 @@ class SqlEvents(EventStore):
         self._database = database
 
     async def load(self, requests: Sequence[LoadRequest]) -> list[LoadedAggregate]:
-        """Read aggregates, in the order of `requests`."""
+        """Read a page of each aggregate, in the order of `requests`."""
         return await self._database.read(lambda session: _load(session, requests))
 
     async def append(self, chains: Sequence[Chain], recorded_at: datetime) -> list[ChainResult]:
@@ -186,9 +186,14 @@ async def _write_snapshots(session: Session, plan: AppendPlan) -> None:
 async def _load(session: Session, requests: Sequence[LoadRequest]) -> list[LoadedAggregate]:
     snapshots = await _snapshots(session, [r.key for r in requests if r.snapshot])
     after = {request.key: _start(request, snapshots) for request in requests}
-    streams = await _streams(session, after)
+    most = page_size(len(requests))
+    pages = await _pages(session, after, most)
     return [
-        LoadedAggregate(snapshots.get(r.key) if r.snapshot else None, streams[r.key])
+        LoadedAggregate(
+            snapshots.get(r.key) if r.snapshot else None,
+            pages[r.key],
+            more=len(pages[r.key]) == most,
+        )
         for r in requests
     ]
 
@@ -211,26 +216,26 @@ def _start(request: LoadRequest, snapshots: Mapping[AggregateKey, Snapshot]) -> 
     return max(request.after, snapshot.last_sequence if snapshot else 0)
 
 
-async def _streams(
-    session: Session, after: Mapping[AggregateKey, int]
+async def _pages(
+    session: Session, after: Mapping[AggregateKey, int], most: int
 ) -> dict[AggregateKey, list[StoredEvent]]:
-    """Read whole streams by id, parts of streams each above its own sequence."""
-    streams: dict[AggregateKey, list[StoredEvent]] = {key: [] for key in after}
+    """Read first pages by id, later ones each above its own sequence."""
+    pages: dict[AggregateKey, list[StoredEvent]] = {key: [] for key in after}
     for aggregate_type, ids in _by_type(key for key, start in after.items() if not start):
-        sql = _WHOLE_STREAMS.format(ids=marks(len(ids)))
-        _sort_into(streams, await session.fetch(sql, (aggregate_type, *ids)))
-    partly = [(key, start) for key, start in after.items() if start]
-    for some in chunks(partly, STREAMS_PER_QUERY):
-        sql = _STREAMS.format(streams=" OR ".join([_STREAM] * len(some)))
-        wanted = [value for key, start in some for value in (key.type, key.id, start)]
-        _sort_into(streams, await session.fetch(sql, wanted))
-    return streams
+        sql = _FIRST_PAGES.format(ids=marks(len(ids)))
+        _sort_into(pages, await session.fetch(sql, (aggregate_type, *ids, most)))
+    later = [(key, start) for key, start in after.items() if start]
+    for some in chunks(later, PAGES_PER_QUERY):
+        sql = _PAGES.format(pages=" OR ".join([_PAGE] * len(some)))
+        wanted = [v for key, start in some for v in (key.type, key.id, start, start + most)]
+        _sort_into(pages, await session.fetch(sql, wanted))
+    return pages
 
 
-def _sort_into(streams: Mapping[AggregateKey, list[StoredEvent]], rows: Iterable[Row]) -> None:
+def _sort_into(pages: Mapping[AggregateKey, list[StoredEvent]], rows: Iterable[Row]) -> None:
     for row in rows:
         event = event_of(row)
-        streams[event.key].append(event)
+        pages[event.key].append(event)
 
 
 def _by_type(keys: Iterable[AggregateKey]) -> list[tuple[str, Sequence[str]]]:
