@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -31,7 +31,7 @@ class Replies:
         self._inbox: ReplyInbox | None = None
         self._opening = asyncio.Lock()
         self._reading: asyncio.Task[None] | None = None
-        self._waiting: defaultdict[str, deque[asyncio.Future[Outcome]]] = defaultdict(deque)
+        self._waiting: defaultdict[str, list[asyncio.Future[Outcome]]] = defaultdict(list)
 
     async def opened(self) -> ReplyInbox:
         """Make sure that the replies to what is sent from now on are read."""
@@ -54,8 +54,7 @@ class Replies:
 
     def _no_longer(self, command_id: str, outcome: asyncio.Future[Outcome]) -> None:
         waiting = self._waiting[command_id]
-        with contextlib.suppress(ValueError):  # it has got its reply
-            waiting.remove(outcome)
+        waiting.remove(outcome)
         if not waiting:
             del self._waiting[command_id]
 
@@ -66,9 +65,10 @@ class Replies:
                 inbox = await self.opened()
                 self._hand_out(await inbox.receive())
                 failures = 0
-            except errors.BrokerUnavailable as exc:
+            except Exception as exc:  # noqa: BLE001 - nobody else would read on
                 failures += 1
-                log.warning("replies unreadable", error=exc.message)
+                away = isinstance(exc, errors.BrokerUnavailable)
+                log.warning("replies unreadable", error=str(exc), exc_info=None if away else exc)
                 await self._drop_inbox()
                 await asyncio.sleep(backoff(failures))
 
@@ -78,9 +78,10 @@ class Replies:
         except errors.UndecodableRow as exc:
             log.warning("reply ignored", error=exc.message)
             return
-        waiting = self._waiting.get(outcome.command_id)
-        if waiting:
-            waiting.popleft().set_result(outcome)
+        waiting = self._waiting.get(outcome.command_id, ())
+        first = next((future for future in waiting if not future.done()), None)
+        if first is not None:
+            first.set_result(outcome)
 
     async def _drop_inbox(self) -> None:
         inbox, self._inbox = self._inbox, None

@@ -15,6 +15,8 @@ from redis.asyncio import Redis
 
 from cqrs_es import errors
 from cqrs_es.client import Client, FileCursor, SyncClient, new_command
+from cqrs_es.client.replies import Replies
+from cqrs_es.client.sending import outgoing
 from cqrs_es.messages import Status
 from cqrs_es.settings import Settings
 from cqrs_es.types import new_command_id
@@ -281,6 +283,22 @@ async def test_without_replies_the_store_knows(
     client = await bank.client(stack, store=True)
     outcome = await client.execute(BankAccount, "A1", OpenAccount("A1"), timeout=3)
     assert (outcome.status, outcome.duplicate) == (Status.ACCEPTED, False)
+
+
+async def test_a_reply_in_the_tick_of_its_time_out(bank: Bank, stack: AsyncExitStack) -> None:
+    """Whoever has just given up takes no reply from who still waits, and the reading goes on."""
+    broker = await bank.server.open()
+    replies = Replies(broker)
+    stack.push_async_callback(replies.close)
+    await replies.opened()
+    opening = new_command(BankAccount, "A1", OpenAccount("A1"), reply_to=replies.reply_to)
+    with replies.expecting(opening.id) as late, replies.expecting(opening.id) as waiting:
+        late.cancel()
+        await broker.send([outgoing(opening, PARTITIONS)])
+        assert (await asyncio.wait_for(waiting, 10)).accepted
+    with replies.expecting(opening.id) as again:
+        await broker.send([outgoing(opening, PARTITIONS)])
+        assert (await asyncio.wait_for(again, 10)).duplicate
 
 
 async def test_giving_up_is_safe(idle: Bank, stack: AsyncExitStack) -> None:
