@@ -148,7 +148,7 @@ class OpenApplication:
     async def submit(self, message: CommandMessage, *, retrying: bool = False) -> Outcome:
         """Execute a command message; with `retrying`, also one whose outcome is `failed`."""
         traced, span = self._process.tracing.executing(message)
-        complete = _with_body(traced)
+        complete = _with_body(traced, self._process.settings.max_message_bytes)
         answer = self._process.executor.submit(complete, retrying=retrying, span=span)
         return await asyncio.shield(answer)
 
@@ -307,9 +307,8 @@ class OpenApplication:
                 stopping.set()
 
 
-def _with_body(message: CommandMessage) -> CommandMessage:
+def _with_body(message: CommandMessage, max_bytes: int) -> CommandMessage:
     """Give a message that was made in this process the body that a sender would have sent."""
     if message.body:
         return message
-    body = wire.encode_command(message)
-    return wire.parse_command(body)
+    return wire.parse_command(wire.encode_command(message), max_bytes)

@@ -78,7 +78,8 @@ def _parse_object(body: bytes, max_bytes: int) -> JsonObject:
         reason = "message is not JSON but empty; on Redis it goes into the entry's field `command`"
         raise errors.InvalidMessage(reason)
     if len(body) > max_bytes:
-        reason = f"message has {len(body)} bytes, over the limit of {max_bytes}"
+        limit = f"the limit of {max_bytes} (CQRS_ES_MAX_MESSAGE_BYTES)"
+        reason = f"message has {len(body)} bytes, over {limit}"
         raise errors.InvalidMessage(reason)
     try:
         message = orjson.loads(body)

@@ -10,7 +10,7 @@ import typer
 
 from cqrs_es import errors, wire
 from cqrs_es.cli.exits import DONE, FAILED
-from cqrs_es.cli.invocation import with_application
+from cqrs_es.cli.invocation import invocation_of, with_application
 from cqrs_es.cli.output import JsonFlag, print_json, print_text
 from cqrs_es.cli.showing import print_outcome
 from cqrs_es.cloudevents import timestamp
@@ -53,17 +53,16 @@ def send(  # noqa: PLR0913, PLR0917 - what a command message consists of
     """
     from cqrs_es.commands import new_command
 
-    message = _checked(
-        new_command(
-            aggregate_type,
-            aggregate_id,
-            command,
-            _parsed(payload),
-            command_id=command_id,
-            expected_sequence=expected,
-            reply_to=f"cli-{secrets.token_hex(8)}" if wait else None,
-        )
+    message = new_command(
+        aggregate_type,
+        aggregate_id,
+        command,
+        _parsed(payload),
+        command_id=command_id,
+        expected_sequence=expected,
+        reply_to=f"cli-{secrets.token_hex(8)}" if wait else None,
     )
+    message = _checked(message, invocation_of(context).load()[0].max_message_bytes)
     if not wait:
         with_application(context, lambda opened: _send(opened, message), durable=True, broker=True)
         print_json({"command_id": message.id}) if json else print_text(message.id)
@@ -89,9 +88,9 @@ def _parsed(payload: str) -> JsonObject:
     return cast("JsonObject", parsed)
 
 
-def _checked(message: CommandMessage) -> CommandMessage:
+def _checked(message: CommandMessage, max_bytes: int) -> CommandMessage:
     """Read the message as its receiver will: what is wrong with it is said before it is sent."""
-    return wire.parse_command(wire.encode_command(message, sent_at=timestamp(utc_now())))
+    return wire.parse_command(wire.encode_command(message, sent_at=timestamp(utc_now())), max_bytes)
 
 
 async def _send(opened: OpenApplication, message: CommandMessage) -> None:
@@ -99,7 +98,8 @@ async def _send(opened: OpenApplication, message: CommandMessage) -> None:
 
     process = opened.process
     with process.tracing.sending([message]) as (traced,):
-        await process.broker.send([outgoing(traced, process.partitions)])
+        limit = process.settings.max_message_bytes
+        await process.broker.send([outgoing(traced, process.partitions, limit)])
 
 
 async def _send_and_wait(

@@ -19,6 +19,7 @@ from cqrs_es.projection.seen import wait_until_seen
 from cqrs_es.stores import storage_for
 from cqrs_es.telemetry.tracing import NO_TRACING, tracing_for
 from cqrs_es.types import check_name, parse_command_id
+from cqrs_es.wire import MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -38,6 +39,7 @@ class Client:
     With `store_url`, the service's own store, outcomes can be looked up, views
     waited for, and events read that the topic no longer holds. `partitions` is
     needed, and has to be right, while neither broker nor store can tell it.
+    `max_message_bytes` is the service's CQRS_ES_MAX_MESSAGE_BYTES.
     A broker or storage given in place of a URL stays open afterwards.
     """
 
@@ -50,6 +52,7 @@ class Client:
         partitions: int | None = None,
         broker: Broker | None = None,
         storage: Storage | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         """Prepare to connect; raise `SettingsError` for a URL that can't be used."""
         check_name(service, "service")
@@ -59,6 +62,7 @@ class Client:
         self._closes_broker = broker is None
         self._closes_storage = storage is None
         self._wanted_partitions = partitions
+        self._max_message_bytes = max_message_bytes
         self._sender = Sender(self._broker)
         self._replies = Replies(self._broker)
         self._source: EventSource | None = None
@@ -148,11 +152,14 @@ class Client:
         After `BrokerUnavailable` any of them may have arrived: send the same
         messages again, what arrives twice is done once.
         """
-        partitions = len(self._opened().partitions)
+        self._opened()
         with self._tracing.sending(list(messages)) as traced:
-            commands = [outgoing(message, partitions) for message in traced]
+            commands = [self._outgoing(message) for message in traced]
             await self._enqueue(commands)
         return [command.command_id for command in commands]
+
+    def _outgoing(self, message: CommandMessage) -> OutgoingCommand:
+        return outgoing(message, len(self._opened().partitions), self._max_message_bytes)
 
     async def _enqueue(self, commands: Sequence[OutgoingCommand]) -> None:
         try:
@@ -178,11 +185,11 @@ class Client:
         `WaitTimeout` without an outcome in time. An outcome marked `duplicate`
         may be that of this very call.
         """
-        partitions = len(self._opened().partitions)
+        self._opened()
         message = new_command(
             aggregate, aggregate_id, command, payload, reply_to=self._replies.reply_to, **options
         )
-        sent = outgoing(message, partitions)
+        sent = self._outgoing(message)
         try:
             async with asyncio.timeout(timeout):
                 return await self._replied(message, sent, timeout / 2)
@@ -210,7 +217,7 @@ class Client:
         """Enqueue a command, written anew where a trace's context has to go with it."""
         with self._tracing.sending([message]) as (traced,):
             if traced is not message:
-                sent = outgoing(traced, len(self._opened().partitions))
+                sent = self._outgoing(traced)
             await self._enqueue([sent])
         return sent
 

@@ -65,7 +65,7 @@ class Replies:
                 inbox = await self.opened()
                 self._hand_out(await inbox.receive())
                 failures = 0
-            except Exception as exc:  # noqa: BLE001 - nobody else would read on
+            except Exception as exc:  # nobody else would read on
                 failures += 1
                 away = isinstance(exc, errors.BrokerUnavailable)
                 log.warning("replies unreadable", error=str(exc), exc_info=None if away else exc)

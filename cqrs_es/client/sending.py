@@ -127,11 +127,13 @@ def _settle(sent: asyncio.Future[None], error: Exception | None) -> None:
         sent.set_exception(error)
 
 
-def outgoing(message: CommandMessage, partitions: int) -> OutgoingCommand:
+def outgoing(
+    message: CommandMessage, partitions: int, max_bytes: int = wire.MAX_MESSAGE_BYTES
+) -> OutgoingCommand:
     """Encode a message and read it as a worker will; raise `InvalidMessage`, naming the field."""
     try:
         body = wire.encode_command(message, sent_at=timestamp(utc_now()))
     except (TypeError, ValueError) as exc:
         raise errors.InvalidMessage(f"the message is not JSON: {shown(str(exc))}") from exc
-    checked = wire.parse_command(body)
+    checked = wire.parse_command(body, max_bytes)
     return OutgoingCommand(checked.key.partition(partitions), checked.id, body)

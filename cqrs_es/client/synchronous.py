@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 from cqrs_es import errors
 from cqrs_es.client.asynchronous import Client
+from cqrs_es.wire import MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -101,10 +102,15 @@ class SyncClient:
         service: str,
         store_url: str | None = None,
         partitions: int | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         """Prepare to connect; raise `SettingsError` for a URL that can't be used."""
         self._client = Client(
-            broker_url, service=service, store_url=store_url, partitions=partitions
+            broker_url,
+            service=service,
+            store_url=store_url,
+            partitions=partitions,
+            max_message_bytes=max_message_bytes,
         )
         self._bridge: Bridge | None = None
 
