@@ -1,12 +1,14 @@
 """Feeding command messages from a file or from stdin: one JSON object per line.
 
 A file of any size passes through: what is read is sent before more is read,
-and reading pauses while enough is waiting in the queue.
+and reading pauses while enough is waiting in the queue. Of a line that is
+longer than a message may be only the beginning is kept.
 """
 
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import os
 import threading
@@ -42,10 +44,10 @@ class Feeder:
     async def feed(self, descriptor: int) -> None:
         """Send every line of an open file; blank lines are skipped.
 
-        What is no valid message goes to partition 0 as it is: the worker puts
-        it among the dead letters.
+        What is no valid message goes to partition 0 as it is, a line that is too
+        long cut off one byte beyond the limit: the worker puts it among the dead letters.
         """
-        async for lines in _batches(descriptor):
+        async for lines in _batches(descriptor, self._max_message_bytes + 1):
             await self._wait_for_room()
             await self._send([self._outgoing(line) for line in lines])
 
@@ -101,21 +103,21 @@ def _open(path: str) -> int:
     return descriptor
 
 
-async def _batches(descriptor: int) -> AsyncIterator[list[bytes]]:
-    """Read a file in pieces; yield the lines that each completes."""
-    pending = bytearray()
+async def _batches(descriptor: int, limit: int) -> AsyncIterator[list[bytes]]:
+    """Read a file in pieces; yield the lines that each completes, `limit` bytes of each."""
+    pending, at_start = b"", True
     while chunk := await _in_thread(lambda: os.read(descriptor, READ_BYTES)):
-        pending += chunk
-        end = pending.rfind(b"\n", len(pending) - len(chunk))
-        if end >= 0:
-            complete = bytes(pending[:end])
-            del pending[: end + 1]
-            yield _lines(complete)
-    yield _lines(bytes(pending))
+        text = pending + chunk
+        if at_start and len(text) >= len(codecs.BOM_UTF8):
+            text, at_start = text.removeprefix(codecs.BOM_UTF8), False
+        *complete, pending = (line[:limit] for line in text.split(b"\n"))
+        if complete:
+            yield _without_blanks(complete)
+    yield _without_blanks([pending.removeprefix(codecs.BOM_UTF8) if at_start else pending])
 
 
-def _lines(text: bytes) -> list[bytes]:
-    return [line for line in text.split(b"\n") if line.strip()]
+def _without_blanks(lines: list[bytes]) -> list[bytes]:
+    return [line for line in lines if line.strip()]
 
 
 async def _in_thread(call: Callable[[], T]) -> T:

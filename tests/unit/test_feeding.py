@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import os
+import tracemalloc
 from typing import TYPE_CHECKING
 
 import pytest
@@ -82,13 +84,45 @@ async def test_each_goes_to_its_aggregates_partition_in_order(
 
 
 async def test_what_is_no_message_goes_to_partition_0_as_it_is(tmp_path: Path) -> None:
-    """Blank lines are left out; a message over the limit is no message."""
+    """Blank lines are left out; a message over the limit is no message, and is cut beyond it."""
     file = tmp_path / "commands.jsonl"
     big = message("OpenAccount", "account", "a1", {"account_id": "x" * LIMIT})
     file.write_bytes(b"\n\n{no\n \t\r\n" + big + b"\n\xff\n")
     broker = MemoryBroker(event_retention=10)
     await feed(file, broker)
-    assert await received(broker, 0) == [b"{no", big, b"\xff"]
+    assert await received(broker, 0) == [b"{no", big[: LIMIT + 1], b"\xff"]
+
+
+@pytest.mark.parametrize("read_bytes", [1, 2, 1000])
+async def test_a_byte_order_mark_is_no_part_of_the_first_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int
+) -> None:
+    """Some editors and shells begin a UTF-8 file with one."""
+    monkeypatch.setattr(feeding, "READ_BYTES", read_bytes)
+    file = tmp_path / "commands.jsonl"
+    file.write_bytes(codecs.BOM_UTF8 + b"{1\n" + codecs.BOM_UTF8 + b"{2")
+    broker = MemoryBroker(event_retention=10)
+    await feed(file, broker)
+    assert await received(broker, 0) == [b"{1", codecs.BOM_UTF8 + b"{2"]
+
+
+async def test_a_file_without_newlines_is_not_held_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a line without end as much is kept as shows that it is too long."""
+    monkeypatch.setattr(feeding, "READ_BYTES", 64 * 1024)
+    file = tmp_path / "commands.jsonl"
+    with file.open("wb") as writing:
+        for _ in range(64):
+            writing.write(b"x" * 1024 * 1024)
+        writing.write(b"\n{2")
+    broker = MemoryBroker(event_retention=10)
+    tracemalloc.start()
+    await feed(file, broker)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 4 * 1024 * 1024
+    assert await received(broker, 0) == [b"x" * (LIMIT + 1), b"{2"]
 
 
 async def test_reading_waits_while_enough_is_queued(
