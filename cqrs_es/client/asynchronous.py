@@ -287,6 +287,7 @@ class Client:
 
         It begins where `cursor` is; without one, or when that is new, at the
         `start` or the `end` of the log. `types` leaves out other events.
+        Raises `EventsGone` for the start without a store, on RabbitMQ.
         """
         wanted = None if types is None else frozenset([types] if isinstance(types, str) else types)
         subscription = await subscription_to(

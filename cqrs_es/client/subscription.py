@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias
 
 import orjson
 
+from cqrs_es import errors
 from cqrs_es.client.cursors import Position
 from cqrs_es.client.following import Follower
 from cqrs_es.messages import Envelope, StoredEvent
@@ -22,6 +23,10 @@ Begin: TypeAlias = Literal["start", "end"]
 
 # The longest that handled events go unsaved while more are at hand.
 SAVE_SECONDS: Final = 1.0
+_NO_START: Final = (
+    "this broker keeps no events from before a subscription, so it can't begin at the start of the"
+    ' log: give the client store_url, or subscribe from_="end"'
+)
 
 
 class Subscription:
@@ -149,10 +154,13 @@ async def subscription_to(
     """Make a subscription that begins where its cursor is; at `begin` if that is new.
 
     In another life of the log than the cursor's it begins with the first event.
+    Raises `EventsGone` for a `start` that nobody here can read from.
     """
     epoch = await source.log_epoch()
     position = await cursor.load() if cursor else None
     if position is None:
+        if begin == "start" and not source.has_store and not await source.topic_repeats():
+            raise errors.EventsGone(_NO_START)
         reached = await _first(source, begin)
     elif epoch in {None, position.log_epoch}:
         epoch = position.log_epoch

@@ -451,6 +451,18 @@ async def test_impatience_loses_nothing(client: Client) -> None:
     assert [event.sequence for event in taken] == list(range(1, 91))
 
 
+@pytest.mark.parametrize("server", ["amqp"], indirect=True)
+async def test_the_start_of_a_topic_that_keeps_nothing(idle: Bank, stack: AsyncExitStack) -> None:
+    """Without the store it can't be had, which is said at once."""
+    client = await idle.client(stack, store=False)
+    async with asyncio.timeout(5):
+        with pytest.raises(errors.EventsGone, match="give the client store_url"):
+            async with client.subscribe("test"):
+                pass
+        async with client.subscribe("test", from_="end"):
+            pass
+
+
 @pytest.mark.parametrize("server", KEEPING_EVENTS, indirect=True)
 async def test_what_the_topic_has_dropped(idle: Bank, stack: AsyncExitStack) -> None:
     """Without the store a subscriber is told what is missing; with the store it misses nothing."""

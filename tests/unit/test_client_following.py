@@ -92,6 +92,9 @@ def queues() -> Queues:
 async def subscribed(
     queues: MemoryBroker, cursor: Cursor | None = None, from_: Literal["start", "end"] = "start"
 ) -> AsyncGenerator[Subscription]:
+    """Subscribe; to queues, which have no start, as one who has handled nothing so far."""
+    if cursor is None and isinstance(queues, Queues):
+        cursor = Remembered(Position(EPOCH, {0: 0}))
     async with (
         Client(broker=queues, service="bank", partitions=1) as client,
         client.subscribe("test", cursor=cursor, from_=from_) as events,
@@ -105,6 +108,13 @@ async def offsets(events: Subscription, count: int) -> list[int]:
 
 
 # --- Queues ------------------------------------------------------------------
+
+
+async def test_queues_have_no_start(queues: Queues) -> None:
+    """Who asks for it without a store is told at once, not when events turn out to be missing."""
+    with pytest.raises(errors.EventsGone, match='give the client store_url, or .* from_="end"'):
+        async with subscribed(queues, Remembered()):
+            pass
 
 
 async def test_a_gap_is_held_until_it_is_resent(queues: Queues) -> None:
@@ -165,7 +175,7 @@ async def test_the_end_of_queues_is_whatever_comes_next(queues: Queues) -> None:
 
 async def test_queues_that_hold_two_lives_of_a_log(queues: Queues) -> None:
     """The new life begins at once; what comes late of the old one is dropped."""
-    cursor = Remembered()
+    cursor = Remembered(Position(EPOCH, {0: 0}))
     async with subscribed(queues, cursor) as events:
         queues.deliver(1, 2, 3)
         assert await offsets(events, 3) == [1, 2, 3]
