@@ -35,6 +35,13 @@ UntilIdle = Annotated[
         "--until-idle", help="Exit when all is handled, published and projected; 4 if cut short."
     ),
 ]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        help="Exit 1 if a command failed or became a dead letter, or an aggregate is parked.",
+    ),
+]
 Only = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", help="Run only this projector; may be given several times."),
@@ -53,6 +60,7 @@ def run(
     context: typer.Context,
     commands: CommandsFile = None,
     until_idle: UntilIdle = False,
+    strict: Strict = False,
     health_port: HealthPort = None,
     json: JsonFlag = False,
 ) -> None:
@@ -67,12 +75,14 @@ def run(
     from cqrs_es.cli.service import Task, run_to_the_end, serve
 
     with opened_commands(commands) as source:
-        task = Task(commands=source, until_idle=until_idle)
+        task = Task(commands=source, until_idle=until_idle, strict=strict)
         report = run_to_the_end(serve(app, settings, task))
     if json:
         print_json(_summary(report))
     else:
         print_fields(_readable_summary(report))
+    if report.failures and strict:
+        complain(f"{report.failures}; see `cqrs-es dead list` and `cqrs-es parked list`")
     if report.code == INTERRUPTED:
         complain("interrupted before all was done; run it again: nothing is done twice")
     raise typer.Exit(report.code)

@@ -51,12 +51,14 @@ IDLE_POLL_SECONDS: Final = 0.02
 class Task:
     """What a process is to do: its roles (None for all), what to feed, when to end.
 
-    `commands` is the descriptor of an open file.
+    `commands` is the descriptor of an open file. With `strict`, failures make
+    the exit code 1.
     """
 
     roles: Collection[str] | None = None
     commands: int | None = None
     until_idle: bool = False
+    strict: bool = False
 
 
 @dataclass(slots=True)
@@ -72,6 +74,14 @@ class Report:
     seconds: float = 0.0
     rows: Mapping[str, int] = field(default_factory=dict[str, int])
     parked: int = 0
+
+    @property
+    def failures(self) -> str:
+        """What went wrong with commands and views, in words; empty for nothing."""
+        counts = {
+            "failed": self.counts.failed, "dead letters": self.dead, "parked aggregates": self.parked
+        }
+        return ", ".join(f"{what}: {count}" for what, count in counts.items() if count)
 
 
 def run_to_the_end(work: Coroutine[Any, Any, T]) -> T:
@@ -189,6 +199,8 @@ class Service:
             report.published = self._supervisor.published
             report.projected = self._supervisor.projected
             report.seconds = round(self._ended - self._started, 3)
+        if self._task.strict and report.failures:
+            report.code = report.code or exits.FAILED
         return report
 
     def _announce(self, opened: OpenApplication) -> None:

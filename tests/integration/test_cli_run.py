@@ -69,6 +69,20 @@ def test_bad_lines_become_dead_letters_and_good_ones_go_on(here: Here, tmp_path:
     assert sorted(letter["body"] for letter in letters) == ["[1]", "{bad", "\ufffd\ufffd"]
 
 
+def test_failures_are_an_error_where_that_is_asked_for(here: Here, tmp_path: Path) -> None:
+    """With --strict the exit code is 1 for failed commands, dead letters and parked aggregates."""
+    until_idle = ("run", "--until-idle", "--json", "--strict", "--commands")
+    rejections = here.done(*until_idle, str(EXAMPLE)).json["commands"]["rejected"]
+    assert rejections  # which are answers, no failures
+    unknown = here(*until_idle, fed(tmp_path, message("Nonsense", "account", "a1")))
+    assert (unknown.code, unknown.json["commands"]["failed"]) == (1, 1)
+    assert "failed: 1" in unknown.complaint
+    assert "`cqrs-es dead list`" in unknown.complaint
+    dead = here(*until_idle, fed(tmp_path, b"{no"))
+    assert (dead.code, dead.json["commands"]["dead"]) == (1, 1)
+    assert here.done("run", "--until-idle", "--json").json["commands"]["failed"] == 0
+
+
 def test_it_reads_stdin(sqlite_url: str) -> None:
     """A file named - is stdin."""
     result = cqrs_es(

@@ -132,6 +132,8 @@ def test_parked_for_people(parked: Here) -> None:
     status = parked.done(*FRAGILE, "status").out.splitlines()
     assert status[1].split() == ["fragile", "1", "0", "2"]
     assert status[2].split() == ["bank_totals", "1", "0", "0"]
+    strict = parked(*FRAGILE, "run", "--until-idle", "--strict")
+    assert (strict.code, "parked aggregates: 2" in strict.complaint) == (1, True)
 
 
 def test_retry_of_what_still_fails(parked: Here) -> None:
