@@ -110,10 +110,15 @@ async def _batches(descriptor: int, limit: int) -> AsyncIterator[list[bytes]]:
         text = pending + chunk
         if at_start and len(text) >= len(codecs.BOM_UTF8):
             text, at_start = text.removeprefix(codecs.BOM_UTF8), False
-        *complete, pending = (line[:limit] for line in text.split(b"\n"))
-        if complete:
-            yield _without_blanks(complete)
+        lines = _cut(text, limit)
+        pending = lines.pop()
+        if lines:
+            yield _without_blanks(lines)
     yield _without_blanks([pending.removeprefix(codecs.BOM_UTF8) if at_start else pending])
+
+
+def _cut(text: bytes, limit: int) -> list[bytes]:
+    return [line[:limit] for line in text.split(b"\n")]
 
 
 def _without_blanks(lines: list[bytes]) -> list[bytes]:

@@ -79,7 +79,9 @@ class Report:
     def failures(self) -> str:
         """What went wrong with commands and views, in words; empty for nothing."""
         counts = {
-            "failed": self.counts.failed, "dead letters": self.dead, "parked aggregates": self.parked
+            "failed": self.counts.failed,
+            "dead letters": self.dead,
+            "parked aggregates": self.parked,
         }
         return ", ".join(f"{what}: {count}" for what, count in counts.items() if count)
 

@@ -112,7 +112,7 @@ async def offsets(events: Subscription, count: int) -> list[int]:
 
 async def test_queues_have_no_start(queues: Queues) -> None:
     """Who asks for it without a store is told at once, not when events turn out to be missing."""
-    with pytest.raises(errors.EventsGone, match='give the client store_url, or .* from_="end"'):
+    with pytest.raises(errors.EventsGone, match=r'give the client store_url, or .* from_="end"'):
         async with subscribed(queues, Remembered()):
             pass
 
