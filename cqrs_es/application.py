@@ -10,8 +10,7 @@ from cqrs_es import errors
 from cqrs_es.brokers import broker_for
 from cqrs_es.definitions import define_aggregate, define_projector, define_view, needs_services
 from cqrs_es.execution.executor import Executor
-from cqrs_es.execution.hooks import Hooks, OnHandlerFailure
-from cqrs_es.execution.policy import ExecutionPolicy
+from cqrs_es.execution.policy import ExecutionPolicy, Hooks, OnHandlerFailure
 from cqrs_es.messages import NO_METADATA, Outcome, StoredEvent
 from cqrs_es.opened import OpenApplication
 from cqrs_es.ports.clock import Clock, SystemClock

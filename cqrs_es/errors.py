@@ -95,6 +95,10 @@ class LeaseLost(CqrsError):
     """Another process owns the partition now; stop working on it."""
 
 
+class Withdrawn(CqrsError):
+    """The process stops, and the command was not begun; submit it again, here or elsewhere."""
+
+
 class WaitTimeout(CqrsError):
     """What was waited for did not happen in time; it may still happen, ask again."""
 

@@ -13,9 +13,8 @@ import structlog
 from cqrs_es import errors, wire
 from cqrs_es.commands import new_command
 from cqrs_es.definitions import ViewDefinition
-from cqrs_es.execution.baselines import baseline_from, load_request, mended_baseline
+from cqrs_es.execution.baselines import first_page, replayed
 from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome
-from cqrs_es.ports.store import LoadRequest, load_whole
 from cqrs_es.projection.folding import folding_for
 from cqrs_es.projection.generations import (
     live_name,
@@ -183,18 +182,13 @@ class OpenApplication:
         """Load an aggregate as a handler would find it; in its first state if it has no events."""
         definition = self.registry.aggregate_of(cls)
         baseline = await self._baseline(definition, AggregateKey(definition.type, aggregate_id))
-        state: A = definition.state.decode(baseline.state)
+        state: A = baseline.thaw(definition)
         return Loaded(state, baseline.sequence, baseline.snapshot)
 
     async def _baseline(self, definition: AggregateDefinition, key: AggregateKey) -> Baseline:
         events = self.storage.events
-        (loaded,) = await load_whole(events, [load_request(definition, key)])
-        baseline = baseline_from(definition, loaded)
-        if baseline is not None:
-            return baseline
-        assert loaded.snapshot is not None  # noqa: S101 - only a snapshot can be unusable
-        (everything,) = await load_whole(events, [LoadRequest(key)])
-        return mended_baseline(definition, loaded.snapshot, everything)
+        (first,) = await events.load([first_page(definition, key)])
+        return await replayed(definition, key, first, events.load)
 
     async def events(
         self, cls: type[Aggregate[Any, E, Any]], aggregate_id: str

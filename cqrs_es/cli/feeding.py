@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from cqrs_es import errors, wire
-from cqrs_es.execution.policy import backoff
+from cqrs_es.execution.retry import backoff
 from cqrs_es.ports.broker import OutgoingCommand
 
 if TYPE_CHECKING:

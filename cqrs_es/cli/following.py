@@ -16,7 +16,7 @@ from cqrs_es.cli.exits import DONE, FAILED
 from cqrs_es.cli.invocation import invocation_of
 from cqrs_es.cli.output import JsonFlag  # noqa: TC001 - typer evaluates annotations
 from cqrs_es.cli.showing import event_writer
-from cqrs_es.execution.policy import backoff
+from cqrs_es.execution.retry import backoff
 from cqrs_es.runtime.waiting import unless
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from cqrs_es.cli.progress import display_for
 from cqrs_es.cli.version import version
 from cqrs_es.definitions import ViewDefinition
 from cqrs_es.execution.executor import CANCELLATION_SECONDS
-from cqrs_es.execution.policy import backoff
 from cqrs_es.execution.report import Counts
+from cqrs_es.execution.retry import backoff
 from cqrs_es.projection.generations import live_name
 from cqrs_es.runtime.garbage import collect_less_often
 from cqrs_es.runtime.roles import known_roles

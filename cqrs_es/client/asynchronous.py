@@ -14,7 +14,7 @@ from cqrs_es.client.sending import Sender, outgoing
 from cqrs_es.client.source import EventSource
 from cqrs_es.client.subscription import Begin, Subscription, subscription_to
 from cqrs_es.commands import AggregateName, CommandOptions, Payload, new_command
-from cqrs_es.execution.policy import backoff
+from cqrs_es.execution.retry import backoff
 from cqrs_es.projection.seen import wait_until_seen
 from cqrs_es.stores import storage_for
 from cqrs_es.telemetry.tracing import NO_TRACING, tracing_for

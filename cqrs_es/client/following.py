@@ -12,7 +12,7 @@ import structlog
 from cqrs_es import errors
 from cqrs_es.client.ordering import Ordering
 from cqrs_es.cloudevents import event_at
-from cqrs_es.execution.policy import backoff
+from cqrs_es.execution.retry import backoff
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

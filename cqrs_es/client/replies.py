@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from cqrs_es import errors, wire
-from cqrs_es.execution.policy import backoff
+from cqrs_es.execution.retry import backoff
 
 if TYPE_CHECKING:
     from cqrs_es.messages import Outcome

@@ -1,191 +1,260 @@
-"""Deciding a chain of commands for one aggregate, one upon the other, with no I/O of its own."""
+"""Deciding commands for one aggregate, one upon the other, with no I/O of its own."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+import functools
+import inspect
+import types
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+)
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import structlog
 
 from cqrs_es import errors
 from cqrs_es.codec import to_json
-from cqrs_es.execution.baselines import Baseline
-from cqrs_es.execution.handling import run_handler
-from cqrs_es.execution.hooks import NO_HOOKS, Hooks
-from cqrs_es.execution.policy import MAX_EVENTS_PER_COMMAND, ExecutionPolicy
+from cqrs_es.execution.baselines import Baseline, freeze, unstorable
+from cqrs_es.execution.policy import MAX_EVENTS_PER_COMMAND, NO_HOOKS, ExecutionPolicy, Hooks
 from cqrs_es.execution.report import ids_of
-from cqrs_es.execution.work import Job, Work, refusal
-from cqrs_es.messages import CommandContext, CommandMessage, Outcome, OutcomeEvent, Status
+from cqrs_es.execution.stages import Decided, Prepared, Submission
+from cqrs_es.messages import (
+    CommandContext,
+    CommandMessage,
+    Outcome,
+    OutcomeError,
+    OutcomeEvent,
+    Status,
+)
 from cqrs_es.ports.dead_letters import DeadLetter
-from cqrs_es.ports.store import DecidedCommand, NewEvent
-from cqrs_es.types import text_of
+from cqrs_es.ports.store import Chain, DecidedCommand, NewEvent, Snapshot
+from cqrs_es.types import storable, text_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from datetime import datetime
 
     from cqrs_es.definitions import AggregateDefinition, AnyAggregate
+    from cqrs_es.types import AggregateKey
 
 log = structlog.get_logger("cqrs_es.execution")
 
+# What a row of the log takes beside its payload, for the bound on an append's size.
+ROW_BYTES: Final = 512
+
 
 class Decider:
-    """Decides works; knows the policy, the time, and whom to tell of handlers that fail.
+    """Decides what is prepared; knows the policy, the time, and whom to tell of handlers that fail.
 
-    Whatever a handler raises is its command's failure, until `ending` is set: from then on a
-    cancellation is meant for the decider.
+    `begin(submission)` is asked before each command; where it says False the command is
+    left out. Whatever a handler raises is its command's failure, until `ending` is set:
+    from then on a cancellation is meant for the decider.
     """
 
     def __init__(
         self,
         policy: ExecutionPolicy,
         now: Callable[[], datetime],
+        partitions: int,
+        begin: Callable[[Submission], bool] = lambda _: True,
         hooks: Hooks = NO_HOOKS,
     ) -> None:
         self._policy = policy
         self._now = now
+        self._partitions = partitions
+        self._begin = begin
         self._hooks = hooks
         self.ending = False
 
-    async def decide(self, work: Work) -> None:
-        """Decide the work's jobs in order, filling `decided`, `result` and perhaps `held`."""
-        lineage = _Lineage(work) if work.baseline is not None else None
-        for index, job in enumerate(work.jobs):
-            decided = await self._decide_or_hold(work, lineage, job)
-            if decided is None:
-                work.held = work.jobs[index:]
+    async def decide(self, prepared: Prepared) -> Decided:
+        """Decide the commands in order, up to one that has to wait for its next attempt."""
+        lineage = _Lineage.of(prepared)
+        submissions: list[Submission] = []
+        commands: list[DecidedCommand] = []
+        later: _Later | None = None
+        for index, submission in enumerate(prepared.submissions):
+            if not self._begin(submission):
+                continue
+            decided = await self._decide_until_settled(prepared, lineage, submission)
+            if isinstance(decided, _Later):
+                later = replace(decided, behind=prepared.submissions[index + 1 :])
                 break
-            work.decided.append(decided)
-        if lineage is not None:
-            work.result, work.new_snapshot = lineage.result, lineage.snapshot
+            submissions.append(submission)
+            commands.append(decided)
+        return Decided(
+            submissions=tuple(submissions),
+            chain=Chain(
+                key=prepared.key,
+                partition=prepared.key.partition(self._partitions),
+                base_sequence=None if lineage is None else lineage.base.sequence,
+                commands=tuple(commands),
+                snapshot=None if lineage is None else lineage.snapshot,
+            ),
+            baseline=None if lineage is None else lineage.baseline,
+            size=sum(len(event.payload) + ROW_BYTES for each in commands for event in each.events),
+            waiting=() if later is None else (later.first, *later.behind),
+            wait_seconds=0.0 if later is None else later.seconds,
+        )
 
-    async def _decide_or_hold(
-        self, work: Work, lineage: _Lineage | None, job: Job
-    ) -> DecidedCommand | None:
-        """Decide one job, at once again where the ladder says so; None to wait first."""
+    async def _decide_until_settled(
+        self, prepared: Prepared, lineage: _Lineage | None, submission: Submission
+    ) -> DecidedCommand | _Later:
+        """Decide one command, at once again where the ladder says so."""
         while True:
             try:
-                return await self._decide_one(work, lineage, job)
+                return await self._decide_one(prepared, lineage, submission)
             except BaseException as exc:
                 if isinstance(exc, KeyboardInterrupt):
                     raise
                 if self.ending:
                     raise asyncio.CancelledError from exc
                 _take_back_cancellations()
-                job.failures += 1
-                delay = self._after_failure(job, exc)
+                submission = replace(submission, failures=submission.failures + 1)
+                delay = self._after_failure(submission, exc)
                 if delay is None:
-                    return self._failed(job, "internal_error", _said(exc), detail=text_of(exc))
+                    return self._failed(
+                        submission, "internal_error", _said(exc), detail=text_of(exc)
+                    )
                 if delay > 0:
-                    work.hold_seconds = delay
-                    return None
+                    return _Later(submission, delay)
 
-    def _after_failure(self, job: Job, exc: BaseException) -> float | None:
+    def _after_failure(self, submission: Submission, exc: BaseException) -> float | None:
         """Record a handler's failure; return the wait before the next try, None for no more."""
-        delay = None if _permanent(exc) else self._policy.retry_delay(job.failures)
+        delay = None if _permanent(exc) else self._policy.retry_delay(submission.failures)
         log.warning(
             "handler failed",
-            **ids_of(job.message),
-            failures=job.failures,
+            **ids_of(submission.message),
+            failures=submission.failures,
             retry_in=delay,
             exc_info=exc,
         )
         if delay is not None:
             self._hooks.meter.retry("handler")
-        job.span.failed(exc)
+        submission.span.failed(exc)
         if self._hooks.on_failure is not None:
-            self._hooks.on_failure(job.message, exc)
+            self._hooks.on_failure(submission.message, exc)
         return delay
 
-    async def _decide_one(self, work: Work, lineage: _Lineage | None, job: Job) -> DecidedCommand:
-        if job.condemned is not None:
-            return self._failed(job, "internal_error", job.condemned)
-        if work.definition is None:
-            reason = f"aggregate type {job.message.aggregate_type!r} is unknown here"
-            return self._failed(job, "unknown_aggregate_type", reason)
-        codec = work.definition.commands.get(job.message.type)
+    async def _decide_one(
+        self, prepared: Prepared, lineage: _Lineage | None, submission: Submission
+    ) -> DecidedCommand:
+        message, definition = submission.message, prepared.definition
+        if submission.condemned is not None:
+            return self._failed(submission, "internal_error", submission.condemned)
+        if definition is None:
+            reason = f"aggregate type {message.aggregate_type!r} is unknown here"
+            return self._failed(submission, "unknown_aggregate_type", reason)
+        codec = definition.commands.get(message.type)
         if codec is None:
-            reason = f"{job.message.aggregate_type} has no command {job.message.type!r}"
-            return self._failed(job, "unknown_command", reason)
+            reason = f"{message.aggregate_type} has no command {message.type!r}"
+            return self._failed(submission, "unknown_command", reason)
         try:
-            command = codec.convert(job.message.payload)
+            command = codec.convert(message.payload)
         except errors.InvalidCommand as exc:
-            return _decided(job, _rejected(job, "invalid_command", exc.message, None))
-        if work.load_failure is not None or lineage is None:
-            failure = work.load_failure
-            return self._failed(job, "internal_error", _said(failure), detail=text_of(failure))
-        return await self._handle(work.definition, lineage, job, command)
+            return _rejected(submission, "invalid_command", exc.message, None)
+        if lineage is None:
+            failure = prepared.failure
+            return self._failed(
+                submission, "internal_error", _said(failure), detail=text_of(failure)
+            )
+        return await self._handle(definition, lineage, submission, command)
 
     async def _handle(
-        self, definition: AggregateDefinition, lineage: _Lineage, job: Job, command: object
+        self,
+        definition: AggregateDefinition,
+        lineage: _Lineage,
+        submission: Submission,
+        command: object,
     ) -> DecidedCommand:
         """Run the handler on a scratch copy; only what it yields goes on into the lineage."""
-        expected = job.message.expected_sequence
-        if expected is not None and expected != lineage.sequence:
-            reason = f"the aggregate is at sequence {lineage.sequence}, not {expected}"
-            return _decided(job, _rejected(job, "conflict", reason, lineage.sequence))
-        collected = _CollectedEvents(definition, job.message, self._policy.max_event_bytes)
+        message = submission.message
+        if message.expected_sequence not in {None, lineage.sequence}:
+            reason = (
+                f"the aggregate is at sequence {lineage.sequence}, not {message.expected_sequence}"
+            )
+            return _rejected(submission, "conflict", reason, lineage.sequence)
+        collected = _CollectedEvents(definition, message, self._policy.max_event_bytes)
         try:
-            with job.span.handling():
+            with submission.span.handling():
                 await run_handler(
                     lineage.scratch(),
                     command,
-                    definition.services(_context(job.message)),
+                    definition.services(_context(message)),
                     on_event=collected.add,
                     seconds=definition.handler_timeout or self._policy.handler_timeout,
                 )
         except errors.DomainError as exc:
-            return _decided(job, _rejected(job, exc.code, exc.message, lineage.sequence))
+            return _rejected(submission, exc.code, exc.message, lineage.sequence)
         except errors.TooLarge as exc:
-            return self._failed(job, "internal_error", exc.message)
+            return self._failed(submission, "internal_error", exc.message)
         lineage.extend(collected.events)
-        return _decided(job, _accepted(job, lineage.sequence, collected.events), collected.events)
+        return _accepted(submission, lineage.sequence, collected.events)
 
     def _failed(
-        self, job: Job, code: str, reason: str, *, detail: str | None = None
+        self, submission: Submission, code: str, reason: str, *, detail: str | None = None
     ) -> DecidedCommand:
         """Fail a command; senders are told the reason, operators also find the detail."""
+        message = submission.message
         letter = DeadLetter.of(
-            job.message.body,
+            message.body,
             reason=f"{code}: {detail or reason}",
             source="commands",
             seen_at=self._now(),
             limit=self._policy.max_message_bytes,
-            command_id=job.message.id,
-            attempts=max(1, job.failures + job.attempts),
+            command_id=message.id,
+            attempts=max(1, submission.failures + submission.attempts),
         )
-        outcome = refusal(job.message, Status.FAILED, code, reason)
-        return _decided(job, outcome, dead_letter=letter)
+        outcome = _outcome(submission, Status.FAILED, error=OutcomeError(code, storable(reason)))
+        return _decided(submission, outcome, dead_letter=letter)
+
+
+@dataclass(frozen=True, slots=True)
+class _Later:
+    """A command whose handler failed, the seconds until its next attempt, and those behind it."""
+
+    first: Submission
+    seconds: float
+    behind: tuple[Submission, ...] = ()
 
 
 class _Lineage:
-    """An aggregate's state as the chain goes on: the baseline plus what was accepted so far.
+    """An aggregate's state as the commands go on: its baseline plus what was accepted so far.
 
     It is advanced by the events as they will be read back, never by the
     handler's own objects: what can't be loaded again is found before it is
     stored, and state that a handler changed without an event leaves no trace.
     """
 
-    def __init__(self, work: Work) -> None:
-        assert work.definition is not None  # noqa: S101 - works with a baseline have one
-        assert work.baseline is not None  # noqa: S101
-        self._definition = work.definition
-        self._base = work.baseline
-        self._encoded = work.baseline.state
-        self._live: AnyAggregate | None = None
-        self.sequence = work.baseline.sequence
-        self.snapshot: tuple[int, bytes] | None = None
+    def __init__(self, key: AggregateKey, definition: AggregateDefinition, base: Baseline) -> None:
+        self._key = key
+        self._definition = definition
+        self.base = base
+        self.baseline = base
+        self.snapshot: Snapshot | None = None
+
+    @classmethod
+    def of(cls, prepared: Prepared) -> _Lineage | None:
+        """Begin with what was prepared, if the aggregate's state was needed and could be had."""
+        if prepared.definition is None or prepared.baseline is None:
+            return None
+        return cls(prepared.key, prepared.definition, prepared.baseline)
 
     @property
-    def result(self) -> Baseline:
-        """The baseline that the aggregate has once the chain is committed."""
-        if self.snapshot is not None:
-            return Baseline(self._encoded, self.sequence, self._base.snapshot + 1)
-        return Baseline(self._encoded, self.sequence, self._base.snapshot, self._base.mend_snapshot)
+    def sequence(self) -> int:
+        """The sequence of the last accepted event."""
+        return self.baseline.sequence
 
     def scratch(self) -> Any:
         """Return a copy of the present state for a handler to work on."""
-        return self._definition.state.decode(self._encoded)
+        return self.baseline.thaw(self._definition)
 
     def extend(self, new: Sequence[NewEvent]) -> None:
         """Apply accepted events, taking the snapshot that falls due among them.
@@ -200,14 +269,26 @@ class _Lineage:
             live.apply(self._definition.events[event.event_type].codec.decode(event.payload))
             sequence += 1
             if sequence == due:
-                snapshot = (sequence, self._definition.state.encode(live))
-        self._encoded = self._definition.state.encode(live)
-        self.sequence, self.snapshot = sequence, snapshot
+                snapshot = self._snapshot(live, sequence)
+        state = freeze(self._definition, live)
+        base, taken = self.base, snapshot is not None
+        self.snapshot = snapshot
+        self.baseline = Baseline(
+            state, sequence, base.snapshot + taken, base.mend_snapshot and not taken
+        )
 
     def _snapshot_due(self, new_events: int) -> int | None:
-        if self._base.mend_snapshot:
+        if self.base.mend_snapshot:
             return self.sequence + new_events
         return self._definition.source.snapshot_at(self.sequence, new_events)
+
+    def _snapshot(self, live: AnyAggregate, sequence: int) -> Snapshot:
+        """Encode the state; a later snapshot of the same commands takes the place of this one."""
+        try:
+            payload = self._definition.state.encode(live)
+        except (TypeError, ValueError) as exc:
+            raise unstorable(self._definition, exc) from exc
+        return Snapshot(self._key, sequence, self.base.snapshot + 1, payload)
 
 
 class _CollectedEvents:
@@ -248,38 +329,61 @@ def _context(message: CommandMessage) -> CommandContext:
     )
 
 
-def _accepted(job: Job, sequence: int, events: Sequence[NewEvent]) -> Outcome:
+# --- Outcomes ----------------------------------------------------------------
+
+
+def _accepted(submission: Submission, sequence: int, events: Sequence[NewEvent]) -> DecidedCommand:
     first = sequence - len(events) + 1
+    numbered = tuple(OutcomeEvent(event.event_type, n) for n, event in enumerate(events, first))
+    outcome = _outcome(submission, Status.ACCEPTED, sequence=sequence, events=numbered)
+    return _decided(submission, outcome, events)
+
+
+def _rejected(
+    submission: Submission, code: str, reason: str, sequence: int | None
+) -> DecidedCommand:
+    error = OutcomeError(code, storable(reason))
+    outcome = _outcome(submission, Status.REJECTED, sequence=sequence, error=error)
+    return _decided(submission, outcome)
+
+
+def _outcome(
+    submission: Submission,
+    status: Status,
+    *,
+    sequence: int | None = None,
+    events: tuple[OutcomeEvent, ...] = (),
+    error: OutcomeError | None = None,
+) -> Outcome:
+    message = submission.message
     return Outcome(
-        command_id=job.message.id,
-        status=Status.ACCEPTED,
-        aggregate_type=job.message.aggregate_type,
-        aggregate_id=job.message.aggregate_id,
+        command_id=message.id,
+        status=status,
+        aggregate_type=message.aggregate_type,
+        aggregate_id=message.aggregate_id,
         sequence=sequence,
-        events=tuple(
-            OutcomeEvent(event.event_type, number) for number, event in enumerate(events, first)
-        ),
+        events=events,
+        error=error,
     )
 
 
-def _rejected(job: Job, code: str, reason: str, sequence: int | None) -> Outcome:
-    return refusal(job.message, Status.REJECTED, code, reason, sequence=sequence)
-
-
 def _decided(
-    job: Job,
+    submission: Submission,
     outcome: Outcome,
     events: Sequence[NewEvent] = (),
     dead_letter: DeadLetter | None = None,
 ) -> DecidedCommand:
     return DecidedCommand(
         outcome=outcome,
-        content_hash=job.content_hash,
+        content_hash=submission.content_hash,
         events=tuple(events),
         dead_letter=dead_letter,
-        replaces_failed=job.retrying,
-        attempted=job.attempts > 0,
+        replaces_failed=submission.retrying,
+        attempted=submission.attempts > 0,
     )
+
+
+# --- Failures ----------------------------------------------------------------
 
 
 def _take_back_cancellations() -> None:
@@ -299,3 +403,96 @@ def _said(exc: BaseException | None) -> str:
     if isinstance(exc, errors.CqrsError):
         return exc.message
     return f"the handler raised {type(exc).__name__}"
+
+
+# --- Running a handler, whatever kind of function it is ----------------------
+
+OnEvent: TypeAlias = Callable[[object], None]
+
+
+async def run_handler(
+    aggregate: AnyAggregate,
+    command: object,
+    services: object,
+    *,
+    on_event: OnEvent,
+    seconds: float | None = None,
+) -> None:
+    """Call `handle` and pass each event to `on_event`, then to `apply`, as soon as it comes.
+
+    A plain function or generator runs to its end without giving way to the
+    event loop. Raises `HandlerTimeout` after `seconds`, and whatever the
+    handler raises.
+    """
+
+    def happen(event: object) -> None:
+        on_event(event)
+        aggregate.apply(event)
+
+    result = aggregate.handle(command, services)
+    if isinstance(result, AsyncIterator) or inspect.isawaitable(result):
+        await _within(seconds, _drive(result, happen))
+    else:
+        _apply_all(result, happen)
+
+
+async def _drive(result: AsyncIterator[Any] | Awaitable[Any], happen: OnEvent) -> None:
+    if not isinstance(result, AsyncIterator):
+        _apply_all(await result, happen)
+        return
+    try:
+        async for event in result:
+            happen(event)
+    finally:
+        if isinstance(result, AsyncGenerator):  # end it here, not when it is collected
+            await cast("AsyncGenerator[Any]", result).aclose()
+
+
+def _apply_all(result: object, happen: OnEvent) -> None:
+    if result is None:
+        return
+    if not isinstance(result, Iterable) or isinstance(result, str | bytes):
+        message = f"handle must yield events or return a list of them, not {result!r}"
+        raise errors.DefinitionError(message)
+    for event in cast("Iterable[object]", result):
+        happen(event)
+
+
+async def _within(seconds: float | None, work: Coroutine[Any, Any, None]) -> None:
+    """Await under a deadline; tell our time-out from one that the handler raised itself.
+
+    The deadline is set where the work first waits for something: most handlers
+    never do, and a timer costs as much as deciding a simple command.
+    """
+    try:
+        first = work.send(None)
+    except StopIteration:
+        return
+    deadline = asyncio.timeout(seconds)
+    try:
+        async with deadline:
+            await _rest_of(work, first)
+    except TimeoutError as exc:
+        if deadline.expired():
+            message = f"the handler took longer than {seconds} s (CQRS_ES_HANDLER_TIMEOUT)"
+            raise errors.HandlerTimeout(message) from exc
+        raise
+
+
+@types.coroutine
+def _rest_of(work: Coroutine[Any, Any, None], waits_for: object) -> Generator[Any, Any, None]:
+    """Await a coroutine that was begun by hand and now waits for something [PEP 380]."""
+    while True:
+        try:
+            answer = yield waits_for
+        except GeneratorExit:
+            work.close()
+            raise
+        except BaseException as exc:  # noqa: BLE001 - it is the work's own to handle
+            step = functools.partial[object](work.throw, exc)
+        else:
+            step = functools.partial[object](work.send, answer)
+        try:
+            waits_for = step()
+        except StopIteration:
+            return

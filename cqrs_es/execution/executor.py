@@ -2,9 +2,10 @@
 
 Batches come from concurrency, not from a timer. Two loops run side by side:
 one prepares (looks up known commands, loads aggregates, starts deciding), the
-other commits whatever is decided by the time the last commit is done. So a
-slow handler delays only its own aggregate, and while one batch is committed
-the next is prepared.
+other appends whatever is decided by the time the last append is done. So a
+slow handler delays only its own aggregate, and while one batch is appended
+the next is prepared. `Inbox` says how a command moves between them, `stages`
+what it is meanwhile.
 
 Why every command is answered once and rightly, whatever is lost on the way:
 a command is answered only after a commit that holds its outcome, or from an
@@ -15,33 +16,33 @@ nothing behind, and the command goes round again from the look-up on.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Self
 
 import structlog
 
 from cqrs_es import errors
-from cqrs_es.execution.answers import Answers, known_outcome
-from cqrs_es.execution.baselines import BaselineCache
+from cqrs_es.execution.baselines import BaselineCache, BaselineLoader
 from cqrs_es.execution.decide import Decider
-from cqrs_es.execution.decided import Decided
-from cqrs_es.execution.hooks import NO_HOOKS, Hooks
-from cqrs_es.execution.lanes import Lanes
-from cqrs_es.execution.loading import BaselineLoader
-from cqrs_es.execution.outage import Outage
-from cqrs_es.execution.policy import ExecutionPolicy
+from cqrs_es.execution.inbox import Inbox, known_outcome
+from cqrs_es.execution.policy import NO_HOOKS, ExecutionPolicy, Hooks
 from cqrs_es.execution.report import Counts, Reporter
-from cqrs_es.execution.work import Answer, Job, Work
+from cqrs_es.execution.retry import Outage
+from cqrs_es.execution.stages import Answer, Decided, Prepared, Submission
 from cqrs_es.ports.store import Committed
 from cqrs_es.telemetry.tracing import NO_SPAN, CommandSpan
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
 
-    from cqrs_es.messages import CommandMessage, Outcome
+    from cqrs_es.definitions import AggregateDefinition
+    from cqrs_es.execution.baselines import Found
+    from cqrs_es.messages import CommandMessage
     from cqrs_es.ports.clock import Clock
     from cqrs_es.ports.store import ChainResult, EventStore, StoredOutcome
     from cqrs_es.registry import Registry
+    from cqrs_es.types import AggregateKey
 
 log = structlog.get_logger("cqrs_es.execution")
 
@@ -63,25 +64,22 @@ class Executor:
     ) -> None:
         self._registry = registry
         self._events = events
-        self._partitions = partitions
         self._clock = clock
-        self._policy = policy or ExecutionPolicy()
         self._hooks = hooks
-        self._decider = Decider(self._policy, clock.now, hooks)
+        policy = policy or ExecutionPolicy()
         # Two, since a store that can be read but not written to answers every look-up.
-        self._reading = Outage(clock, self._policy.patience, hooks.meter)
-        self._writing = Outage(clock, self._policy.patience, hooks.meter)
-        self._lanes = Lanes()
-        self._baselines = BaselineCache(self._policy.cached_aggregates)
+        self._reading = Outage(clock, policy.patience, hooks.meter)
+        self._writing = Outage(clock, policy.patience, hooks.meter)
+        self._baselines = BaselineCache(policy.cache_bytes)
         self._loader = BaselineLoader(events, self._baselines, self._reading)
-        self._decided = Decided(self._policy.batch_size)
         self._reporter = Reporter(clock.monotonic, hooks.meter)
-        self._answers = Answers(self._reporter)
+        self._inbox = Inbox(policy.batch_size, self._reporter)
+        self._decider = Decider(policy, clock.now, partitions, self._inbox.begin, hooks)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         self._start(self._prepare_forever())
-        self._start(self._commit_forever())
+        self._start(self._append_forever())
         return self
 
     async def __aexit__(
@@ -100,7 +98,7 @@ class Executor:
         _, left = await asyncio.wait(self._tasks, timeout=CANCELLATION_SECONDS)
         if left:
             log.error("handlers ignore their cancellation", handlers=len(left))
-        self._answers.cancel_all()
+        self._inbox.cancel_all()
 
     # --- For callers ---------------------------------------------------------
 
@@ -117,10 +115,10 @@ class Executor:
 
         Commands for one aggregate are decided in the order in which they are
         submitted. The future raises `UnknownEvent` where newer code is needed,
-        and `StoreUnavailable` or another `StoreError` where the store refuses;
-        the command may then be submitted again.
+        `Withdrawn` after `withdraw`, and `StoreUnavailable` or another `StoreError`
+        where the store refuses; the command may then be submitted again.
         """
-        job = Job(
+        submission = Submission(
             message=message,
             content_hash=message.content_hash(),
             answer=asyncio.get_running_loop().create_future(),
@@ -130,9 +128,16 @@ class Executor:
             span=span,
         )
         if span is not NO_SPAN:
-            job.answer.add_done_callback(span.end)
-        self._take_in(job)
-        return job.answer
+            submission.answer.add_done_callback(span.end)
+        self._inbox.add(submission)
+        return submission.answer
+
+    def withdraw(self, answers: Collection[Answer]) -> None:
+        """Give commands up that are not begun: their futures raise `Withdrawn`.
+
+        One whose handler runs is decided and appended; its future gets the outcome.
+        """
+        self._inbox.withdraw(answers)
 
     @property
     def counts(self) -> Counts:
@@ -140,9 +145,9 @@ class Executor:
         return self._reporter.counts
 
     @property
-    def in_hand(self) -> int:
+    def pending(self) -> int:
         """How many different commands are not answered yet."""
-        return len(self._answers)
+        return len(self._inbox)
 
     @property
     def trouble(self) -> str | None:
@@ -151,181 +156,198 @@ class Executor:
 
     async def drain(self) -> None:
         """Wait until every command taken so far is answered."""
-        await self._answers.wait_idle()
-
-    # --- Intake --------------------------------------------------------------
-
-    def _take_in(self, job: Job) -> None:
-        if self._answers.admit(job):
-            self._lanes.add(job)
+        await self._inbox.wait_idle()
 
     # --- Preparing: look up, load, begin to decide ---------------------------
 
     async def _prepare_forever(self) -> None:
         while True:
-            await self._lanes.wait_ready()
-            await self._decided.wait_room()
-            works = [
-                Work(jobs[0].message.key, jobs)
-                for jobs in self._lanes.take(self._policy.batch_size)
-            ]
+            taken = await self._inbox.take()
             try:
-                await self._prepare(works)
+                await self._prepare(taken)
             except Exception as exc:  # noqa: BLE001 - the callers are told, each by its future
-                self._give_up(works, exc)
+                self._give_up(taken, exc)
 
-    async def _prepare(self, works: list[Work]) -> None:
+    async def _prepare(self, taken: Sequence[tuple[Submission, ...]]) -> None:
         with self._reporter.timing("lookup"):
-            await self._answer_known(works)
-        unknown = [work for work in works if work.jobs]
+            unknown = await self._answer_known(taken)
         if not unknown:
-            self._reporter.report(works)
-        for work in unknown:
-            work.definition = self._registry.aggregates.get(work.key.type)
+            self._reporter.report(taken)
+            return
+        wanted = {
+            key: definition
+            for key, submissions in unknown.items()
+            if (definition := self._definition(key)) and _state_needed(submissions, definition)
+        }
         with self._reporter.timing("load"):
-            await self._loader.find_baselines(unknown)
-        for work in unknown:
-            self._start(self._decide(work))
+            found = await self._loader.find(wanted)
+        for key, submissions in unknown.items():
+            self._start(self._decide(key, submissions, found.get(key)))
 
-    async def _answer_known(self, works: Sequence[Work]) -> None:
-        """Answer the commands that have an outcome; release aggregates with nothing left to do."""
-        ids = [job.message.id for work in works for job in work.jobs]
+    async def _answer_known(
+        self, taken: Sequence[tuple[Submission, ...]]
+    ) -> dict[AggregateKey, tuple[Submission, ...]]:
+        """Answer the commands that have an outcome; return the others by aggregate.
+
+        Aggregates with nothing left to do are released.
+        """
+        ids = [each.message.id for submissions in taken for each in submissions]
         known = await self._reading.wait_out(lambda: self._events.find_outcomes(ids))
-        if not known:
-            return
-        for work in works:
-            work.jobs = [job for job in work.jobs if not self._answer_if_known(job, known)]
-            if not work.jobs:
-                self._lanes.release(work.key)
+        unknown: dict[AggregateKey, tuple[Submission, ...]] = {}
+        for submissions in taken:
+            key = submissions[0].message.key
+            left = self._unanswered(submissions, known) if known else submissions
+            if left:
+                unknown[key] = left
+            else:
+                self._inbox.release(key)
+        return unknown
 
-    def _answer_if_known(self, job: Job, known: Mapping[str, StoredOutcome]) -> bool:
-        outcome = known_outcome(job, known.get(job.message.id))
-        if outcome is None:
-            return False
-        self._answer(job, outcome)
-        return True
+    def _unanswered(
+        self, submissions: Iterable[Submission], known: Mapping[str, StoredOutcome]
+    ) -> tuple[Submission, ...]:
+        left: list[Submission] = []
+        for each in submissions:
+            outcome = known_outcome(each, known.get(each.message.id))
+            if outcome is None:
+                left.append(each)
+            else:
+                self._inbox.answer(each, outcome)
+        return tuple(left)
 
-    async def _decide(self, work: Work) -> None:
+    def _definition(self, key: AggregateKey) -> AggregateDefinition | None:
+        return self._registry.aggregates.get(key.type)
+
+    async def _decide(
+        self, key: AggregateKey, submissions: tuple[Submission, ...], found: Found | None
+    ) -> None:
         try:
-            if isinstance(work.load_failure, errors.UnknownEvent):
-                raise work.load_failure  # noqa: TRY301 - it takes the same way out as any other
+            prepared = await self._with_baseline(key, submissions, found)
             with self._reporter.timing("decide"):
-                await self._decider.decide(work)
+                decided = await self._decider.decide(prepared)
         except Exception as exc:  # noqa: BLE001 - the callers are told, each by its future
-            self._give_up([work], exc)
-            return
-        self._decided.put(work)
+            self._give_up([submissions], exc)
+        else:
+            self._inbox.put(decided)
 
-    # --- Committing ----------------------------------------------------------
+    async def _with_baseline(
+        self, key: AggregateKey, submissions: tuple[Submission, ...], found: Found | None
+    ) -> Prepared:
+        """Complete what was found of the aggregate; a failure of its own is kept for the outcome.
 
-    async def _commit_forever(self) -> None:
+        Raises `UnknownEvent` and `StoreUnavailable`: the commands are not to blame.
+        """
+        definition = self._definition(key)
+        if definition is None or found is None:
+            return Prepared(key, submissions, definition)
+        try:
+            baseline = await self._loader.baseline(definition, key, found)
+        except (errors.StoreUnavailable, errors.UnknownEvent, KeyboardInterrupt):
+            raise
+        except asyncio.CancelledError:
+            raise
+        except BaseException as exc:  # noqa: BLE001 - an apply can raise anything
+            return Prepared(key, submissions, definition, failure=exc)
+        return Prepared(key, submissions, definition, baseline)
+
+    # --- Appending -----------------------------------------------------------
+
+    async def _append_forever(self) -> None:
         while True:
-            works = await self._decided.take()
-            for work in works:
-                if not work.decided:
-                    self._release(work)
-            await self._commit([work for work in works if work.decided])
+            taken = await self._inbox.take_decided()
+            for decided in taken:
+                if not decided.submissions:
+                    self._release(decided)
+            await self._commit([decided for decided in taken if decided.submissions])
 
-    async def _commit(self, works: Sequence[Work]) -> None:
-        """Append works, all of which are settled one way or another when this returns."""
-        if not works:
+    async def _commit(self, batch: Sequence[Decided]) -> None:
+        """Append what is decided, all of which is settled one way or another afterwards."""
+        if not batch:
             return
         try:
-            results = await self._append(works)
+            results = await self._append(batch)
         except (errors.TooLarge, errors.UndecodableRow) as exc:
-            await self._commit_in_parts(works, exc)
+            await self._commit_in_parts(batch, exc)
         except errors.StoreUnavailable as exc:
-            await self._go_round_again(works, exc)
+            await self._go_round_again(batch, exc)
         except Exception as exc:  # noqa: BLE001 - the callers are told, each by its future
-            self._give_up(works, exc)
+            self._give_up((_all_of(decided) for decided in batch), exc)
         else:
-            self._conclude(works, results)
+            self._conclude(batch, results)
 
-    def _conclude(self, works: Sequence[Work], results: Sequence[ChainResult]) -> None:
+    async def _append(self, batch: Sequence[Decided]) -> list[ChainResult]:
+        chains = [decided.chain for decided in batch]
+        with self._reporter.timing("append"), self._hooks.tracing.appending(_spans(batch)):
+            return await self._events.append(chains, self._clock.now())
+
+    def _conclude(self, batch: Sequence[Decided], results: Sequence[ChainResult]) -> None:
         self._writing.over()
-        for work, result in zip(works, results, strict=True):
-            self._settle(work, result)
-        self._reporter.committed(works)
+        for decided, result in zip(batch, results, strict=True):
+            self._settle(decided, result)
+        self._reporter.committed([decided.submissions for decided in batch])
         if self._hooks.on_commit is not None:
             self._hooks.on_commit()
 
-    async def _append(self, works: Sequence[Work]) -> list[ChainResult]:
-        chains = [work.chain(self._partitions) for work in works]
-        with self._reporter.timing("append"), self._hooks.tracing.appending(_spans(works)):
-            return await self._events.append(chains, self._clock.now())
-
-    async def _commit_in_parts(self, works: Sequence[Work], exc: errors.CqrsError) -> None:
-        """Find the work, then the command, that the store can't take; the others commit."""
-        if len(works) > 1:
-            for work in works:
-                await self._commit([work])
+    async def _commit_in_parts(self, batch: Sequence[Decided], exc: errors.CqrsError) -> None:
+        """Find the aggregate, then the command, that the store can't take; the others commit."""
+        if len(batch) > 1:
+            for decided in batch:
+                await self._commit([decided])
             return
-        (work,) = works
-        if len(work.decided) == 1:
-            work.jobs[0].condemned = exc.message
-        for job in work.jobs:
-            job.alone = True
-        self._baselines.drop(work.key)
-        self._lanes.release(work.key, work.jobs)
+        (decided,) = batch
+        again = [replace(each, alone=True) for each in _all_of(decided)]
+        if len(decided.submissions) == 1:
+            again[0] = replace(again[0], condemned=exc.message)
+        self._again(decided.key, again)
 
-    def _settle(self, work: Work, result: ChainResult) -> None:
+    def _settle(self, decided: Decided, result: ChainResult) -> None:
         if not isinstance(result, Committed):
-            self._decide_again(work)
+            self._reporter.conflict()
+            for each in decided.submissions:
+                each.span.conflicted()
+            self._again(decided.key, _all_of(decided))
             return
-        if work.result is not None:
-            self._baselines.put(work.key, work.result)
-        for job, outcome in zip(work.jobs, result.outcomes, strict=False):
-            self._answer(job, outcome)
-        self._release(work)
+        if decided.baseline is not None:
+            self._baselines.put(decided.key, decided.baseline)
+        for each, outcome in zip(decided.submissions, result.outcomes, strict=True):
+            self._inbox.answer(each, outcome)
+        self._release(decided)
 
-    def _decide_again(self, work: Work) -> None:
-        """Send a chain that met a conflict round again, on what the store holds now."""
-        self._reporter.conflict()
-        for job in work.jobs:
-            job.span.conflicted()
-        self._baselines.drop(work.key)
-        self._lanes.release(work.key, work.jobs)
+    def _again(self, key: AggregateKey, submissions: Iterable[Submission]) -> None:
+        """Decide commands again, on what the store holds now."""
+        self._baselines.drop(key)
+        self._inbox.release(key, submissions)
 
-    def _release(self, work: Work) -> None:
+    def _release(self, decided: Decided) -> None:
         """Let the aggregate's next commands come, after the wait that a retry asks for."""
-        if work.held:
-            self._start(self._release_later(work))
+        if decided.waiting:
+            self._start(self._release_later(decided))
         else:
-            self._lanes.release(work.key)
+            self._inbox.release(decided.key)
 
-    async def _release_later(self, work: Work) -> None:
-        await self._clock.sleep(work.hold_seconds)
-        self._lanes.release(work.key, work.held)
+    async def _release_later(self, decided: Decided) -> None:
+        await self._clock.sleep(decided.wait_seconds)
+        self._inbox.release(decided.key, decided.waiting)
 
-    async def _go_round_again(self, works: Sequence[Work], exc: errors.StoreUnavailable) -> None:
+    async def _go_round_again(self, batch: Sequence[Decided], exc: errors.StoreUnavailable) -> None:
         """After an append whose commit is unknown: look the outcomes up, never write blindly."""
-        for work in works:
-            for job in work.jobs:
-                job.uncertain = True
-            self._baselines.drop(work.key)
+        for decided in batch:
+            self._baselines.drop(decided.key)
         try:
             await self._writing.pause(exc)
         except errors.StoreUnavailable as final:
-            self._give_up(works, final)
+            self._give_up((_all_of(decided) for decided in batch), final)
             return
-        for work in works:
-            self._lanes.release(work.key, work.jobs)
+        for decided in batch:
+            again = [replace(each, uncertain=True) for each in decided.submissions]
+            self._again(decided.key, [*again, *decided.waiting])
 
-    # --- Answering -----------------------------------------------------------
-
-    def _answer(self, job: Job, outcome: Outcome) -> None:
-        for follower in self._answers.give(job, outcome):
-            self._take_in(follower)
-
-    def _give_up(self, works: Iterable[Work], exc: Exception) -> None:
+    def _give_up(self, lines: Iterable[tuple[Submission, ...]], exc: Exception) -> None:
         """Hand an error that is not the commands' own to whoever submitted them."""
-        for work in works:
-            if not work.jobs:  # all were answered from the store: its aggregate is released
-                continue
-            for job in work.jobs:
-                self._answers.fail(job, exc)
-            self._baselines.drop(work.key)
-            self._lanes.release(work.key)
+        for submissions in lines:
+            for each in submissions:
+                self._inbox.fail(each, exc)
+            self._again(submissions[0].message.key, ())
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -333,5 +355,15 @@ class Executor:
         task.add_done_callback(self._tasks.discard)
 
 
-def _spans(works: Sequence[Work]) -> Iterator[CommandSpan]:
-    return (job.span for work in works for job in work.jobs[: len(work.decided)])
+def _state_needed(submissions: Iterable[Submission], definition: AggregateDefinition) -> bool:
+    return any(
+        each.condemned is None and each.message.type in definition.commands for each in submissions
+    )
+
+
+def _all_of(decided: Decided) -> tuple[Submission, ...]:
+    return (*decided.submissions, *decided.waiting)
+
+
+def _spans(batch: Sequence[Decided]) -> Iterator[CommandSpan]:
+    return (each.span for decided in batch for each in decided.submissions)

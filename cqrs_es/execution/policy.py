@@ -1,16 +1,22 @@
-"""The numbers that execution is run by."""
+"""What an executor is run with: its numbers, and whom it tells of what it does."""
 
 from __future__ import annotations
 
-import random
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
+from cqrs_es.execution.retry import with_jitter
+from cqrs_es.messages import CommandMessage
+from cqrs_es.telemetry.meter import NO_METER, Meter
+from cqrs_es.telemetry.tracing import NO_TRACING, Tracing
 from cqrs_es.wire import MAX_MESSAGE_BYTES
 
 MAX_EVENTS_PER_COMMAND: Final = 10_000
 # Bounds what one append transaction carries, beside the number of its commands.
 MAX_APPEND_BYTES: Final = 4 * 1024 * 1024
+
+OnHandlerFailure: TypeAlias = Callable[[CommandMessage, BaseException], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +26,14 @@ class ExecutionPolicy:
     `retry_delays`: the waits before the second, third … attempt at a command
     whose handler failed unexpectedly; after the last it fails. `patience`: how
     long to go on trying while the store is away, None for as long as it takes.
+    `cache_bytes`: how much memory the states of aggregates used last may take.
     """
 
     batch_size: int = 500
     handler_timeout: float = 30.0
     retry_delays: tuple[float, ...] = (0.0, 0.2, 1.0, 5.0)
     patience: float | None = None
-    cached_aggregates: int = 50_000
+    cache_bytes: int = 64 * 1024 * 1024
     max_event_bytes: int = 1024 * 1024
     max_message_bytes: int = MAX_MESSAGE_BYTES
 
@@ -37,11 +44,18 @@ class ExecutionPolicy:
         return with_jitter(self.retry_delays[failures - 1])
 
 
-def with_jitter(seconds: float) -> float:
-    """Spread a wait over 75–125 %, so that those who failed together don't return together."""
-    return seconds * random.uniform(0.75, 1.25)  # noqa: S311 - nothing secret about it
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hooks:
+    """Called on the hot path: they wait for nothing and raise nothing.
+
+    `on_failure` is told of every exception that a handler raises unexpectedly;
+    `on_commit` is called after each commit that wrote events.
+    """
+
+    on_failure: OnHandlerFailure | None = None
+    on_commit: Callable[[], None] | None = None
+    meter: Meter = NO_METER
+    tracing: Tracing = NO_TRACING
 
 
-def backoff(attempt: int, *, first: float = 0.05, most: float = 5.0) -> float:
-    """Return the wait before attempt 1, 2, 3 …: doubling, bounded, with jitter."""
-    return with_jitter(min(most, first * 2 ** min(attempt - 1, 16)))
+NO_HOOKS: Final = Hooks()

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
-    from cqrs_es.execution.work import Work
+    from cqrs_es.execution.stages import Submission
     from cqrs_es.messages import CommandMessage, Outcome
     from cqrs_es.telemetry.meter import Meter, Phase
 
@@ -76,13 +76,13 @@ class Reporter:
         self.counts.conflicts += 1
         self._meter.conflict()
 
-    def committed(self, works: Sequence[Work]) -> None:
-        """Count a batch and report it."""
+    def committed(self, batch: Sequence[Sequence[Submission]]) -> None:
+        """Count a batch, by aggregate, and report it."""
         self.counts.batches += 1
-        self._meter.batch(sum(len(work.decided) for work in works))
-        self.report(works)
+        self._meter.batch(sum(map(len, batch)))
+        self.report(batch)
 
-    def report(self, works: Sequence[Work]) -> None:
+    def report(self, batch: Sequence[Sequence[Submission]]) -> None:
         """Say what was done since the last report."""
         done = self.counts.since(self._reported)
         self._reported = replace(self.counts)
@@ -91,14 +91,14 @@ class Reporter:
             self._seconds[phase] = 0.0
         log.info(
             "batch done",
-            **_ids(works),
+            **_ids(batch),
             accepted=done.accepted,
             rejected=done.rejected,
             failed=done.failed,
             duplicate=done.duplicate,
             events=done.events,
             conflicts=done.conflicts,
-            aggregates=len(works),
+            aggregates=len(batch),
             **seconds,
         )
 
@@ -135,11 +135,11 @@ class _Timing:
         self._meter.took(self._phase, spent)
 
 
-def _ids(works: Sequence[Work]) -> dict[str, str]:
+def _ids(batch: Sequence[Sequence[Submission]]) -> dict[str, str]:
     """Say which command it was, where it was one."""
-    if len(works) != 1 or len(works[0].jobs) != 1:
+    if len(batch) != 1 or len(batch[0]) != 1:
         return {}
-    return ids_of(works[0].jobs[0].message)
+    return ids_of(batch[0][0].message)
 
 
 def ids_of(message: CommandMessage) -> dict[str, str]:

@@ -216,14 +216,3 @@ class EventStore(ABC):
     @abstractmethod
     async def heads(self) -> Mapping[int, int]:
         """Return every partition's head: the offset of its last event, 0 when it is empty."""
-
-
-async def load_whole(events: EventStore, requests: Sequence[LoadRequest]) -> list[LoadedAggregate]:
-    """Read aggregates to their ends, page by page; all their events are in memory at once."""
-    whole = await events.load(requests)
-    while rest := [nth for nth, found in enumerate(whole) if found.more]:
-        more = [LoadRequest(requests[nth].key, whole[nth].events[-1].sequence) for nth in rest]
-        for nth, page in zip(rest, await events.load(more), strict=True):
-            found = whole[nth]
-            whole[nth] = LoadedAggregate(found.snapshot, [*found.events, *page.events], page.more)
-    return whole

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import structlog
 
 from cqrs_es import errors
-from cqrs_es.execution.policy import backoff
+from cqrs_es.execution.retry import backoff
 from cqrs_es.projection.applying import READ_LIMIT, Applier
 from cqrs_es.projection.folding import folding_for
 from cqrs_es.projection.generations import (

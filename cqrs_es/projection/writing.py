@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import structlog
 
 from cqrs_es import errors
-from cqrs_es.execution.policy import backoff
+from cqrs_es.execution.retry import backoff
 from cqrs_es.types import storable, text_of
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from cqrs_es import errors, wire
-from cqrs_es.execution.policy import backoff
+from cqrs_es.execution.retry import backoff
 from cqrs_es.ports.dead_letters import DeadLetter
 
 if TYPE_CHECKING:

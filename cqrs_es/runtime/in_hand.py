@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cqrs_es.execution.work import Answer
+    from cqrs_es.execution.stages import Answer
     from cqrs_es.messages import CommandMessage
     from cqrs_es.ports.broker import Delivery
     from cqrs_es.runtime.leases import Assignment

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import structlog
 
 from cqrs_es import errors
-from cqrs_es.execution.policy import backoff
+from cqrs_es.execution.retry import backoff
 from cqrs_es.telemetry.meter import NO_METER, Meter
 
 if TYPE_CHECKING:

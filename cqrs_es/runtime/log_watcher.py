@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from cqrs_es import errors
-from cqrs_es.execution.policy import backoff
+from cqrs_es.execution.retry import backoff
 from cqrs_es.runtime.waiting import within
 
 if TYPE_CHECKING:

@@ -188,6 +188,6 @@ class Supervisor:
 
     async def idle(self) -> bool:
         """Tell whether every command is handled, and every event published and projected."""
-        if self._executor.in_hand or sum((await self._process.broker.queue_depth()).values()):
+        if self._executor.pending or sum((await self._process.broker.queue_depth()).values()):
             return False
         return (await self.progress()).lag == 0

@@ -14,7 +14,7 @@ from cqrs_es.runtime.in_hand import Held, InHand
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from cqrs_es.execution.work import Answer
+    from cqrs_es.execution.stages import Answer
     from cqrs_es.messages import CommandMessage
     from cqrs_es.ports.broker import CommandIntake, Delivery
     from cqrs_es.runtime.dead_messages import DeadMessages

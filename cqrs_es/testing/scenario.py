@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar, cast
 
 from cqrs_es.definitions import define_aggregate
 from cqrs_es.errors import DomainError
-from cqrs_es.execution.handling import run_handler
+from cqrs_es.execution.decide import run_handler
 from cqrs_es.testing.decision import Decision
 from cqrs_es.testing.log import Log
 

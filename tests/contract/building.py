@@ -15,11 +15,12 @@ from cqrs_es.ports.store import (
     Committed,
     Conflicted,
     DecidedCommand,
+    EventStore,
+    LoadedAggregate,
     LoadRequest,
     NewEvent,
     Snapshot,
     StoredEvent,
-    load_whole,
 )
 from cqrs_es.types import AggregateKey, new_command_id
 
@@ -248,3 +249,14 @@ def assert_complete(log: dict[int, list[StoredEvent]]) -> None:
         for e in found:
             assert e.sequence == sequences.get(e.key, 0) + 1
             sequences[e.key] = e.sequence
+
+
+async def load_whole(events: EventStore, requests: Sequence[LoadRequest]) -> list[LoadedAggregate]:
+    """Read aggregates to their ends, page by page; all their events are in memory at once."""
+    whole = await events.load(requests)
+    while rest := [nth for nth, found in enumerate(whole) if found.more]:
+        more = [LoadRequest(requests[nth].key, whole[nth].events[-1].sequence) for nth in rest]
+        for nth, page in zip(rest, await events.load(more), strict=True):
+            found = whole[nth]
+            whole[nth] = LoadedAggregate(found.snapshot, [*found.events, *page.events], page.more)
+    return whole

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cqrs_es.ports.store import LOAD_LIMIT, PAGE_LIMIT, LoadRequest, load_whole, page_size
+from cqrs_es.ports.store import LOAD_LIMIT, PAGE_LIMIT, LoadRequest, page_size
 from cqrs_es.types import AggregateKey
 from tests.contract.building import (
     AWKWARD_IDS,
     account,
     commit,
+    load_whole,
     one,
     snapshot,
     stream,

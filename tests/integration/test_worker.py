@@ -208,7 +208,7 @@ async def test_large_messages_stay_in_the_queue(
         await t.enqueue(*(added(n) for n in range(5)))
         for _ in range(100):
             await asyncio.sleep(0)
-        assert t.opened.process.executor.in_hand == 1
+        assert t.opened.process.executor.pending == 1
         released.set()
         await t.drain()
         assert len(await t.events(Counter, "A")) == 6

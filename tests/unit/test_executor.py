@@ -36,7 +36,7 @@ from tests.waiting import eventually
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
-    from cqrs_es.execution.work import Answer
+    from cqrs_es.execution.stages import Answer
     from cqrs_es.ports.store import Chain
 
 PARTITIONS = 1
@@ -379,7 +379,7 @@ async def test_patience_ends() -> None:
         with pytest.raises(errors.StoreUnavailable):
             await patiently(rig, answers)
         assert all(isinstance(a.exception(), errors.StoreUnavailable) for a in answers)
-        assert rig.executor.in_hand == 0
+        assert rig.executor.pending == 0
 
 
 async def test_a_store_that_refuses_is_no_outage(rig: Rig) -> None:

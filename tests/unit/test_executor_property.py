@@ -16,8 +16,8 @@ from cqrs_es import DomainError
 from cqrs_es.aggregate import AggregateSourced, EventSourced, SnapshotEvery, SourceOfTruth
 from cqrs_es.application import Application
 from cqrs_es.codec import to_json
+from cqrs_es.execution.decide import run_handler
 from cqrs_es.execution.executor import Executor
-from cqrs_es.execution.handling import run_handler
 from cqrs_es.execution.policy import ExecutionPolicy
 from cqrs_es.messages import CommandMessage, Outcome, spec_of
 from cqrs_es.ports.store import LoadRequest
@@ -139,7 +139,7 @@ async def _in_batches(
     app.aggregate(BankAccount, services=_services, source=source)
     storage = storage_for("memory://")
     await storage.initialise(1)
-    policy = ExecutionPolicy(batch_size=batch_size, cached_aggregates=cached)
+    policy = ExecutionPolicy(batch_size=batch_size, cache_bytes=cached * 700)
     executor = Executor(
         app.registry, storage.events, partitions=1, clock=FakeClock(), policy=policy
     )

@@ -1,13 +1,13 @@
-"""Waiting for a store that is away, instead of burning through the queue."""
+"""Trying again: how long to wait before it, and waiting for a store that is away."""
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
 from cqrs_es import errors
-from cqrs_es.execution.policy import backoff
 from cqrs_es.telemetry.meter import NO_METER, Meter
 
 if TYPE_CHECKING:
@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 log = structlog.get_logger("cqrs_es.execution")
+
+
+def with_jitter(seconds: float) -> float:
+    """Spread a wait over 75–125 %, so that those who failed together don't return together."""
+    return seconds * random.uniform(0.75, 1.25)  # noqa: S311 - nothing secret about it
+
+
+def backoff(attempt: int, *, first: float = 0.05, most: float = 5.0) -> float:
+    """Return the wait before attempt 1, 2, 3 …: doubling, bounded, with jitter."""
+    return with_jitter(min(most, first * 2 ** min(attempt - 1, 16)))
 
 
 class Outage:

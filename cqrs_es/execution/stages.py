@@ -1,0 +1,86 @@
+"""What a command is at each stage of its way through the executor.
+
+    CommandMessage ─submit─▶ Submission ─load─▶ Prepared ─decide─▶ Decided ─append─▶ Outcome
+
+A `Prepared` and a `Decided` hold the submissions for one aggregate that go
+together. Each stage is made once and never changed: a submission that goes
+round again is a new one with the same answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from cqrs_es.telemetry.tracing import NO_SPAN, CommandSpan
+
+if TYPE_CHECKING:
+    from cqrs_es.definitions import AggregateDefinition
+    from cqrs_es.execution.baselines import Baseline
+    from cqrs_es.messages import CommandMessage, Outcome
+    from cqrs_es.ports.store import Chain
+    from cqrs_es.types import AggregateKey
+
+Answer: TypeAlias = "asyncio.Future[Outcome]"
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Submission:
+    """A command that waits for its outcome.
+
+    `attempts`: how often it was tried before by processes that died of it, as
+    the store counts. `retrying`: a stored outcome `failed` is to be replaced.
+    `condemned`: why it must fail without being tried again. `failures`: how
+    often its handler failed here. `uncertain`: it was part of an append whose
+    commit is unknown. `alone`: it was part of one that the store refused, so it
+    is decided and appended by itself.
+    """
+
+    message: CommandMessage
+    content_hash: str
+    answer: Answer
+    attempts: int = 0
+    retrying: bool = False
+    condemned: str | None = None
+    failures: int = 0
+    uncertain: bool = False
+    alone: bool = False
+    span: CommandSpan = NO_SPAN
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """Commands for one aggregate that can be decided, one after another.
+
+    `definition` is None for an unknown aggregate type; `baseline` is None where
+    no command needs it, or where loading it failed: then `failure` is why.
+    """
+
+    key: AggregateKey
+    submissions: tuple[Submission, ...]
+    definition: AggregateDefinition | None
+    baseline: Baseline | None = None
+    failure: BaseException | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decided:
+    """Commands for one aggregate with their outcomes, ready to be appended as `chain`.
+
+    `baseline` is the aggregate's once that is committed, None where it has none
+    to keep. `waiting` are the commands behind one whose handler failed: they are
+    decided again after `wait_seconds`. `size` is about how many bytes an append carries.
+    """
+
+    submissions: tuple[Submission, ...]
+    chain: Chain
+    baseline: Baseline | None
+    size: int
+    waiting: tuple[Submission, ...] = ()
+    wait_seconds: float = 0.0
+
+    @property
+    def key(self) -> AggregateKey:
+        """The aggregate."""
+        return self.chain.key
