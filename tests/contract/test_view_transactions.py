@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
@@ -286,6 +286,35 @@ async def test_deleted_row_begins_anew(storage: Storage) -> None:
     stored = await storage.views.get(TABLE, "1")
     assert stored is not None
     assert stored.version == 1
+
+
+@pytest.mark.parametrize("store_url", ["sqlite", "mysql", "postgres"], indirect=True)
+async def test_rows_that_were_loaded_are_not_read_again(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saving asks the database only for the versions of rows that it has not locked yet."""
+    await save(storage, row("old"), row("unloaded"), row("doomed"))
+    queries: list[str] = []
+    async with storage.views.transaction() as transaction:
+        session = transaction._session  # type: ignore[attr-defined]
+        fetch = session.fetch
+
+        async def noting(sql: str, *arguments: object, **options: object) -> object:
+            queries.append(sql)
+            return await fetch(sql, *arguments, **options)
+
+        monkeypatch.setattr(session, "fetch", noting)
+        loaded = await transaction.load(TABLE, ["old", "new", "doomed"])
+        assert loaded.keys() == {"old", "doomed"}
+        await transaction.save(TABLE, [row("old", 2), row("new")])
+        await transaction.save(TABLE, [row("old", 3), row("new", 2)])
+        await transaction.delete(TABLE, ["doomed"])
+        await transaction.save(TABLE, [row("doomed")])
+        assert len(queries) == 1
+        await transaction.save(TABLE, [row("unloaded", 2)])
+        assert len(queries) == 2
+    found = [(r.view_id, r.version) for r in await storage.views.page(TABLE)]
+    assert found == [("doomed", 1), ("new", 2), ("old", 3), ("unloaded", 2)]
 
 
 # --- Locks -------------------------------------------------------------------

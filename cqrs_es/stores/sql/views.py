@@ -116,6 +116,9 @@ class SqlViews(ViewStore):
 class _SqlTransaction(ViewTransaction):
     def __init__(self, session: Session) -> None:
         self._session = session
+        # The version of each row that was loaded, 0 for none. The lock keeps it so; that
+        # somebody adds one where there was none shows when it is inserted.
+        self._loaded: dict[tuple[str, str], int] = {}
 
     async def execute(self, sql: str, parameters: Sequence[SqlValue] = ()) -> int:
         return await self._session.execute(sql, parameters)
@@ -143,20 +146,24 @@ class _SqlTransaction(ViewTransaction):
     async def load(self, table: str, view_ids: Collection[str]) -> dict[str, ViewRow]:
         select = _select(self._session, table)
         found = [view_row_of(row) for row in await self._lock(select, view_ids)]
+        self._loaded |= dict.fromkeys(((table, view_id) for view_id in view_ids), 0)
+        self._loaded |= {(table, row.view_id): row.version for row in found}
         return {row.view_id: row for row in found}
 
     async def save(self, table: str, rows: Sequence[ViewRow]) -> None:
         versions = await self._versions(table, rows)
         for row in rows:
-            _check_version(table, row, versions.get(row.view_id, 0))
-        await self._insert(table, [row for row in rows if row.view_id not in versions])
-        await self._replace(table, [row for row in rows if row.view_id in versions])
+            _check_version(table, row, versions[row.view_id])
+        await self._insert(table, [row for row in rows if row.version == 1])
+        await self._replace(table, [row for row in rows if row.version > 1])
+        self._loaded |= {(table, row.view_id): row.version for row in rows}
 
     async def delete(self, table: str, view_ids: Collection[str]) -> None:
         name = self._session.dialect.quoted(table)
         for ids in chunks(sorted(view_ids)):
             sql = f"DELETE FROM {name} WHERE view_id IN {marks(len(ids))}"  # noqa: S608 - quoted
             await self._session.execute(sql, ids)
+        self._loaded |= dict.fromkeys(((table, view_id) for view_id in view_ids), 0)
 
     async def parked(
         self, projector: str, keys: Collection[AggregateKey]
@@ -187,9 +194,11 @@ class _SqlTransaction(ViewTransaction):
         await self._session.write(statement, [(projector, live)])
 
     async def _versions(self, table: str, rows: Sequence[ViewRow]) -> dict[str, int]:
-        name = self._session.dialect.quoted(table)
-        select = f"SELECT view_id, version FROM {name}"  # noqa: S608 - quoted
-        return dict(await self._lock(select, {row.view_id for row in rows}))
+        """Return the versions of rows, locked; 0 for those that are not there."""
+        unknown = [row.view_id for row in rows if (table, row.view_id) not in self._loaded]
+        if unknown:
+            await self.load(table, unknown)
+        return {row.view_id: self._loaded[table, row.view_id] for row in rows}
 
     async def _lock(self, select: str, view_ids: Collection[str]) -> list[Row]:
         """Lock rows in ascending id, so that no two projectors wait for each other."""
