@@ -16,14 +16,8 @@ from cqrs_es.definitions import ViewDefinition
 from cqrs_es.execution.baselines import first_page, replayed
 from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome
 from cqrs_es.projection.folding import folding_for
-from cqrs_es.projection.generations import (
-    live_name,
-    make_sure_of_tables,
-    note_first,
-    publish,
-    read_generations,
-)
-from cqrs_es.projection.parking import ParkedRetry
+from cqrs_es.projection.generations import live_name, prepared_live, publish
+from cqrs_es.projection.parking import ParkedRetry, Tracebacks
 from cqrs_es.projection.rebuild import Rebuild
 from cqrs_es.projection.replay import replay, stored_stream
 from cqrs_es.projection.seen import wait_until_seen
@@ -71,6 +65,7 @@ class OpenApplication:
 
     def __init__(self, process: Process) -> None:
         self._process = process
+        self._tracebacks = Tracebacks()
 
     @property
     def storage(self) -> Storage:
@@ -100,11 +95,8 @@ class OpenApplication:
         return info
 
     async def _initialise_view(self, definition: ProjectionDefinition) -> None:
-        views = self.storage.views
-        await note_first(views, definition.name)
-        live = (await read_generations(views, definition.name)).live
-        await make_sure_of_tables(views, folding_for(definition, live))
-        await publish(views, definition)
+        await prepared_live(self.storage.views, definition)
+        await publish(self.storage.views, definition)
 
     def projection(self, name: str) -> ProjectionDefinition:
         """Return the definition of a view or projector; raise `NotFound`."""
@@ -269,7 +261,8 @@ class OpenApplication:
         Raises `StoreUnavailable` while the store is away; what was applied is kept.
         """
         folding = folding_for(self.projection(name), generation_of(marker.projector))
-        return await ParkedRetry(self.registry, self.storage, folding, marker).run()
+        retry = ParkedRetry(self.registry, self.storage, folding, marker, self._tracebacks)
+        return await retry.run()
 
     # --- The topic -----------------------------------------------------------
 

@@ -13,7 +13,8 @@ from cqrs_es.cli.exits import DONE, exit_code, sentence
 from cqrs_es.definitions import ViewDefinition
 from cqrs_es.messages import CommandContext
 from cqrs_es.ports.clock import SystemClock
-from cqrs_es.projection.generations import live_name
+from cqrs_es.projection.folding import folding_for
+from cqrs_es.projection.generations import generations_of, require_tables
 from cqrs_es.settings import masked
 from cqrs_es.types import new_command_id
 
@@ -107,16 +108,16 @@ class _Checks:
         return f"schema {info.schema_version}, {info.partitions} partitions"
 
     async def views(self) -> str:
-        """Read from every view's live generation."""
+        """Look at the tables of every view's live generation, and read from them."""
         if self._storage is None:
             return "not looked at: there is no store yet"
-        generations = await self._storage.views.generations()
+        views = self._storage.views
+        generations = await views.generations()
         for name, definition in self._app.registry.projections.items():
-            if name not in generations:
-                message = f"the view {name} has no table yet: run `cqrs-es init`"
-                raise errors.StoreNotInitialised(message)
+            folding = folding_for(definition, generations_of(generations, name).live)
+            await require_tables(views, folding)
             if isinstance(definition, ViewDefinition):
-                await self._storage.views.page(live_name(generations, name), limit=1)
+                await views.page(folding.key, limit=1)
         return f"{len(self._app.registry.projections)} with their tables"
 
     async def broker(self) -> str:

@@ -8,6 +8,7 @@ one commits and the other conflicts and reads the checkpoint again.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -124,15 +125,20 @@ class Applier:
         await self._apply(events[half:])
 
     async def _commit(self, events: Sequence[StoredEvent]) -> None:
-        with self._tracing.projecting(self._folding.name, events):
-            await self._fold(events)
+        with ExitStack() as traced:  # the spans end after the transaction has
+            async with self._storage.views.transaction() as transaction:
+                # Its lock comes first: of two projectors one waits here, then conflicts.
+                await self._move_checkpoint(transaction, events[-1].offset)
+                await write(
+                    self._registry,
+                    self._folding,
+                    events,
+                    transaction,
+                    lambda followed: traced.enter_context(
+                        self._tracing.projecting(self._folding.name, followed)
+                    ),
+                )
         self._moved(events[-1].offset)
-
-    async def _fold(self, events: Sequence[StoredEvent]) -> None:
-        async with self._storage.views.transaction() as transaction:
-            # Its lock comes first: of two projectors one waits here, then conflicts.
-            await self._move_checkpoint(transaction, events[-1].offset)
-            await write(self._registry, self._folding, events, transaction)
 
     async def _move_checkpoint(self, transaction: ViewTransaction, to: int) -> None:
         key = self._folding.key
@@ -158,7 +164,7 @@ class Applier:
             await self._move_checkpoint(transaction, event.offset)
             await transaction.park(self._marker(event, exc))
         self._moved(event.offset)
-        self._log_parked(event, exc)
+        self._log_parked(self._breaker, event, exc)
 
     async def _require_live(self, transaction: ViewTransaction) -> None:
         """Raise `Conflict` where a rebuild has switched: what is left behind needs no marker."""
@@ -180,7 +186,7 @@ class Applier:
             reason=reason_of(exc),
         )
 
-    def _log_parked(self, event: StoredEvent, exc: Exception) -> None:
+    def _log_parked(self, breaker: ParkingBreaker, event: StoredEvent, exc: Exception) -> None:
         log.error(
             "aggregate parked",
             view=self._folding.name,
@@ -188,7 +194,8 @@ class Applier:
             sequence=event.sequence,
             partition=self._partition,
             offset=event.offset,
-            exc_info=exc,
+            reason=reason_of(exc),
+            exc_info=breaker.tracebacks.new(exc),
         )
 
     def _moved(self, to: int) -> None:

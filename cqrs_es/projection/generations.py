@@ -64,8 +64,17 @@ def _building_key(name: str) -> str:
 # --- Changing them -----------------------------------------------------------
 
 
-async def note_first(views: ViewStore, name: str) -> None:
-    """Write down that a view's first generation is live, unless another is."""
+async def prepared_live(views: ViewStore, definition: ProjectionDefinition) -> Folding:
+    """Return a view's live generation, its tables made sure of; note the first one as live."""
+    name = definition.name
+    if name not in await views.generations():
+        await _note_first(views, name)
+    folding = folding_for(definition, (await read_generations(views, name)).live)
+    await make_sure_of_tables(views, folding)
+    return folding
+
+
+async def _note_first(views: ViewStore, name: str) -> None:
     async with views.transaction() as transaction:
         if name not in await transaction.generations():
             await transaction.set_generation(name, FIRST)
@@ -121,17 +130,30 @@ async def retire(views: ViewStore, name: str, number: int) -> None:
 
 
 async def make_sure_of_tables(views: ViewStore, folding: Folding) -> None:
-    """Create a generation's tables where nothing was ever written to them.
-
-    Raises `ViewLost` where there are none though the checkpoints say what they
-    held: an empty table would stand for a full one.
-    """
-    held = any((await views.checkpoints(folding.key)).values())
-    missing = await folding.missing_tables(views)
-    if missing and held:
-        raise lost(folding, missing)
-    if missing:
+    """Create a generation's tables where nothing was ever written to them, or raise `ViewLost`."""
+    if await _missing_of(views, folding):
         await folding.create_tables(views)
+
+
+async def require_tables(views: ViewStore, folding: Folding) -> None:
+    """Raise `StoreNotInitialised` where a generation has no tables yet, `ViewLost` if it had."""
+    if missing := await _missing_of(views, folding):
+        message = (
+            f"the view {folding.name} has no table {' and '.join(missing)} yet: run `cqrs-es init`"
+        )
+        raise errors.StoreNotInitialised(message)
+
+
+async def _missing_of(views: ViewStore, folding: Folding) -> list[str]:
+    """Return which tables a generation lacks.
+
+    Raises `ViewLost` where the checkpoints say that they held something: an
+    empty table would stand for a full one.
+    """
+    missing = await folding.missing_tables(views)
+    if missing and any((await views.checkpoints(folding.key)).values()):
+        raise lost(folding, missing)
+    return missing
 
 
 def lost(folding: Folding, missing: list[str]) -> errors.ViewLost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
@@ -30,6 +31,21 @@ MINUTE: Final = 60.0
 RETRY_CHUNK: Final = 500
 
 
+class Tracebacks:
+    """Which tracebacks were logged: an error in a view is the same for each aggregate it parks."""
+
+    def __init__(self) -> None:
+        self._logged: set[tuple[type[Exception], str, int] | None] = set()
+
+    def new(self, exc: Exception) -> Exception | None:
+        """Return an error the first time that one comes from its place in the code, else None."""
+        frames = traceback.extract_tb(exc.__traceback__)
+        place = (type(exc), frames[-1].filename, frames[-1].lineno or 0) if frames else None
+        known = place in self._logged
+        self._logged.add(place)
+        return None if known else exc
+
+
 class ParkingBreaker:
     """Stops a projector whose parks come too fast; one for each projector and process.
 
@@ -41,6 +57,7 @@ class ParkingBreaker:
         self._clock = clock
         self._parks: deque[float] = deque()
         self._stopped: str | None = None
+        self.tracebacks = Tracebacks()
 
     def check(self) -> None:
         """Raise `TooManyParked` if the projector is stopped."""
@@ -57,7 +74,12 @@ class ParkingBreaker:
                 f"{name} failed on events of more than {MOST_PARKS_PER_MINUTE} aggregates within "
                 f"a minute, the last with {reason_of(exc)}: mend the view, then start it again"
             )
-            log.error("projector stopped", view=name, error=self._stopped, exc_info=exc)
+            log.error(
+                "projector stopped",
+                view=name,
+                error=self._stopped,
+                exc_info=self.tracebacks.new(exc),
+            )
             raise errors.TooManyParked(self._stopped) from exc
         self._parks.append(now)
 
@@ -72,12 +94,18 @@ class ParkedRetry:
     """
 
     def __init__(
-        self, registry: Registry, storage: Storage, folding: Folding, marker: ParkedAggregate
+        self,
+        registry: Registry,
+        storage: Storage,
+        folding: Folding,
+        marker: ParkedAggregate,
+        tracebacks: Tracebacks,
     ) -> None:
         self._registry = registry
         self._storage = storage
         self._folding = folding
         self._marker = marker
+        self._tracebacks = tracebacks
         self._known: list[StoredEvent] = []
         self._most = RETRY_CHUNK
 
@@ -137,7 +165,8 @@ class ParkedRetry:
             "parked aggregate failed again",
             view=self._folding.name,
             aggregate=str(key),
-            exc_info=exc,
+            reason=reason_of(exc),
+            exc_info=self._tracebacks.new(exc),
         )
         async with self._storage.views.transaction() as transaction:
             marker = (await transaction.parked(self._folding.key, [key])).get(key)

@@ -39,12 +39,15 @@ async def write(
     folding: Folding,
     events: Sequence[StoredEvent],
     transaction: ViewTransaction,
+    on_followed: Callable[[Sequence[StoredEvent]], object] | None = None,
 ) -> None:
-    """Write what events mean to a view, but for those of parked aggregates."""
+    """Write what events mean to a view, but for those of parked aggregates.
+
+    `on_followed` is told before which of them are written: those that the view follows.
+    """
     parked = await transaction.parked(folding.key, {event.key for event in events})
-    await write_all(
-        registry, folding, [event for event in events if event.key not in parked], transaction
-    )
+    unparked = [event for event in events if event.key not in parked]
+    await write_all(registry, folding, unparked, transaction, on_followed)
 
 
 async def write_all(
@@ -52,11 +55,19 @@ async def write_all(
     folding: Folding,
     events: Sequence[StoredEvent],
     transaction: ViewTransaction,
+    on_followed: Callable[[Sequence[StoredEvent]], object] | None = None,
 ) -> None:
     """Write what events mean to a view; raises whatever the author's code raises."""
-    envelopes = _relevant(registry, folding, events)
-    if envelopes:
-        await _fold(folding, envelopes, transaction)
+    followed = [
+        (event, envelopes) for event in events if (envelopes := _relevant(registry, folding, event))
+    ]
+    if not followed:
+        return
+    if on_followed is not None:
+        on_followed([event for event, _ in followed])
+    await _fold(
+        folding, [envelope for _, envelopes in followed for envelope in envelopes], transaction
+    )
 
 
 async def _fold(
@@ -80,13 +91,10 @@ def _being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def _relevant(
-    registry: Registry, folding: Folding, events: Sequence[StoredEvent]
-) -> list[Envelope[Any]]:
-    """Decode the events that a view folds."""
+def _relevant(registry: Registry, folding: Folding, event: StoredEvent) -> list[Envelope[Any]]:
+    """Decode what a view folds of an event: nothing where it does not follow it."""
     return [
         envelope
-        for event in events
         for envelope in registry.envelopes(event)
         if type(envelope.data) in folding.event_classes
     ]

@@ -10,8 +10,7 @@ import structlog
 from cqrs_es import errors
 from cqrs_es.cloudevents import event_at
 from cqrs_es.projection.applying import READ_LIMIT, Applier
-from cqrs_es.projection.folding import folding_for
-from cqrs_es.projection.generations import make_sure_of_tables, publish, read_generations
+from cqrs_es.projection.generations import prepared_live, publish, read_generations
 from cqrs_es.projection.parking import ParkingBreaker
 from cqrs_es.runtime.topic import topic_within_log
 from cqrs_es.runtime.waiting import unless, within
@@ -75,12 +74,9 @@ class ProjectorLoop:
         Whoever has the first partition also sees to the names: a switch may
         have been cut short before it did.
         """
-        views = self._storage.views
-        generations = await read_generations(views, self._definition.name)
-        folding = folding_for(self._definition, generations.live)
-        await make_sure_of_tables(views, folding)
+        folding = await prepared_live(self._storage.views, self._definition)
         if partition == 0:
-            await publish(views, self._definition)
+            await publish(self._storage.views, self._definition)
         return folding
 
     def _applier(self, folding: Folding, assignment: Assignment) -> Applier:

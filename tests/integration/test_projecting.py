@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
+from structlog.testing import capture_logs
 
 from cqrs_es import Envelope, View, errors
 from cqrs_es.application import Application
 from cqrs_es.brokers.memory import MemoryBroker
+from cqrs_es.cli.checking import check_everything
 from cqrs_es.projection.folding import folding_for
 from cqrs_es.projection.generations import make_sure_of_tables
 from cqrs_es.projector import Projector, SqlSession
@@ -99,6 +101,30 @@ async def test_g9_whatever_a_view_raises_parks_the_aggregate(error: BaseExceptio
         assert await opened.view(Mad, "good") == Mad(1)
 
 
+@pytest.mark.parametrize("store_url", ["sqlite", "mysql", "postgres", "dynamodb"], indirect=True)
+async def test_a_view_that_came_after_init_is_known(store_url: str) -> None:
+    """Its projector makes what it needs; `check` and clients find it, before and after it fills."""
+    app = counting(Totals) if store_url.startswith("dynamodb") else tallying_app()
+    settings = on(store_url, 1)
+    async with counting().open(settings, initialise=True) as opened:
+        await opened.initialise()
+    finding = next(f for f in await check_everything(app, settings) if f.check == "views")
+    assert finding.code == 2
+    assert "totals has no table totals__1 yet: run `cqrs-es init`" in finding.detail
+    async with app.open(settings) as opened, opened.running() as supervisor:
+        await opened.execute(Counter, "a", Add(1))
+        await eventually(supervisor.idle, within_seconds=LONG)
+        assert set(app.registry.projections) <= (await opened.storage.views.generations()).keys()
+    finding = next(f for f in await check_everything(app, settings) if f.check == "views")
+    assert finding.ok, finding.detail
+    if store_url.startswith("postgres"):  # it refuses to drop what the published name shows
+        return
+    async with app.open(settings) as opened:
+        await opened.storage.views.drop_table("totals__1")
+    finding = next(f for f in await check_everything(app, settings) if f.check == "views")
+    assert "run `cqrs-es rebuild totals`" in finding.detail
+
+
 # --- The breaker -------------------------------------------------------------
 
 
@@ -128,6 +154,24 @@ async def test_g9_too_many_parks_stop_the_projector(store_url: str) -> None:
             assert len(await t.parked()) == 20
             assert await t.view(Totals, names[-1]) == Totals(1, 1), "the other view goes on"
             assert any("mend the view" in trouble for trouble in supervisor.troubles)
+
+
+async def test_g9_a_failure_of_one_place_has_its_traceback_logged_once() -> None:
+    """Each parked aggregate has a line with its reason, also when it is tried again."""
+    names = [f"{number}" for number in range(5)]
+    Fragile.bad, Fragile.first = frozenset(names), 1
+    async with counting(Fragile).open(on("memory://", 1), initialise=True) as opened:
+        with capture_logs() as captured:
+            for name in names:
+                await opened.execute(Counter, name, Add(1))
+            await project(opened)
+            for marker in await opened.parked():
+                assert not await opened.retry_parked("fragile", marker)
+        for event in ("aggregate parked", "parked aggregate failed again"):
+            lines = [line for line in captured if line["event"] == event]
+            assert [line["aggregate"] for line in lines] == [f"counter/{name}" for name in names]
+            assert all("RuntimeError: " in line["reason"] for line in lines)
+            assert [line["exc_info"] is not None for line in lines] == [True] + [False] * 4
 
 
 # --- Parked ------------------------------------------------------------------

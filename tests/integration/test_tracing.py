@@ -25,7 +25,18 @@ from cqrs_es.testing import TestApp
 from cqrs_es.types import AggregateKey, new_command_id
 from domain.account import BankAccount, OpenAccount
 from tests.bank_data import PROJECT
-from tests.samples import Add, Added, AddThenCrash, Counter, Crash, Refuse, Services, counting_app
+from tests.samples import (
+    Add,
+    Added,
+    AddThenCrash,
+    Commit,
+    Counter,
+    Crash,
+    Refuse,
+    Services,
+    T,
+    counting_app,
+)
 from tests.tracing import Recorder, attributes_of, context_of, links_of, traceparent_of
 from worker.app import app as bank
 
@@ -332,6 +343,35 @@ async def test_a_view_that_fails_is_an_error_of_its_event(recorder: Recorder) ->
     projected = recorder.named("project Added")
     failed = [span for span in projected if span.status.status_code is StatusCode.ERROR]
     assert [context_of(span).trace_id for span in failed] == [13]
+
+
+async def test_a_view_has_spans_of_the_events_that_it_follows(recorder: Recorder) -> None:
+    """None of another aggregate's, nor of those that it passes over since their own is parked."""
+
+    @dataclass
+    class Picky(View[Added], name="picky"):
+        total: int = 0
+
+        def update(self, event: Envelope[Added]) -> None:
+            if event.data.n == 13:
+                raise Crash
+            self.total += event.data.n
+
+    app = counting_app(view=Picky)
+    app.aggregate(T)
+    async with TestApp(app) as t:
+        with trace.get_tracer("shop").start_as_current_span("order"):
+            await t.opened.execute(T, "t", Commit(["Started", "Done"]))
+        await t.drain()
+        assert not [span for span in recorder.spans if span.name.startswith("project")]
+        with t.expect_failures(), trace.get_tracer("shop").start_as_current_span("order"):
+            await t.opened.execute(Counter, "A", Add(13))
+            await t.drain()
+            await t.opened.execute(Counter, "A", Add(1))
+            await t.drain()
+    (failed,) = recorder.named("project Added")
+    assert attributes_of(failed)["cqrs_es.aggregate.sequence"] == 1
+    assert failed.status.status_code is StatusCode.ERROR
 
 
 # --- What senders send ------------------------------------------------------------
