@@ -296,12 +296,12 @@ async def test_rows_that_were_loaded_are_not_read_again(
     await save(storage, row("old"), row("unloaded"), row("doomed"))
     queries: list[str] = []
     async with storage.views.transaction() as transaction:
-        session = transaction._session  # type: ignore[attr-defined]
-        fetch = session.fetch
+        session: Any = vars(transaction)["_session"]
+        fetch: Callable[..., Awaitable[object]] = session.fetch
 
-        async def noting(sql: str, *arguments: object, **options: object) -> object:
+        def noting(sql: str, *arguments: object, **options: object) -> Awaitable[object]:
             queries.append(sql)
-            return await fetch(sql, *arguments, **options)
+            return fetch(sql, *arguments, **options)
 
         monkeypatch.setattr(session, "fetch", noting)
         loaded = await transaction.load(TABLE, ["old", "new", "doomed"])
