@@ -133,7 +133,7 @@ class Application:
         alone. Raises `StoreNotInitialised` for a server store without tables,
         `PartitionsMismatch` where a setting differs from the store.
         """
-        logs.quiet_unless_configured()
+        logs.to_logging_unless_configured()
         self.registry.check()
         settings = settings or Settings.from_environment()
         clock = clock or SystemClock()
@@ -183,6 +183,7 @@ class Application:
             await stack.enter_async_context(executor)
             self._opened, before = opened, self._opened
             stack.callback(self._restore, before)
+            stack.callback(opened.close)
             yield opened
 
     def _restore(self, before: OpenApplication | None) -> None:
@@ -223,7 +224,7 @@ def _closing(stack: AsyncExitStack, server: Server) -> Server:
 
 def make_storage(settings: Settings, service: str, clock: Clock) -> Storage:
     """Make the store that the settings name; it still has to be opened."""
-    url = settings.store_url or f"sqlite:///{service}.db"
+    url = settings.url_of_store(service)
     return storage_for(url, clock=clock, lease_seconds=settings.lease_seconds)
 
 

@@ -24,6 +24,7 @@ from cqrs_es.projection.seen import wait_until_seen
 from cqrs_es.projector import generation_of
 from cqrs_es.runtime.republishing import republish
 from cqrs_es.runtime.supervisor import Supervisor
+from cqrs_es.runtime.waiting import Home
 from cqrs_es.types import (
     AggregateKey,
     parse_command_id,
@@ -66,11 +67,12 @@ class OpenApplication:
     def __init__(self, process: Process) -> None:
         self._process = process
         self._tracebacks = Tracebacks()
+        self._home = Home("the application")
 
     @property
     def storage(self) -> Storage:
         """The store that the application is connected to."""
-        return self._process.storage
+        return self.process.storage
 
     @property
     def registry(self) -> Registry:
@@ -79,19 +81,28 @@ class OpenApplication:
 
     @property
     def process(self) -> Process:
-        """What the roles of this process share."""
+        """What the roles of this process share.
+
+        Raises `ConfigurationError`, as all else does, in another event loop than
+        that which opened the application, after a fork, and when it is closed.
+        """
+        self._home.check()
         return self._process
+
+    def close(self) -> None:
+        """Let nobody use it any more; whoever opened it closes its servers."""
+        self._home.left = True
 
     # --- Initialising --------------------------------------------------------
 
     async def initialise(self, *, new_epoch: bool = False, declare: bool = True) -> StoreInfo:
         """Create or migrate tables, views and, with `declare`, the topology; idempotent."""
-        partitions = self._process.partitions
+        partitions = self.process.partitions
         info = await self.storage.initialise(partitions, new_epoch=new_epoch)
         for definition in self.registry.projections.values():
             await self._initialise_view(definition)
         if declare:
-            await self._process.broker.declare(info.partitions, info.log_epoch)
+            await self.process.broker.declare(info.partitions, info.log_epoch)
         return info
 
     async def _initialise_view(self, definition: ProjectionDefinition) -> None:
@@ -138,9 +149,9 @@ class OpenApplication:
 
     async def submit(self, message: CommandMessage, *, retrying: bool = False) -> Outcome:
         """Execute a command message; with `retrying`, also one whose outcome is `failed`."""
-        traced, span = self._process.tracing.executing(message)
-        complete = _with_body(traced, self._process.settings.max_message_bytes)
-        answer = self._process.executor.submit(complete, retrying=retrying, span=span)
+        traced, span = self.process.tracing.executing(message)
+        complete = _with_body(traced, self.process.settings.max_message_bytes)
+        answer = self.process.executor.submit(complete, retrying=retrying, span=span)
         return await asyncio.shield(answer)
 
     async def outcome(self, command_id: str) -> Outcome | None:
@@ -162,7 +173,7 @@ class OpenApplication:
         if letter.body_length != len(letter.body):
             message = f"dead letter {letter_id} was cut at {len(letter.body)} bytes; drop it"
             raise errors.InvalidMessage(message)
-        command = wire.parse_command(letter.body, self._process.settings.max_message_bytes)
+        command = wire.parse_command(letter.body, self.process.settings.max_message_bytes)
         outcome = await self.submit(command, retrying=True)
         if outcome.status != "failed":
             await self.storage.dead_letters.drop(letter_id)
@@ -205,19 +216,22 @@ class OpenApplication:
         row = await self.storage.views.get(await self.table(cls.name), view_id)
         if row is None:
             return None
-        view: V = definition.state.decode(row.payload)
+        view: V = _decoded(definition, row)
         return view
 
     async def view_page(
         self, cls: type[V], *, after: str = "", limit: int = 100
     ) -> list[tuple[str, V]]:
         """Read up to `limit` rows of a view with an id above `after`: ids and views, by id."""
-        state = self._view_definition(cls).state
+        definition = self._view_definition(cls)
         rows = await self.view_rows(cls.name, after=after, limit=limit)
-        return [(row.view_id, state.decode(row.payload)) for row in rows]
+        return [(row.view_id, _decoded(definition, row)) for row in rows]
 
     async def view_rows(self, name: str, *, after: str = "", limit: int = 100) -> list[ViewRow]:
         """Read up to `limit` rows of a view with an id above `after`, by id, as JSON."""
+        if not isinstance(self.projection(name), ViewDefinition):
+            message = f"{name} is a projector: its rows are in tables of its own, read by SQL"
+            raise errors.ConfigurationError(message)
         return await self.storage.views.page(await self.table(name), after=after, limit=limit)
 
     async def table(self, name: str) -> str:
@@ -271,7 +285,7 @@ class OpenApplication:
 
         Raises `NotFound` for a start beyond the log's end.
         """
-        return await republish(self._process, partition, start)
+        return await republish(self.process, partition, start)
 
     # --- Roles ---------------------------------------------------------------
 
@@ -279,7 +293,7 @@ class OpenApplication:
         """Make what runs roles in this process: those named, or all there are."""
         if self.registry.left_out:
             log.warning("projectors left out", why="no SQL", names=self.registry.left_out)
-        return Supervisor(self._process, roles)
+        return Supervisor(self.process, roles)
 
     @asynccontextmanager
     async def running(self, roles: Collection[str] | None = None) -> AsyncGenerator[Supervisor]:
@@ -292,6 +306,18 @@ class OpenApplication:
                 yield supervisor
             finally:
                 stopping.set()
+
+
+def _decoded(definition: ViewDefinition, row: ViewRow) -> Any:
+    try:
+        return definition.state.decode(row.payload)
+    except ValueError as exc:
+        name, cls = definition.name, definition.cls.__qualname__
+        message = (
+            f"row {row.view_id!r} of view {name} does not fit {cls}: {exc}; "
+            f"its class has changed since: `cqrs-es rebuild {name}` makes its rows anew"
+        )
+        raise errors.UndecodableRow(message) from exc
 
 
 def _with_body(message: CommandMessage, max_bytes: int) -> CommandMessage:

@@ -30,10 +30,11 @@ MOST_PORT: Final = 65_535
 _EMBEDDED_SCHEMES: Final = {"sqlite", "memory"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Settings:
     """The framework's settings; times in seconds unless the name says otherwise.
 
+    `Settings(…)` is what it is given and defaults, `from_environment` what an operator sets.
     `partitions` and `service` are None when not set: the store's scheme and the
     application then decide.
     """
@@ -71,6 +72,12 @@ class Settings:
                 raise errors.SettingsError(message)
         return cls(**{name: _parsed(name, text) for name, text in given.items()})
 
+    def __repr__(self) -> str:
+        """Show what is set, passwords masked."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        shown = (f"{name}={shown_setting(name, value)!r}" for name, value in given.items())
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     @property
     def embedded(self) -> bool:
         """Whether the store lives inside the process: SQLite or memory."""
@@ -80,6 +87,16 @@ class Settings:
     def health_address(self) -> tuple[str, int] | None:
         """Where to serve probes, as host and port; None for nowhere."""
         return None if self.health_port is None else _split_address(self.health_port)
+
+    def url_of_store(self, service: str) -> str:
+        """Return the store's URL; raise `SettingsError` where one in the environment is ignored."""
+        variables = {f"{PREFIX}STORE_URL", f"{PREFIX}STORE_URL_FILE"}
+        if self.store_url is None and variables & os.environ.keys():
+            raise errors.SettingsError(
+                f"Settings(…) without store_url ignores {PREFIX}STORE_URL, which is set: give "
+                "store_url, or use Settings.from_environment()"
+            )
+        return self.store_url or f"sqlite:///{service}.db"
 
     def partitions_or_default(self) -> int:
         """Return how many partitions `init` gives a new store: 16; SQLite and memory 1."""
@@ -208,6 +225,11 @@ _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
     "log_level": _one_of(get_args(LogLevel)),
     "log_format": _one_of(get_args(LogFormat)),
 }
+
+
+def shown_setting(name: str, value: object) -> object:
+    """Return a setting's value as it may be shown: a URL without its password."""
+    return masked(value) if name.endswith("_url") and isinstance(value, str) else value
 
 
 def masked(url: str) -> str:

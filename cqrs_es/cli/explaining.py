@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Final
 
-from cqrs_es.settings import PREFIX, Settings, masked
+from cqrs_es.settings import PREFIX, Settings, shown_setting
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,13 +52,9 @@ def explain(settings: Settings) -> list[Explanation]:
     return [
         Explanation(
             PREFIX + field.name.upper(),
-            _shown(field.name, getattr(settings, field.name)),
+            shown_setting(field.name, getattr(settings, field.name)),
             _DEFAULTS.get(field.name, field.default),
             MEANINGS[field.name],
         )
         for field in fields(Settings)
     ]
-
-
-def _shown(name: str, value: object) -> object:
-    return masked(value) if name.endswith("_url") and isinstance(value, str) else value

@@ -213,7 +213,7 @@ class Service:
             version=version(),
             app=settings.app,
             service=process.service,
-            store=masked(settings.store_url or f"sqlite:///{process.service}.db"),
+            store=masked(settings.url_of_store(process.service)),
             broker=masked(settings.broker_url),
             roles=sorted(self._task.roles or known_roles(process.registry)),
             partitions=process.partitions,

@@ -16,6 +16,7 @@ from cqrs_es.client.subscription import Begin, Subscription, subscription_to
 from cqrs_es.commands import AggregateName, CommandOptions, Payload, new_command
 from cqrs_es.execution.retry import backoff
 from cqrs_es.projection.seen import wait_until_seen
+from cqrs_es.runtime.waiting import Home
 from cqrs_es.stores import storage_for
 from cqrs_es.telemetry.tracing import NO_TRACING, tracing_for
 from cqrs_es.types import check_name, parse_command_id
@@ -66,6 +67,7 @@ class Client:
         self._sender = Sender(self._broker)
         self._replies = Replies(self._broker)
         self._source: EventSource | None = None
+        self._home: Home | None = None
         self._tracing = NO_TRACING
         self._closing = AsyncExitStack()
 
@@ -96,6 +98,7 @@ class Client:
             self._tracing = tracing_for(self._service, self._broker.system)
             partitions = await self._partitions()
             self._source = EventSource(self._broker, self._storage, partitions)
+            self._home = Home("the client")
             stack.push_async_callback(self._replies.close)
             stack.push_async_callback(self._sender.close)
             self._closing = stack.pop_all()
@@ -302,6 +305,8 @@ class Client:
     def _opened(self) -> EventSource:
         if self._source is None:
             raise errors.ConfigurationError("the client is not open: async with Client(…) as …")
+        if self._home is not None:
+            self._home.check()
         return self._source
 
 

@@ -3,10 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from cqrs_es import errors
+
 T = TypeVar("T")
+
+
+class Home:
+    """The process and the event loop where something is open: elsewhere, waits for it never end."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._loop = asyncio.get_running_loop()
+        self._process = os.getpid()
+        self.left = False
+
+    def check(self) -> None:
+        """Raise `ConfigurationError` in another process or event loop, and after the end."""
+        if self.left:
+            remedy = "is closed; use it within its `async with` block"
+        elif self._process != os.getpid():
+            remedy = "does not survive a fork; open it in each process, after the fork"
+        elif asyncio._get_running_loop() not in {None, self._loop}:  # noqa: SLF001 - raises nothing
+            remedy = (
+                "is open in another event loop; await it there, or from a thread:"
+                " asyncio.run_coroutine_threadsafe(…, loop).result()"
+            )
+        else:
+            return
+        raise errors.ConfigurationError(f"{self._what} {remedy}")
 
 
 async def unless(stopping: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:

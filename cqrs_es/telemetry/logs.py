@@ -1,5 +1,7 @@
 """Logs: structlog to stderr, for people on a terminal, one JSON object per line otherwise.
 
+Within somebody else's process they go to `logging`, to be routed as all others.
+
 No password leaves through them: whatever looks like a URL with credentials is
 masked in every value and every traceback, and tracebacks show no variables.
 """
@@ -44,13 +46,19 @@ def configure(level: LogLevel, log_format: LogFormat) -> None:
     logging.basicConfig(level=loudness, handlers=[_ToStructlog()], force=True)
 
 
-def quiet_unless_configured() -> None:
-    """Where nobody has set logs up, send warnings to stderr: a library does not chat."""
+def to_logging_unless_configured() -> None:
+    """Where nobody has set structlog up, hand logs to `logging`, to loggers below `cqrs_es`."""
     if not structlog.is_configured():
         structlog.configure(
-            processors=_processors(console=_for_people("auto")),
-            wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-            logger_factory=_StderrLogger,
+            processors=[
+                structlog.stdlib.filter_by_level,
+                structlog.contextvars.merge_contextvars,
+                structlog.processors.format_exc_info,
+                _mask,
+                _to_record,
+            ],
+            wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET),
+            logger_factory=structlog.stdlib.LoggerFactory(),
         )
 
 
@@ -103,6 +111,20 @@ def _to_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
         return orjson.dumps({**first, **event}).decode()
     except TypeError:  # half a surrogate pair, in the name of a file perhaps
         return json.dumps({**first, **event}, default=repr)
+
+
+def _to_record(
+    _logger: WrappedLogger, _method: str, event: EventDict
+) -> tuple[tuple[str], dict[str, dict[str, EventDict]]]:
+    """Make the arguments of a `logging` call: a line, its fields also as `record.cqrs_es`.
+
+    The line is no format: it has no arguments. A traceback is masked text within
+    it, since formatters would show the exception's own.
+    """
+    name, traceback = event.pop("event"), event.pop("exception", "")
+    fields = "".join(f" {key}={value}" for key, value in event.items())
+    line = printable(f"{name}{fields}") + (f"\n{traceback}" if traceback else "")
+    return (line,), {"extra": {"cqrs_es": event}}
 
 
 def _adding(ids: dict[str, str]) -> Processor:
@@ -159,4 +181,17 @@ class _ToStructlog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         logger = structlog.get_logger(record.name)
-        logger.log(record.levelno, record.getMessage(), exc_info=record.exc_info)
+        logger.log(_standard(record.levelno), _message(record), exc_info=record.exc_info)
+
+
+def _message(record: logging.LogRecord) -> str:
+    """Return what was logged, also where the arguments do not fit the format."""
+    try:
+        return record.getMessage()
+    except Exception:  # noqa: BLE001 - a library's mistake must not end what it was called for
+        return f"{record.msg} {record.args}"
+
+
+def _standard(level: int) -> int:
+    """Return the standard level at or below a level of somebody's own, at least `debug`."""
+    return min(max(level // 10 * 10, logging.DEBUG), logging.CRITICAL)

@@ -220,3 +220,57 @@ def test_libraries_and_warnings_come_out_in_the_same_format(
 def test_a_url_in_the_banner_is_masked(url: str, shown: str) -> None:
     """Password and query are replaced, the rest is as it was written."""
     assert masked(url) == shown
+
+
+class _Unprintable:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    ("level", "message", "arguments"),
+    [
+        (logging.WARNING, "%d tables", ("two",)),
+        (logging.WARNING, "%s of %s", (1,)),
+        (logging.ERROR, "%s", (_Unprintable(),)),
+        (35, "between two levels", ()),
+        (99, "above all", ()),
+    ],
+)
+def test_no_log_call_of_a_library_raises(
+    level: int, message: str, arguments: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its mistake is its own: what can be told is told, and the caller goes on."""
+    logs.configure("info", "json")
+    logging.getLogger("some.library").log(level, message, *arguments)
+    (line,) = lines(capsys)
+    assert line["event"].startswith(message)
+    assert line["level"] in {"warning", "error", "critical"}
+
+
+def test_in_somebody_elses_process_logs_go_to_logging(caplog: pytest.LogCaptureFixture) -> None:
+    """By the logger's name and level, with their fields, masked, whatever they are called."""
+    logs.to_logging_unless_configured()
+    logging.getLogger("cqrs_es.quiet").setLevel(logging.ERROR)
+    structlog.get_logger("cqrs_es.quiet").warning("not said")
+    with caplog.at_level(logging.INFO, logger="cqrs_es"):
+        structlog.get_logger("cqrs_es.relay").info("100%s", url=URL, name="x", args=1)
+        try:
+            _fail_with_a_secret()
+        except RuntimeError:
+            structlog.get_logger("cqrs_es.relay").exception("failed")
+    said, failed = caplog.records
+    assert (said.name, said.levelno) == ("cqrs_es.relay", logging.INFO)
+    assert said.getMessage() == "100%s url=mysql://root:***@host:3306/bank name=x args=1"
+    assert said.__dict__["cqrs_es"]["name"] == "x"
+    assert "RuntimeError: can't connect to mysql://root:***@host:3306/bank" in failed.getMessage()
+    for secret in ("pa?s", "wo:rd", "hunter2"):
+        assert secret not in caplog.text
+
+
+def test_who_has_set_structlog_up_keeps_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its processors get what the framework logs."""
+    structlog.configure(processors=[structlog.processors.JSONRenderer()])
+    logs.to_logging_unless_configured()
+    structlog.get_logger("cqrs_es.relay").warning("said")
+    assert capsys.readouterr().out == '{"event": "said"}\n'

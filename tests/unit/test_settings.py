@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, fields
@@ -232,3 +233,24 @@ async def test_a_setting_acts(name: str, tmp_path: Path) -> None:
         assert re.search(rf"def {test}\b", (PROJECT / path).read_text(encoding="utf-8"))
     else:
         await HERE[name](*([tmp_path] if name == "store_url" else []))
+
+
+def test_no_password_in_what_is_shown() -> None:
+    """Settings get into logs, tracebacks and debuggers."""
+    secret = settings(store_url="mysql://me:hunter2@db/bank", broker_url="redis://:hunter2@r/0")
+    assert "hunter2" not in repr(secret)
+    assert "mysql://me:***@db/bank" in repr(secret)
+
+
+async def test_settings_that_ignore_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They are refused where they would open a fresh file instead of the operator's store."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CQRS_ES_STORE_URL", "memory://")
+    with pytest.raises(errors.SettingsError, match=r"Settings\.from_environment\(\)"):
+        async with app.open(Settings(batch_size=5)):
+            pass
+    async with app.open():
+        pass
+    assert os.listdir(tmp_path) == []  # noqa: PTH208 - in no thread: it is one folder

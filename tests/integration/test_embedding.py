@@ -1,0 +1,141 @@
+"""An application within somebody else's process: other event loops, threads, forks, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cqrs_es import Envelope, View, errors
+from cqrs_es.client import Client
+from cqrs_es.settings import Settings
+from tests.contract.brokers import PARTITIONS, SERVICE, serving
+from tests.samples import Add, Added, Counter, Totals, counting_app
+from tests.stores import on_sql
+from tests.tallies import tallying_app
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Coroutine
+
+    from cqrs_es.opened import OpenApplication
+
+SECONDS = 10.0
+
+
+@pytest.fixture
+async def opened(store_url: str) -> AsyncIterator[OpenApplication]:
+    settings = Settings(store_url=store_url, partitions=1)
+    async with counting_app().open(settings, initialise=True) as opened:
+        yield opened
+
+
+async def elsewhere(work: Coroutine[object, object, object]) -> object:
+    """Run work in a thread with an event loop of its own."""
+    return await asyncio.wait_for(asyncio.to_thread(asyncio.run, work), SECONDS)
+
+
+# --- Where it is not open -----------------------------------------------------
+
+
+async def test_another_event_loop_is_told_so(opened: OpenApplication) -> None:
+    """Nothing is executed, and the error names the way from a thread."""
+    for work in (
+        opened.execute(Counter, "a", Add(1)),
+        opened.load(Counter, "a"),
+        opened.view(Totals, "a"),
+    ):
+        with pytest.raises(errors.ConfigurationError, match="run_coroutine_threadsafe"):
+            await elsewhere(work)
+    assert await opened.events(Counter, "a") == []
+
+
+async def test_the_way_from_a_thread(opened: OpenApplication) -> None:
+    """What the error advises works."""
+    loop = asyncio.get_running_loop()
+
+    def in_thread() -> bool:
+        work = opened.execute(Counter, "a", Add(1))
+        return asyncio.run_coroutine_threadsafe(work, loop).result(SECONDS).accepted
+
+    assert await asyncio.to_thread(in_thread)
+
+
+async def test_after_the_end(store_url: str) -> None:
+    """Who kept the application beyond its block is told, and nothing is executed."""
+    app, settings = counting_app(), Settings(store_url=store_url, partitions=1)
+    async with app.open(settings, initialise=True) as opened:
+        pass
+    for work in (opened.execute(Counter, "a", Add(1)), app.execute(Counter, "a", Add(1))):
+        with pytest.raises(errors.ConfigurationError, match="async with"):
+            await asyncio.wait_for(work, SECONDS)
+    with pytest.raises(errors.ConfigurationError, match="async with"):
+        async with opened.running():
+            pass
+
+
+async def test_after_a_fork(opened: OpenApplication) -> None:
+    """The child has neither the connections nor the tasks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            opened.execute(Counter, "a", Add(1)).send(None)
+        except errors.ConfigurationError as exc:
+            code = 0 if "after the fork" in exc.message else 2
+        finally:
+            os._exit(code)
+    _, status = await asyncio.to_thread(os.waitpid, child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+@pytest.mark.parametrize("name", ["memory", "fakeredis", "redis", "amqp"])
+async def test_a_client_in_another_event_loop(name: str, request: pytest.FixtureRequest) -> None:
+    """It is told so too, instead of waiting for what never comes."""
+    async with serving(name, request) as server:
+        broker = await server.open()
+        async with Client(broker=broker, service=SERVICE, partitions=PARTITIONS) as client:
+            with pytest.raises(errors.ConfigurationError, match="run_coroutine_threadsafe"):
+                await elsewhere(client.send(Counter, "a", Add(1)))
+
+
+# --- Reading views ------------------------------------------------------------
+
+
+@dataclass
+class Changed(View[Added], name="totals"):
+    """The view `totals` as a later class, to which its rows do not fit."""
+
+    total: str = ""
+
+    def update(self, event: Envelope[Added]) -> None:
+        del event
+
+
+async def test_a_row_that_does_not_fit(store_url: str) -> None:
+    """The error names the view, the row and the field, and what helps."""
+    settings = Settings(store_url=store_url, partitions=1)
+    app = counting_app()
+    async with app.open(settings, initialise=True) as opened, opened.running():
+        outcome = await opened.execute(Counter, "a", Add(1))
+        await opened.wait_for("totals", outcome, SECONDS)
+        storage = opened.storage
+        async with counting_app(view=Changed).open(settings, storage=storage) as changed:
+            for reading in (changed.view(Changed, "a"), changed.view_page(Changed)):
+                with pytest.raises(errors.UndecodableRow, match="'a' of view totals") as raised:
+                    await reading
+                assert "total: expected" in raised.value.message
+
+
+@on_sql
+async def test_rows_of_a_projector(store_url: str) -> None:
+    """They have no ids: the error says how they are read."""
+    settings = Settings(store_url=store_url, partitions=1)
+    async with tallying_app().open(settings, initialise=True) as opened:
+        with pytest.raises(errors.ConfigurationError, match="tables of its own"):
+            await opened.view_rows("sums")
