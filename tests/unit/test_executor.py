@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
+import structlog
 
 from cqrs_es import errors
+from cqrs_es.aggregate import AggregateSourced
 from cqrs_es.codec import to_json
 from cqrs_es.execution.executor import Executor
 from cqrs_es.execution.policy import ExecutionPolicy
 from cqrs_es.messages import CommandMessage, Outcome, Status, spec_of
-from cqrs_es.ports.store import LoadRequest
+from cqrs_es.ports.store import PAGE_LIMIT, LoadRequest
 from cqrs_es.stores import storage_for
 from cqrs_es.testing import FakeClock
 from cqrs_es.types import AggregateKey, new_command_id
@@ -34,12 +36,14 @@ from tests.samples import (
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 
+    from cqrs_es.aggregate import SourceOfTruth
     from cqrs_es.execution.stages import Answer
     from cqrs_es.ports.store import Chain
 
 PARTITIONS = 1
+ADDS = [Add(n) for n in range(2, 12)]
 
 
 @dataclass
@@ -79,14 +83,16 @@ def message(id_: str, command: object, command_id: str | None = None) -> Command
 
 @asynccontextmanager
 async def executing(
-    storage: FaultyStorage | None = None, policy: ExecutionPolicy | None = None
+    storage: FaultyStorage | None = None,
+    policy: ExecutionPolicy | None = None,
+    source: SourceOfTruth | None = None,
 ) -> AsyncGenerator[Rig]:
     """Run an executor, beside others where a storage is given."""
     storage = storage or FaultyStorage(storage_for("memory://"))
     await storage.initialise(PARTITIONS)
     clock, services = FakeClock(), Services()
     executor = Executor(
-        counting_app(services).registry,
+        counting_app(services, source=source).registry,
         storage.events,
         partitions=PARTITIONS,
         clock=clock,
@@ -94,6 +100,13 @@ async def executing(
     )
     async with executor:
         yield Rig(storage, executor, clock, services)
+
+
+@pytest.fixture(autouse=True)
+def logged() -> Iterator[None]:
+    """Keep tracebacks from being drawn: that takes longer than the tests."""
+    with structlog.testing.capture_logs():
+        yield
 
 
 @pytest.fixture
@@ -568,6 +581,102 @@ async def test_ending_an_executor_cancels_what_is_not_answered() -> None:
         await gate.entered.wait()
     assert all(answer.cancelled() for answer in slow)
     assert await rig.numbers("A") == []
+
+
+# --- Stopping ----------------------------------------------------------------
+
+
+async def test_withdrawing_ends_a_chain_after_the_command_in_progress(rig: Rig) -> None:
+    """What is begun is committed; the rest is given back, and can be decided elsewhere."""
+    gate = rig.services.hooks["slow"] = Gate()
+    first, *others = [rig.submit("A", command) for command in [AddAfterCall("slow", 1), *ADDS]]
+    other = rig.submit("A", Add(50))
+    await gate.entered.wait()
+    late = rig.submit("A", Add(100))
+    rig.executor.withdraw([first, *others, late])
+    gate.open.set()
+    await answered([first, other])
+    for answer in [*others, late]:
+        with pytest.raises(errors.Withdrawn):
+            await answer
+    assert await rig.numbers("A") == [1, 50]
+    assert statuses(await answered([rig.submit("A", command) for command in ADDS])) == [
+        "accepted"
+    ] * len(ADDS)
+
+
+async def test_withdrawing_what_others_wait_for_too(rig: Rig) -> None:
+    """A command that somebody else asked for as well is decided for both."""
+    gate = rig.services.hooks["slow"] = Gate()
+    slow = rig.submit("A", AddAfterCall("slow", 1))
+    await gate.entered.wait()
+    command_id = new_command_id()
+    ours = rig.submit("A", Add(2), command_id=command_id)
+    theirs = rig.submit("A", Add(2), command_id=command_id)
+    rig.executor.withdraw([ours])
+    gate.open.set()
+    outcomes = await answered([slow, ours, theirs])
+    assert statuses(outcomes) == ["accepted"] * 3
+
+
+async def test_withdrawing_all_that_waits(rig: Rig) -> None:
+    """Nothing is left to wait for, and the aggregate takes commands as before."""
+    gate = rig.services.hooks["slow"] = Gate()
+    slow = rig.submit("A", AddAfterCall("slow", 1))
+    await gate.entered.wait()
+    rest = [rig.submit("A", Add(n)) for n in (2, 3)]
+    rig.executor.withdraw(rest)
+    gate.open.set()
+    await answered([slow])
+    await rig.executor.drain()
+    assert rig.executor.pending == 0
+    assert all(isinstance(answer.exception(), errors.Withdrawn) for answer in rest)
+    await answered([rig.submit("A", Add(4))])
+    assert await rig.numbers("A") == [1, 4]
+
+
+# --- States ------------------------------------------------------------------
+
+
+async def test_a_state_that_json_cannot_hold_is_no_failure_where_nothing_stores_it() -> None:
+    """An event-sourced total beyond 64 bits goes on, in one batch and after a reload."""
+    async with executing() as rig:
+        for _ in range(2):
+            outcomes = await answered([rig.submit("A", Add(2**62)) for _ in range(4)])
+            assert statuses(outcomes) == ["accepted"] * 4
+        assert await rig.total("A") == 2**65
+
+
+async def test_a_state_that_cannot_be_stored_fails_its_command_at_once() -> None:
+    """Where a snapshot is due the reason is given, without a retry, and others go on."""
+    async with executing(source=AggregateSourced()) as rig:
+        outcomes = await answered([rig.submit("A", Add(n)) for n in (*[2**62] * 4, 1)])
+        assert statuses(outcomes) == [*["accepted"] * 3, "failed", "accepted"]
+        error = outcomes[3].error
+        assert error is not None
+        assert "the state of a Counter can't be stored" in error.message
+
+
+async def test_a_state_too_large_to_be_cached_is_loaded_each_time() -> None:
+    """The cache has room for one of two aggregates; both are right."""
+    async with executing(policy=ExecutionPolicy(cache_bytes=700)) as rig:
+        for _ in range(3):
+            await answered([rig.submit(id_, Add(1)) for id_ in "AB"])
+        assert [await rig.total(id_) for id_ in "AB"] == [3, 3]
+
+
+async def test_a_long_stream_is_read_in_pages_while_others_go_on(rig: Rig) -> None:
+    """Commands of other aggregates are decided between the pages."""
+    await answered([rig.submit("long", AddEach([1] * (PAGE_LIMIT * 3 + 5)))])
+    async with executing(rig.storage) as fresh:
+        before = rig.storage.faults.calls["load"]
+        slow, other = fresh.submit("long", Add(1)), fresh.submit("other", Add(1))
+        (done,) = await answered([other])
+        assert done.accepted
+        assert not slow.done()
+        (outcome,) = await answered([slow])
+        assert outcome.sequence == PAGE_LIMIT * 3 + 6
+        assert rig.storage.faults.calls["load"] == before + 4
 
 
 # --- Too large for the store -------------------------------------------------
