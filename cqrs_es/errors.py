@@ -68,6 +68,18 @@ class RolledBack(StoreUnavailable):
     """The store rolled the transaction back (a deadlock, a lock's timeout); try it again."""
 
 
+class StoreNotPrimary(StoreUnavailable):
+    """The event store's server takes no writes; let CQRS_ES_STORE_URL lead to the primary."""
+
+
+class StoreRefusing(StoreUnavailable):
+    """The event store's server refuses for a time; see its log, then try again."""
+
+
+class StoreSlow(StoreUnavailable):
+    """A statement took too long; look at the event store's load and locks, then try again."""
+
+
 class BrokerUnavailable(Unavailable):
     """The broker can't be reached; check CQRS_ES_BROKER_URL and the server, then try again."""
 
@@ -186,6 +198,10 @@ class StoreReadOnly(StoreUnusable):
 
 class StoreCorrupt(StoreUnusable):
     """The event store's file is damaged or is no database; restore it from a backup."""
+
+
+class TransactionEnded(StoreError):
+    """The transaction has ended; await each of its statements before its block ends."""
 
 
 class TooLarge(StoreError):

@@ -539,3 +539,47 @@ async def test_own_table_is_made_once(storage: Storage) -> None:
         await transaction.execute(f"INSERT INTO {OWN_TABLE} VALUES (?, ?)", ("a", 1))
     await storage.views.create_table(OWN_TABLE, "name VARCHAR(40) PRIMARY KEY, total BIGINT")
     assert len(await storage.views.query(f"SELECT name FROM {OWN_TABLE}")) == 1
+
+
+# --- Statements of a projector's own -------------------------------------------
+
+
+@on_sql
+async def test_statements_at_the_same_time_take_turns(storage: Storage) -> None:
+    """A projector may gather its queries: they are run one after the other."""
+    async with storage.views.transaction() as transaction:
+        await transaction.execute(f"INSERT INTO {OWN_TABLE} VALUES (?, ?)", ("a", 7))
+        select = f"SELECT total + ? FROM {OWN_TABLE} WHERE name = ?"
+        found = await asyncio.gather(*(transaction.fetch(select, (n, "a")) for n in range(5)))
+    assert found == [[(7 + n,)] for n in range(5)]
+
+
+@on_sql
+@pytest.mark.parametrize("values", [(1,), (1, 2, 3), ()], ids=str)
+async def test_a_statement_with_the_wrong_number_of_values(
+    storage: Storage, values: tuple[int, ...]
+) -> None:
+    """It is the statement that is wrong, not a store that is away; the next one works."""
+    with pytest.raises(Exception, match=r".") as caught:
+        async with storage.views.transaction() as transaction:
+            await transaction.fetch(f"SELECT total FROM {OWN_TABLE} WHERE total > ? + ?", values)
+    assert not isinstance(caught.value, errors.Unavailable)
+    assert await storage.views.query(f"SELECT COUNT(*) FROM {OWN_TABLE}") == [(0,)]
+
+
+@on_sql
+async def test_a_task_that_outlives_its_transaction_is_refused(storage: Storage) -> None:
+    """Its statements would end up in the next transaction on the same connection."""
+    ended = asyncio.Event()
+
+    async def linger(transaction: ViewTransaction) -> None:
+        await ended.wait()
+        await transaction.execute(f"INSERT INTO {OWN_TABLE} VALUES (?, ?)", ("late", 1))
+
+    async with storage.views.transaction() as transaction:
+        lingering = asyncio.create_task(linger(transaction))
+    async with storage.views.transaction():
+        ended.set()
+        with pytest.raises(errors.TransactionEnded):
+            await lingering
+    assert await storage.views.query(f"SELECT COUNT(*) FROM {OWN_TABLE}") == [(0,)]

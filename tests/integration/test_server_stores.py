@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 
@@ -15,6 +16,7 @@ from cqrs_es import errors
 from cqrs_es.ports.views import ViewRow
 from cqrs_es.stores import storage_for
 from cqrs_es.stores.sql import pool
+from tests.conftest import run_on
 from tests.contract.building import (
     NOW,
     PARTITIONS,
@@ -25,9 +27,11 @@ from tests.contract.building import (
     one,
     stream,
 )
+from tests.servers import psql
+from tests.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.views import ViewTransaction
@@ -67,6 +71,73 @@ def server(request: pytest.FixtureRequest) -> Server:
         default_user="postgres",
         default_database="postgres",
     )
+
+
+class Writable:
+    """A server's store for a user without privileges, and ways to refuse that user."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        url = urlsplit(server.url)
+        self._root = urlunsplit(url._replace(path=""))
+        self._mysql = url.scheme == "mysql"
+        self.user = f"u{uuid.uuid4().hex[:16]}"
+        database = url.path.strip("/")
+        if self._mysql:
+            self._tell(f"CREATE USER {self.user}")
+            self._tell(f"GRANT ALL ON {database}.* TO {self.user}")
+        else:
+            self._tell(f"CREATE ROLE {self.user} LOGIN")
+            self._tell(f"ALTER DATABASE {database} OWNER TO {self.user}")
+            psql(server.url, f"GRANT ALL ON SCHEMA public TO {self.user}")
+        self.url = f"{url.scheme}://{self.user}@{url.hostname}:{url.port}/{database}"
+
+    def read_only(self, *, on: bool) -> None:
+        """Make the server one that takes no writes, as after a failover."""
+        if self._mysql:
+            self._tell(f"SET GLOBAL read_only = {int(on)}")
+        else:
+            self._tell(f"ALTER SYSTEM SET default_transaction_read_only = {'on' if on else 'off'}")
+            self._tell("SELECT pg_reload_conf()")
+            until(
+                lambda: (
+                    self._tell("SHOW default_transaction_read_only").strip()
+                    == ("on" if on else "off")
+                )
+            )
+
+    def limit_connections(self, most: int) -> None:
+        """Allow the user so many connections at most."""
+        if self._mysql:
+            self._tell(f"ALTER USER {self.user} WITH MAX_USER_CONNECTIONS {most}")
+        else:
+            self._tell(f"ALTER ROLE {self.user} CONNECTION LIMIT {most}")
+
+    def remove(self) -> None:
+        """Leave the server as it was; the role of PostgreSQL owns a database until that goes."""
+        self.read_only(on=False)
+        if self._mysql:
+            self._tell(f"DROP USER {self.user}")
+
+    def _tell(self, statement: str) -> str:
+        return str(run_on(self._root, statement)) if self._mysql else psql(self._root, statement)
+
+
+@pytest.fixture
+def writable(server: Server) -> Iterator[Writable]:
+    """Lend a server that can be made to refuse an ordinary user."""
+    writable = Writable(server)
+    yield writable
+    writable.remove()
+
+
+async def connection_ids(server: Server, storage: Storage, count: int) -> set[int]:
+    """Use so many connections at once; return which those are."""
+    async with contextlib.AsyncExitStack() as stack:
+        transactions = [
+            await stack.enter_async_context(storage.views.transaction()) for _ in range(count)
+        ]
+        return {await connection_id(server, transaction) for transaction in transactions}
 
 
 @pytest.fixture
@@ -254,6 +325,42 @@ async def test_all_connections_in_use(storage: Storage, monkeypatch: pytest.Monk
         with pytest.raises(errors.StoreUnavailable, match="in use"):
             await storage.info()
     assert (await storage.info()).partitions == PARTITIONS
+
+
+# --- Servers that are there and refuse ------------------------------------------
+
+
+async def test_a_primary_that_becomes_a_replica(writable: Writable) -> None:
+    """No connection that was made before is used again, also not those that only read."""
+    storage = storage_for(writable.url)
+    await storage.open()
+    await storage.initialise(PARTITIONS)
+    connections = await connection_ids(writable.server, storage, 3)
+    writable.read_only(on=True)
+    with pytest.raises(errors.StoreNotPrimary, match="primary"):
+        await storage.events.append([one(account(), 0)], NOW)
+    assert not connections & await connection_ids(writable.server, storage, 3)
+    writable.read_only(on=False)
+    await commit(storage, one(account(), 0))
+    await storage.close()
+
+
+async def test_a_server_without_a_place_for_us(writable: Writable) -> None:
+    """The account's limit of connections is said, and waited for as a server that is away."""
+    first, second = storage_for(writable.url), storage_for(writable.url)
+    writable.limit_connections(1)
+    await first.open()
+    await first.initialise(PARTITIONS)
+    with pytest.raises(errors.StoreRefusing, match="too many connections; raise the limit"):
+        await second.open()
+    await first.close()
+    async with asyncio.timeout(10):
+        while True:  # the server notices after a moment that the first one is gone
+            with contextlib.suppress(errors.StoreRefusing):
+                await second.open()
+                break
+    assert (await second.info()).partitions == PARTITIONS
+    await second.close()
 
 
 # --- Settings ------------------------------------------------------------------

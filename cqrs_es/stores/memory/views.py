@@ -58,11 +58,14 @@ class MemoryViews(ViewStore):
         """Open a transaction; the next one waits until it has ended."""
         async with self._alone() as database:
             database.run("BEGIN")
+            transaction = _MemoryTransaction(database)
             try:
-                yield _MemoryTransaction(database)
+                yield transaction
             except BaseException:
                 database.run("ROLLBACK")
                 raise
+            finally:
+                transaction.end()
             database.run("COMMIT")
 
     @asynccontextmanager
@@ -142,7 +145,17 @@ class MemoryViews(ViewStore):
 
 class _MemoryTransaction(ViewTransaction):
     def __init__(self, database: _Database) -> None:
-        self._database = database
+        self._lent: _Database | None = database
+
+    def end(self) -> None:
+        """Refuse what a task that nobody waited for still wants."""
+        self._lent = None
+
+    @property
+    def _database(self) -> _Database:
+        if self._lent is None:
+            raise errors.TransactionEnded
+        return self._lent
 
     async def execute(self, sql: str, parameters: Sequence[SqlValue] = ()) -> int:
         return self._database.run(sql, *parameters)

@@ -13,10 +13,10 @@ from cqrs_es.stores.mysql.dialect import literal, to_format
 from cqrs_es.stores.mysql.failures import mapped_errors
 from cqrs_es.stores.sql.dialect import utc_moment
 from cqrs_es.stores.sql.pool import CLOSE_SECONDS, ServerSession
-from cqrs_es.stores.sql.session import left_usable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
     from datetime import datetime
 
     from cqrs_es.stores.sql.dialect import Dialect, Parameter, RowStatement
@@ -111,17 +111,13 @@ class MysqlSession(ServerSession):
 
     async def _run(self, text: bytes) -> tuple[int, list[Row]]:
         self._check_length(text)
-        self.usable = False
-        try:
-            with mapped_errors():
-                async with asyncio.timeout(self.deadline), self._connection.cursor() as cursor:
-                    count = await cursor.execute(text)
-                    rows = await cursor.fetchall()
-        except errors.CqrsError as exc:
-            self.usable = left_usable(exc)
-            raise
-        self.usable = True
+        async with self._answering(), self._connection.cursor() as cursor:
+            count: int = await cursor.execute(text)
+            rows: Sequence[Row] = await cursor.fetchall()
         return count, list(rows)
+
+    def _mapped_errors(self) -> AbstractContextManager[None]:
+        return mapped_errors()
 
     def _text(self, sql: str, parameters: Sequence[Parameter]) -> bytes:
         return (to_format(sql) % tuple(map(literal, parameters))).encode()

@@ -13,10 +13,11 @@ from cqrs_es.stores.postgres.dialect import POSTGRES, numbered
 from cqrs_es.stores.postgres.failures import mapped_errors
 from cqrs_es.stores.sql.dialect import utc_moment
 from cqrs_es.stores.sql.pool import CLOSE_SECONDS, ServerSession
-from cqrs_es.stores.sql.session import chunks, left_usable
+from cqrs_es.stores.sql.session import chunks
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
     from datetime import datetime
 
     from cqrs_es.stores.sql.dialect import Dialect, Parameter, RowStatement
@@ -118,17 +119,8 @@ class PostgresSession(ServerSession):
             done: str = await self._connection.execute(numbered(sql), *map(_readable, parameters))
         return done
 
-    @contextlib.asynccontextmanager
-    async def _answering(self) -> AsyncGenerator[None]:
-        self.usable = False
-        try:
-            with mapped_errors():
-                async with asyncio.timeout(self.deadline):
-                    yield
-        except errors.CqrsError as exc:
-            self.usable = left_usable(exc)
-            raise
-        self.usable = True
+    def _mapped_errors(self) -> AbstractContextManager[None]:
+        return mapped_errors(self._connection)
 
 
 def _readable(value: Parameter) -> Parameter:

@@ -9,10 +9,18 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from cqrs_es import errors
-from cqrs_es.stores.sql.session import Database, Session, Work, to_its_end
+from cqrs_es.stores.sql.session import (
+    Database,
+    Session,
+    Work,
+    left_usable,
+    to_its_end,
+    too_slow,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
+    from contextlib import AbstractContextManager
 
 MAX_CONNECTIONS: Final = 16
 CONNECT_SECONDS: Final = 10.0
@@ -33,6 +41,28 @@ class ServerSession(Session):
     def __init__(self) -> None:
         self.deadline = STATEMENT_SECONDS
         self.usable = True
+        self._turn = asyncio.Lock()
+
+    @asynccontextmanager
+    async def _answering(self) -> AsyncGenerator[None]:
+        """Run one statement: of those sent at the same time each waits for the one before."""
+        async with self._turn:
+            self.usable = False
+            deadline = asyncio.timeout(self.deadline)
+            try:
+                with self._mapped_errors():
+                    async with deadline:
+                        yield
+            except errors.CqrsError as exc:
+                self.usable = left_usable(exc)
+                if deadline.expired():
+                    raise too_slow(f"{self.deadline:g} s") from exc
+                raise
+            self.usable = True
+
+    @abstractmethod
+    def _mapped_errors(self) -> AbstractContextManager[None]:
+        """Turn what the driver and the network raise into errors of ours."""
 
     @property
     @abstractmethod
@@ -77,6 +107,7 @@ class Pool(Generic[S]):
         self._open = False
         self._free = asyncio.Semaphore(MAX_CONNECTIONS)
         self._idle: list[tuple[S, float]] = []
+        self._trusted: set[S] = set()
 
     async def open(self) -> None:
         """Connect once, to know that it can be done."""
@@ -97,16 +128,28 @@ class Pool(Generic[S]):
 
     @asynccontextmanager
     async def lent(self) -> AsyncGenerator[S]:
-        """Lend a connection for the length of a block."""
+        """Lend a connection for the length of a block.
+
+        Where it turns out not to lead to the primary, none that was made before
+        is lent again: what is read there may be old.
+        """
         await self._wait_for_a_place()
         try:
-            session = self._take_idle() or await self._connect()
+            session = self._take_idle() or await self._new()
             try:
                 yield session
+            except errors.StoreNotPrimary:
+                self._trusted.clear()
+                raise
             finally:
                 self._give_back(session)
         finally:
             self._free.release()
+
+    async def _new(self) -> S:
+        session = await self._connect()
+        self._trusted.add(session)
+        return session
 
     async def _wait_for_a_place(self) -> None:
         if not self._open:
@@ -127,16 +170,20 @@ class Pool(Generic[S]):
         oldest = asyncio.get_running_loop().time() - self._idle_seconds / 2
         while self._idle:
             session, since = self._idle.pop()
-            if since >= oldest and not session.closed:
+            if since >= oldest and not session.closed and session in self._trusted:
                 return session
-            session.cut()
+            self._cut(session)
         return None
 
     def _give_back(self, session: S) -> None:
         if session.usable and self._open:
             self._idle.append((session, asyncio.get_running_loop().time()))
         else:
-            session.cut()
+            self._cut(session)
+
+    def _cut(self, session: S) -> None:
+        self._trusted.discard(session)
+        session.cut()
 
 
 class ServerDatabase(Database, Generic[S]):

@@ -135,6 +135,17 @@ def unreachable(reason: str) -> errors.StoreUnavailable:
     )
 
 
+def refusing(reason: str) -> errors.StoreRefusing:
+    """Say why a server that is there takes nothing for a time, and what ends that."""
+    return errors.StoreRefusing(f"the event store's server refuses for a time: {reason}")
+
+
+def too_slow(reason: str) -> errors.StoreSlow:
+    """Say that a server did not finish a statement: it may be busy, locked, or hang."""
+    message = f"the event store did not finish a statement ({reason})"
+    return errors.StoreSlow(f"{message}; look at the server's load and locks, then try again")
+
+
 def left_usable(error: errors.CqrsError) -> bool:
     """Tell whether a server's connection can be used again after it raised an error."""
     return isinstance(error, RolledBack) or not isinstance(error, errors.Unavailable)

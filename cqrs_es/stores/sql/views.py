@@ -41,7 +41,11 @@ class SqlViews(ViewStore):
     async def transaction(self) -> AsyncGenerator[ViewTransaction]:
         """Open a transaction; it commits when its block ends without an error."""
         async with self._database.transaction() as session:
-            yield _SqlTransaction(session)
+            transaction = _SqlTransaction(session)
+            try:
+                yield transaction
+            finally:
+                transaction.end()
 
     async def create_table(self, table: str, columns: str | None = None) -> None:
         """Create a table unless it is there: a view's, or one with the given columns."""
@@ -115,10 +119,20 @@ class SqlViews(ViewStore):
 
 class _SqlTransaction(ViewTransaction):
     def __init__(self, session: Session) -> None:
-        self._session = session
+        self._lent: Session | None = session
         # The version of each row that was loaded, 0 for none. The lock keeps it so; that
         # somebody adds one where there was none shows when it is inserted.
         self._loaded: dict[tuple[str, str], int] = {}
+
+    def end(self) -> None:
+        """Refuse what a task that nobody waited for still wants: the session is another's soon."""
+        self._lent = None
+
+    @property
+    def _session(self) -> Session:
+        if self._lent is None:
+            raise errors.TransactionEnded
+        return self._lent
 
     async def execute(self, sql: str, parameters: Sequence[SqlValue] = ()) -> int:
         return await self._session.execute(sql, parameters)
