@@ -296,7 +296,7 @@ async def test_rows_that_were_loaded_are_not_read_again(
     await save(storage, row("old"), row("unloaded"), row("doomed"))
     queries: list[str] = []
     async with storage.views.transaction() as transaction:
-        session: Any = vars(transaction)["_session"]
+        session: Any = vars(transaction)["_lent"]
         fetch: Callable[..., Awaitable[object]] = session.fetch
 
         def noting(sql: str, *arguments: object, **options: object) -> Awaitable[object]:
