@@ -8,12 +8,15 @@ PYTEST_ARGS ?=
 MYSQLD ?= mysqld
 MYSQL_SUITES := tests/contract tests/acceptance tests/integration/test_mysql_store.py \
 	tests/integration/test_server_stores.py
-
+# What the versions of libraries can break: stores, brokers, codecs, the command line.
+RANGE_SUITES := tests/unit tests/contract tests/acceptance tests/deployment/test_dependencies.py \
+	tests/integration/test_cli_preparing.py tests/integration/test_cli_inspecting.py \
+	tests/integration/test_amqp_service.py tests/integration/test_tracing.py
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-mysql check format upgrade secrets clean
+.PHONY: help demo test test-mysql test-lowest test-newest check format upgrade secrets clean
 
 help:  ## show what can be made
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 demo: $(VENV)/.installed  ## run the bank on a fresh SQLite file: commands in, views out
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
@@ -25,6 +28,19 @@ test: $(VENV)/.installed  ## run every test; those without their server are skip
 
 test-mysql: $(VENV)/.installed  ## run the store's suites on MySQL itself: MYSQLD=program, or CQRS_ES_TEST_MYSQL_URL
 	CI=true CQRS_ES_TEST_MYSQLD=$(MYSQLD) $(BIN)/pytest $(MYSQL_SUITES) -k mysql $(PYTEST_ARGS)
+
+test-lowest: $(VENV)/.installed  ## run the suites on the lowest versions that the wheel allows
+	$(BIN)/uv pip compile --quiet --extra all --resolution lowest-direct pyproject.toml \
+		--output-file $(VENV)/lowest.txt
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)/lowest
+	$(BIN)/uv pip install --quiet --python $(VENV)/lowest --constraint $(VENV)/lowest.txt \
+		--editable ".[dev]"
+	$(VENV)/lowest/bin/pytest $(RANGE_SUITES) $(PYTEST_ARGS)
+
+test-newest: $(VENV)/.installed  ## run the suites on the newest versions that there are
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)/newest
+	$(BIN)/uv pip install --quiet --python $(VENV)/newest --editable ".[dev]"
+	$(VENV)/newest/bin/pytest $(RANGE_SUITES) $(PYTEST_ARGS)
 
 check: $(VENV)/.installed  ## style, types, layers; the files of the deployment
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""Events in their topic form: CloudEvents 1.0, structured JSON (CONTRACT §4)."""
+"""Events in their topic form: CloudEvents 1.0, structured JSON (docs/contract.md)."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class CommandMessage:
         return AggregateKey(self.aggregate_type, self.aggregate_id)
 
     def content_hash(self) -> str:
-        """Hash what must not differ between two messages with one id (DESIGN G2)."""
+        """Hash what must not differ between two messages with one id (G2)."""
         content = [
             self.type,
             self.aggregate_type,

@@ -93,7 +93,7 @@ def generation_of(key: str) -> int:
 
 
 def check_view_name(name: str) -> str:
-    """Return a view's or table's name; raise `DefinitionError` for one CONTRACT §1 forbids."""
+    """Return a view's or table's name; raise `DefinitionError` for one that is no name."""
     if not VIEW_NAME.fullmatch(name) or "__" in name:
         message = f"view name {name!r} must match {VIEW_NAME.pattern} and have no '__'"
         raise errors.DefinitionError(message)

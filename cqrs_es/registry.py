@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cqrs_es.definitions import AggregateDefinition, AnyAggregate, ProjectionDefinition
     from cqrs_es.messages import StoredEvent
 
-# The framework's own tables: a view may not take their names (CONTRACT §1).
+# The framework's own tables: a view may not take their names.
 RESERVED_NAMES = frozenset(
     {
         "events",

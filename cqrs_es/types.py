@@ -36,7 +36,7 @@ class AggregateKey:
     id: str
 
     def partition(self, partitions: int) -> int:
-        """Return the aggregate's partition among `partitions`, as CONTRACT §1 computes it."""
+        """Return the aggregate's partition among `partitions`, as every sender computes it."""
         return partition_of(self.type, self.id, partitions)
 
     def __str__(self) -> str:
@@ -98,7 +98,7 @@ def parse_command_id(text: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def check_name(text: str, what: str) -> None:
-    """Refuse a service, aggregate type, command or event name that CONTRACT §1 does not allow."""
+    """Refuse a name of a service, aggregate type, command or event that does not match `NAME`."""
     if not NAME.fullmatch(text):
         message = f"{what} must match {NAME.pattern}, not {shown(text)}"
         raise errors.InvalidMessage(message)

@@ -1,4 +1,4 @@
-"""Command messages and outcomes as bytes, checked against CONTRACT §1–§3."""
+"""Command messages and outcomes as bytes, checked against `docs/contract.md`."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _reply_to(message: JsonObject) -> str | None:
 
 
 def check_metadata(value: Json) -> Mapping[str, str]:
-    """Return metadata that keeps to CONTRACT §1; raise `InvalidMessage`."""
+    """Return metadata that is within its limits; raise `InvalidMessage`."""
     if value is None:
         return NO_METADATA
     if not isinstance(value, dict):
@@ -175,7 +175,7 @@ def _check_metadata_key(key: str) -> None:
 
 
 def encode_command(message: CommandMessage, sent_at: str | None = None) -> bytes:
-    """Write a command message as CONTRACT §2 has it, without the fields that are absent."""
+    """Write a command message, without the fields that are absent."""
     fields: dict[str, object] = {
         "id": message.id,
         "type": message.type,
@@ -197,7 +197,7 @@ def encode_command(message: CommandMessage, sent_at: str | None = None) -> bytes
 
 
 def outcome_fields(outcome: Outcome) -> dict[str, object]:
-    """Return an outcome as the JSON object of CONTRACT §3."""
+    """Return an outcome as the JSON object that is sent."""
     return {
         "command_id": outcome.command_id,
         "status": outcome.status.value,
@@ -213,7 +213,7 @@ def outcome_fields(outcome: Outcome) -> dict[str, object]:
 
 
 def encode_outcome(outcome: Outcome) -> bytes:
-    """Write an outcome as CONTRACT §3 has it."""
+    """Write an outcome as it is sent."""
     return orjson.dumps(outcome_fields(outcome))
 
 

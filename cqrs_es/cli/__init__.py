@@ -1,1 +1,1 @@
-"""The command line: each module has the verbs of one subject (CONTRACT §6)."""
+"""The command line: each module has the verbs of one subject (docs/contract.md, Command line)."""

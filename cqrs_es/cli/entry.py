@@ -18,7 +18,7 @@ _OPTIONS_WITH_VALUE: Final = frozenset({"--app", "--log-level", "--log-format"})
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Do what the command line says and exit with the code that CONTRACT §6 gives it."""
+    """Do what the command line says and exit with the code that says how it went."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     if verb_of(arguments) in LONG_RUNNING:
         _leave_when_told(exits.INTERRUPTED if "--until-idle" in arguments else exits.DONE)

@@ -1,4 +1,4 @@
-"""Exit codes, and which error ends in which (CONTRACT §6)."""
+"""Exit codes, and which error ends in which (docs/contract.md, Command line)."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ from cqrs_es.cli.exits import DONE, FAILED
 from cqrs_es.cli.invocation import invocation_of
 from cqrs_es.cli.output import JsonFlag  # noqa: TC001 - typer evaluates annotations
 from cqrs_es.cli.showing import event_writer
-from cqrs_es.execution.retry import backoff
 from cqrs_es.runtime.waiting import unless
 
 if TYPE_CHECKING:
@@ -118,6 +117,8 @@ async def _tail(app: Application, settings: Settings, selection: Selection) -> b
 async def _follow(opened: OpenApplication, selection: Selection) -> None:
     """Print events as they are committed, for ever."""
     import structlog
+
+    from cqrs_es.execution.retry import backoff
 
     log = structlog.get_logger("cqrs_es.cli")
     write = await event_writer(opened, as_json=selection.as_json)

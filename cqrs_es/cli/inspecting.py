@@ -36,7 +36,7 @@ def status(context: typer.Context, json: JsonFlag = False) -> None:
 
 
 async def read_status(opened: OpenApplication) -> dict[str, Any]:
-    """Return the object of CONTRACT §6."""
+    """Return what `--json` prints."""
     storage = opened.storage
     heads = dict(await storage.events.heads())
     relayed = await storage.views.checkpoints(RELAY_MARK)

@@ -101,7 +101,7 @@ cli.add_typer(parked.parked, name="parked")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Do what the command line says and exit with the code that CONTRACT §6 gives it."""
+    """Do what the command line says and exit with the code that says how it went."""
     sys.exit(_run(sys.argv[1:] if argv is None else list(argv)))
 
 

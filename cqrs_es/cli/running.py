@@ -147,7 +147,7 @@ def _serve_roles(
 
 
 def _summary(report: Report) -> dict[str, object]:
-    """Return the object of CONTRACT §6."""
+    """Return what `--json` prints."""
     counts = report.counts
     return {
         "commands": {

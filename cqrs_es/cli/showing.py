@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def print_outcome(found: Outcome, *, as_json: bool) -> None:
-    """Print an outcome as CONTRACT §3 has it, or its fields below each other."""
+    """Print an outcome as it is sent, or its fields below each other."""
     if as_json:
         print_json(wire.encode_outcome(found))
     else:

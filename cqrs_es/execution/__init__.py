@@ -1,1 +1,1 @@
-"""From commands to outcomes: one code path for one command or for many (DESIGN §5)."""
+"""From commands to outcomes: one code path for one command or for many."""

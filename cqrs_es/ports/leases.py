@@ -1,4 +1,4 @@
-"""Members and leases: which process works on which partition in which role (DESIGN §6).
+"""Members and leases: which process works on which partition in which role.
 
 Time is the store's own clock, so processes need not agree on theirs. Where the
 store has none (DynamoDB), a lease or membership has expired when whoever asks

@@ -1,6 +1,6 @@
 """The event store: the log of events, the outcomes of commands, and snapshots.
 
-The one contract that every store keeps (DESIGN G2–G5):
+The one contract that every store keeps (G2–G5):
 
 - `append` is one transaction. It locks the heads of the partitions of every
   chain it is given, in ascending order, then in later statements checks

@@ -1,4 +1,4 @@
-"""Views and checkpoints: what projectors write, in one transaction (DESIGN G7).
+"""Views and checkpoints: what projectors write, in one transaction (G7).
 
 Names given to these methods are physical: those of one generation of a view,
 `<name>__<n>`, for tables and checkpoint keys alike. `generations` says which
@@ -44,7 +44,7 @@ class ViewRow:
 
 @dataclass(frozen=True, slots=True)
 class ParkedAggregate:
-    """An aggregate whose events a projector does not apply until it is mended (DESIGN G9)."""
+    """An aggregate whose events a projector does not apply until it is mended (G9)."""
 
     projector: str
     key: AggregateKey

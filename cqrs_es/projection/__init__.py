@@ -1,1 +1,1 @@
-"""From events to views: each event affects each view once, in order (DESIGN G7)."""
+"""From events to views: each event affects each view once, in order (G7)."""

@@ -1,4 +1,4 @@
-"""Applying a partition's events to a view, each once, with poison parked (DESIGN G7, G9).
+"""Applying a partition's events to a view, each once, with poison parked (G7, G9).
 
 View rows and checkpoint move in one transaction, compare-and-set on the
 checkpoint. So after a crash at any instant the checkpoint says exactly what

@@ -1,4 +1,4 @@
-"""Generations of a view: which is live, which a rebuild fills, and changing that (DESIGN §7).
+"""Generations of a view: which is live, which a rebuild fills, and changing that.
 
 The table `generations` holds the live number under the view's name. Under
 `$rebuild:<name>` it holds the number that a rebuild fills; with a minus, where

@@ -1,4 +1,4 @@
-"""Aggregates set aside because a view fails on one of their events (DESIGN G9)."""
+"""Aggregates set aside because a view fails on one of their events (G9)."""
 
 from __future__ import annotations
 

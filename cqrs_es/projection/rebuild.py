@@ -1,4 +1,4 @@
-"""Rebuilding a view beside the live one, and changing between generations (DESIGN §7).
+"""Rebuilding a view beside the live one, and changing between generations.
 
 The next generation has tables and checkpoints of its own, so the live one goes
 on untouched. Whatever instant the process dies at, a second `rebuild` goes on

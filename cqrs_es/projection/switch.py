@@ -1,4 +1,4 @@
-"""Making a filled generation live, in one transaction, with no reader put back (DESIGN §7).
+"""Making a filled generation live, in one transaction, with no reader put back.
 
 The live generation's projectors go on while the next one is filled, so they
 are a few events ahead of it in some partitions. The switch holds their

@@ -1,4 +1,4 @@
-"""The command worker: from the queue to the executor, and the answers back (DESIGN §5).
+"""The command worker: from the queue to the executor, and the answers back.
 
 A message is settled only after its outcome is committed, or it is in the
 dead letters. What is in hand when the process dies is delivered again; what

@@ -1,4 +1,4 @@
-"""Keeping a process's fair share of a role's partitions leased, and running them (DESIGN §6)."""
+"""Keeping a process's fair share of a role's partitions leased, and running them."""
 
 from __future__ import annotations
 

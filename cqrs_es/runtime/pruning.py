@@ -1,4 +1,4 @@
-"""Forgetting old outcomes, in chunks so small that nobody waits for it (DESIGN G2)."""
+"""Forgetting old outcomes, in chunks so small that nobody waits for it (G2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The relay: publishes the log to the topic, in order, at least once (DESIGN G6).
+"""The relay: publishes the log to the topic, in order, at least once (G6).
 
 The events table is the outbox. The mark moves only over what the topic has
 confirmed, fenced by the lease; a crash between the two publishes again, which

@@ -1,4 +1,4 @@
-"""A thread that ends the process when its event loop is blocked (DESIGN G10).
+"""A thread that ends the process when its event loop is blocked (G10).
 
 A blocked loop renews no lease and settles nothing; others have taken over by
 then, and only a new process helps. What holds Python's global lock all the

@@ -1,4 +1,4 @@
-"""What an append does, decided from what it read under its locks; no I/O (DESIGN G2 to G5).
+"""What an append does, decided from what it read under its locks; no I/O (G2 to G5).
 
 Every store runs the same steps: lock the heads of `locked_partitions`, read an
 `AppendState`, call `plan_append`, write the plan. So the rules are written and

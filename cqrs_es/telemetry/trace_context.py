@@ -1,4 +1,4 @@
-"""The context of a trace, as it travels in the metadata of commands and events (CONTRACT §2).
+"""The context of a trace, as it travels in the metadata of commands and events.
 
 Always in the form of W3C Trace Context, whatever the process uses elsewhere.
 What a sender made up is read as no context at all.

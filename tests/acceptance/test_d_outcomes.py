@@ -35,7 +35,7 @@ async def letters(t: TestApp) -> list[str]:
     return [letter.id for letter in await t.opened.storage.dead_letters.page()]
 
 
-# --- D1: each row of CONTRACT §3 ----------------------------------------------
+# --- D1: each cause of an outcome ---------------------------------------------
 
 
 async def test_d1_accepted_with_and_without_events(where: Settings) -> None:

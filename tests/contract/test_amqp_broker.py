@@ -56,7 +56,7 @@ async def _declared(server: RabbitMqServer) -> Broker:
     return broker
 
 
-# --- What other programs rely on (CONTRACT §2 to §4) -------------------------
+# --- What other programs rely on (docs/contract.md) ---------------------------
 
 
 async def test_any_client_can_send_a_command(server: RabbitMqServer, broker: Broker) -> None:

@@ -1,4 +1,4 @@
-"""What members and leases promise: one owner per partition, fenced by an epoch (DESIGN §6)."""
+"""What members and leases promise: one owner per partition, fenced by an epoch."""
 
 from __future__ import annotations
 

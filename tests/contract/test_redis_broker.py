@@ -58,7 +58,7 @@ async def _declared(server: AnyRedisServer) -> Broker:
     return broker
 
 
-# --- What other programs rely on (CONTRACT §2 to §4) -------------------------
+# --- What other programs rely on (docs/contract.md) ---------------------------
 
 
 async def test_the_meta_hash_tells_partitions_and_epoch(
@@ -175,7 +175,7 @@ async def test_a_deleted_entry_whose_answer_was_lost_is_passed_over(
     assert bodies(await intake.receive(10)) == ["2"]
 
 
-# --- Losing everything (DESIGN G6) -------------------------------------------
+# --- Losing everything (G6) ---------------------------------------------------
 
 
 async def test_a_flushed_topic_is_filled_again(server: AnyRedisServer, broker: Broker) -> None:

@@ -200,7 +200,7 @@ def test_status_has_colours_on_a_terminal_only(bank: Here, sqlite_url: str, tmp_
 
 
 def test_a_stream_is_an_aggregates_events(bank: Here) -> None:
-    """One CloudEvent a line, as on the topic (CONTRACT §4)."""
+    """One CloudEvent a line, as on the topic."""
     events = bank.done("stream", "account", "ada", "--json").lines
     assert [event["type"] for event in events] == ADA
     epoch = bank.done("init", "--json").json["logepoch"]
@@ -302,7 +302,7 @@ def test_tail_from_nowhere(bank: Here, where: str, words: str) -> None:
 
 
 def test_an_outcome(bank: Here) -> None:
-    """The object of CONTRACT §3; the id in any case (D3)."""
+    """What a sender would receive; the id in any case (D3)."""
     for command_id in (FIRST, FIRST.upper()):
         assert bank.done("outcome", command_id, "--json").json == {
             "command_id": FIRST,

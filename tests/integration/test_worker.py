@@ -1,4 +1,4 @@
-"""The command worker when things go wrong that are no fault of the commands (DESIGN G1, G9)."""
+"""The command worker when things go wrong that are no fault of the commands (G1, G9)."""
 
 from __future__ import annotations
 

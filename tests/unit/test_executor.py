@@ -1,4 +1,4 @@
-"""The executor: order, isolation, conflicts, outages, retries, cancellation (DESIGN §5)."""
+"""The executor: order, isolation, conflicts, outages, retries, cancellation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What exists on a RabbitMQ server for a service, as CONTRACT §2 to §4 lay it down.
+"""What exists on a RabbitMQ server for a service, as `docs/contract.md` lays it down.
 
 Redeclaring something with other arguments is refused by the server, so what
 exists is said here and nowhere else; everybody but `init` only checks that it

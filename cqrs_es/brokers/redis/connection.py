@@ -137,7 +137,7 @@ def _what_it_did(exc: Exception) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """The keys of a service on Redis, as CONTRACT §2–§4 lay them down."""
+    """The keys of a service on Redis, as `docs/contract.md` lays them down."""
 
     service: str
 

@@ -1,4 +1,4 @@
-"""What is in the table: the attributes of each kind of item, named as CONTRACT §5's columns."""
+"""What is in the table: the attributes of each kind of item, named as SQL's columns are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of CONTRACT §5, as rows are written to them; `migrations` creates them."""
+"""The tables of `docs/contract.md`, as rows are written to them; `migrations` creates them."""
 
 from __future__ import annotations
 
