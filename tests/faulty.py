@@ -146,15 +146,11 @@ class FaultyEvents(EventStore):
     async def prune_outcomes(self, before: datetime, limit: int) -> int:
         return await self._inner.prune_outcomes(before, limit)
 
-    async def record_attempt(self, command_id: str, error: str | None = None) -> int:
-        return await self._faults.around(
-            "record_attempt", lambda: self._inner.record_attempt(command_id, error)
-        )
+    async def find_attempts(self, command_ids: Collection[str]) -> dict[str, int]:
+        return await self._inner.find_attempts(command_ids)
 
-    async def record_first_attempts(self, command_ids: Collection[str]) -> dict[str, int]:
-        return await self._faults.around(
-            "record_first_attempts", lambda: self._inner.record_first_attempts(command_ids)
-        )
+    async def record_attempts(self, attempts: Mapping[str, int]) -> None:
+        await self._faults.around("record_attempts", lambda: self._inner.record_attempts(attempts))
 
     async def forget_attempts(self, command_ids: Collection[str]) -> None:
         await self._inner.forget_attempts(command_ids)

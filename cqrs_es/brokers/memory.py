@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from itertools import islice
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, TypeAlias
 
 from cqrs_es import errors
 from cqrs_es.ports.broker import (
+    ANY_SIZE,
     Broker,
     CommandIntake,
     Delivery,
@@ -156,9 +157,11 @@ class _Queue:
         self.unsettled[self._last] = body
         self.changed.set()
 
-    def above(self, number: int, limit: int) -> list[tuple[int, bytes]]:
+    def above(self, number: int, limit: int, most_bytes: int) -> list[tuple[int, bytes]]:
         waiting = (item for item in self.unsettled.items() if item[0] > number)
-        return list(islice(waiting, limit))
+        few = list(islice(waiting, limit))
+        sizes = accumulate(len(body) for _, body in few)
+        return few[: max(1, sum(size <= most_bytes for size in sizes))]
 
 
 class _Intake(CommandIntake):
@@ -171,10 +174,10 @@ class _Intake(CommandIntake):
         queue.owner = self
         queue.changed.set()
 
-    async def receive(self, limit: int) -> list[Delivery]:
+    async def receive(self, limit: int, most_bytes: int = ANY_SIZE) -> list[Delivery]:
         while True:
             self._check_owner()
-            if deliveries := self._take(limit):
+            if deliveries := self._take(limit, most_bytes):
                 return deliveries
             self._queue.changed.clear()
             await self._queue.changed.wait()
@@ -185,8 +188,8 @@ class _Intake(CommandIntake):
         if self._queue.owner is not self:
             raise errors.LeaseLost
 
-    def _take(self, limit: int) -> list[Delivery]:
-        taken = self._queue.above(self._after, limit)
+    def _take(self, limit: int, most_bytes: int) -> list[Delivery]:
+        taken = self._queue.above(self._after, limit, most_bytes)
         if taken:
             self._after = taken[-1][0]
             self._queue.delivered = max(self._queue.delivered, self._after)

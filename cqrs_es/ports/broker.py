@@ -17,12 +17,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
 
 from cqrs_es.errors import BrokerUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+
+ANY_SIZE: Final = 2**62
+"""What `receive` may take where nobody counts bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +99,10 @@ class CommandIntake(ABC):
     """The consumption of one partition of the command queue, by one process at a time."""
 
     @abstractmethod
-    async def receive(self, limit: int) -> list[Delivery]:
+    async def receive(self, limit: int, most_bytes: int = ANY_SIZE) -> list[Delivery]:
         """Wait for messages; return at least one, at most `limit`. Safe to cancel: none is lost.
 
+        Of several their bodies are about `most_bytes` at most, together.
         May raise `LeaseLost` once another intake of the partition was opened.
         """
 

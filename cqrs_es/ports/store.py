@@ -195,16 +195,16 @@ class EventStore(ABC):
         """Delete at most `limit` outcomes recorded before a moment, not failed; return how many."""
 
     @abstractmethod
-    async def record_attempt(self, command_id: str, error: str | None = None) -> int:
-        """Count an attempt at a command durably; return how many there are now."""
+    async def find_attempts(self, command_ids: Collection[str]) -> dict[str, int]:
+        """Look up which attempt was recorded last for those ids that have one."""
 
     @abstractmethod
-    async def record_first_attempts(self, command_ids: Collection[str]) -> dict[str, int]:
-        """Count an attempt, durably, at those that have none; return how many the others have."""
+    async def record_attempts(self, attempts: Mapping[str, int]) -> None:
+        """Record durably, by command id, which attempt is made; repeating it changes nothing."""
 
     @abstractmethod
     async def forget_attempts(self, command_ids: Collection[str]) -> None:
-        """Delete what was counted; ids that were not attempted are no error."""
+        """Delete what was recorded; ids that were not attempted are no error."""
 
     @abstractmethod
     async def read_log(self, partition: int, after: int, limit: int) -> list[StoredEvent]:

@@ -11,6 +11,7 @@ import structlog
 
 from cqrs_es import errors
 from cqrs_es.execution.retry import backoff
+from cqrs_es.runtime.waiting import unless
 from cqrs_es.telemetry.meter import NO_METER, Meter
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class LeaseKeeper:
         self._tasks = asyncio.TaskGroup()
         self._renewed_at = clock.monotonic()
         self._store_trouble: str | None = None
+        self._draining = False
         self.joined = False
         self.unfit: str | None = None
         self.stuck: errors.CqrsError | None = None
@@ -148,20 +150,29 @@ class LeaseKeeper:
             try:
                 while not stopping.is_set():
                     await self._try_round()
-                    await self._wait(stopping)
-                await self._stop_all()
+                    await unless(stopping, self._clock.sleep(self._seconds / ROUNDS_PER_LEASE))
+                await self._drain()
             finally:
                 self._cancel_all()
         await self._leave()
 
-    async def _wait(self, stopping: asyncio.Event) -> None:
-        pause = asyncio.create_task(self._clock.sleep(self._seconds / ROUNDS_PER_LEASE))
-        stop = asyncio.create_task(stopping.wait())
-        try:
-            await asyncio.wait({pause, stop}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            pause.cancel()
-            stop.cancel()
+    async def _drain(self) -> None:
+        """Stop every partition; keep each one's lease until what it has in hand is settled.
+
+        The member is no longer counted meanwhile, so that others take what it
+        has released.
+        """
+        self._draining = True
+        works = [running.task for running in self._running.values() if running.task]
+        for running in self._running.values():
+            running.stopping.set()
+        settled = asyncio.Event()
+        settling = asyncio.gather(*works, return_exceptions=True)
+        settling.add_done_callback(lambda _: settled.set())
+        while not settled.is_set():
+            await unless(settled, self._clock.sleep(self._seconds / ROUNDS_PER_LEASE))
+            if self._running:
+                await self._try_round()
 
     # --- A round -------------------------------------------------------------
 
@@ -184,11 +195,16 @@ class LeaseKeeper:
 
     async def _round(self) -> None:
         started = self._clock.monotonic()
+        seconds = 0.0 if self._draining else self._seconds
         await self._leases.announce(
-            self._role, self._owner, fit=self.unfit is None, seconds=self._seconds
+            self._role, self._owner, fit=self.unfit is None, seconds=seconds
         )
         await self._renew()
         self._renewed_at = started
+        if not self._draining:
+            await self._share_out()
+
+    async def _share_out(self) -> None:
         share = fair_share(await self._leases.members(self._role), self._owner, self._partitions)
         if len(self._running) > share:
             self._hand_over(len(self._running) - share)
@@ -290,13 +306,6 @@ class LeaseKeeper:
     def _cancel_all(self) -> None:
         for running in list(self._running.values()):
             self._cancel(running)
-
-    async def _stop_all(self) -> None:
-        tasks = [running.task for running in self._running.values() if running.task]
-        for running in self._running.values():
-            running.stopping.set()
-        if tasks:
-            await asyncio.wait(tasks)
 
     async def _leave(self) -> None:
         try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from cqrs_es.projection.generations import live_name
-from cqrs_es.runtime.command_loop import CommandWorker
+from cqrs_es.runtime.consumer import CommandWorker
 from cqrs_es.runtime.leases import LeaseKeeper, Membership
 from cqrs_es.runtime.projection_loop import ProjectorLoop
 from cqrs_es.runtime.relay_loop import RELAY_MARK, Relay

@@ -170,7 +170,7 @@ async def test_g4_conflicted_chain_leaves_no_trace(storage: Storage) -> None:
     known = accepted(KEY, None)
     await commit(storage, chain(KEY, None, known))
     attempted = new_command_id()
-    await storage.events.record_attempt(attempted)
+    await storage.events.record_attempts({attempted: 1})
     lost = new_command_id()
     doomed = chain(
         KEY,
@@ -185,7 +185,7 @@ async def test_g4_conflicted_chain_leaves_no_trace(storage: Storage) -> None:
     assert await stored_snapshot(storage, KEY) is None
     assert await storage.events.find_outcomes([attempted, lost]) == {}
     assert await storage.dead_letters.count() == 0
-    assert await storage.events.record_attempt(attempted) == 2
+    assert await storage.events.find_attempts([attempted]) == {attempted: 1}
 
 
 async def test_b12_snapshot_gone_before_the_commit(storage: Storage) -> None:
@@ -377,10 +377,10 @@ async def test_g2_retry_that_fails_again(storage: Storage) -> None:
 async def test_g9_attempts_end_with_the_outcome(storage: Storage) -> None:
     """Recorded attempts are deleted with the commit of the command's outcome."""
     command_id = new_command_id()
-    await storage.events.record_attempt(command_id, "the handler crashed")
+    await storage.events.record_attempts({command_id: 1})
     command = accepted(KEY, 0, events(1), command_id=command_id, attempted=True)
     await commit(storage, chain(KEY, 0, command))
-    assert await storage.events.record_attempt(command_id) == 1
+    assert await storage.events.find_attempts([command_id]) == {}
 
 
 # --- No holes ----------------------------------------------------------------

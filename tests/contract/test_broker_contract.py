@@ -83,6 +83,20 @@ async def test_receive_returns_at_most_what_was_asked_for(broker: Broker) -> Non
     assert bodies(received) == ["1", "2", "3", "4", "5"]
 
 
+async def test_receive_takes_few_large_messages_at_once(broker: Broker) -> None:
+    """A receive is bounded in bytes too; one message it returns however large it is."""
+    intake = await broker.open_intake(0, "a")
+    large = [bytes([number]) * 100_000 for number in range(40)]
+    await broker.send([OutgoingCommand(0, "id", body) for body in large])
+    received: list[bytes] = []
+    while len(received) < len(large):
+        some = await intake.receive(100, 1_000)
+        assert len(some) == 1
+        received += [delivery.body for delivery in some]
+        await intake.settle(some)
+    assert received == large
+
+
 async def test_partitions_are_apart(broker: Broker) -> None:
     """An intake delivers its own partition only."""
     await send(broker, "zero", partition=0)

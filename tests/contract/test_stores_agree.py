@@ -134,10 +134,11 @@ class Stores(RuleBasedStateMachine):
         fitting = chain(key, len(loaded.events), command)
         self._both(lambda storage: storage.events.append([fitting], NOW))
 
-    @rule(command_id=st.sampled_from(COMMAND_IDS))
-    def record_attempt(self, command_id: str) -> None:
-        """Count an attempt."""
-        self._both(lambda storage: storage.events.record_attempt(command_id))
+    @rule(attempts=st.dictionaries(st.sampled_from(COMMAND_IDS), st.integers(0, 2)))
+    def record_attempts(self, attempts: dict[str, int]) -> None:
+        """Record attempts."""
+        self._both(lambda storage: storage.events.record_attempts(attempts))
+        self._both(lambda storage: storage.events.find_attempts(COMMAND_IDS))
 
     @rule(minutes=st.integers(0, 4))
     def prune(self, minutes: int) -> None:

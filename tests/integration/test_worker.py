@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
@@ -13,7 +14,7 @@ from cqrs_es import errors
 from cqrs_es.brokers import broker_for
 from cqrs_es.messages import Status
 from cqrs_es.ports.broker import OutgoingCommand
-from cqrs_es.runtime import in_hand
+from cqrs_es.runtime import consumer, redelivery
 from cqrs_es.stores import storage_for
 from cqrs_es.testing import FakeClock, TestApp
 from cqrs_es.types import AggregateKey, new_command_id
@@ -25,6 +26,9 @@ from tests.waiting import eventually
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from cqrs_es.application import Application
+    from cqrs_es.execution.stages import Answer
+    from cqrs_es.messages import CommandMessage
     from cqrs_es.ports.broker import Broker
 
 
@@ -81,25 +85,156 @@ async def _left_by_a_dead_worker(count: int) -> tuple[Broker, list[str]]:
     return broker, [orjson.loads(message)["id"] for message in messages]
 
 
-async def test_those_near_a_death_go_together(storage: FaultyStorage) -> None:
-    """What was out when a worker died is handled few at a time: most of it is innocent."""
-    broker, _ = await _left_by_a_dead_worker(100)
-    async with TestApp(counting_app(), storage=storage, broker=broker) as t:
-        await t.drain()
-        assert [e.data.n for e in await t.events(Counter, "A")] == list(range(100))
-        assert storage.faults.calls["record_first_attempts"] == 2
-        assert storage.faults.calls["record_attempt"] == 0
-
-
-async def test_those_near_two_deaths_go_alone(storage: FaultyStorage) -> None:
-    """Who was among few when the worker died again is attempted alone, and only those are."""
+async def test_g9_what_is_redelivered_goes_alone_first(storage: FaultyStorage) -> None:
+    """While there is time for it each attempt is made alone, and recorded before it is made."""
     broker, ids = await _left_by_a_dead_worker(20)
-    await storage.events.record_first_attempts(ids[5:8])
     async with TestApp(counting_app(), storage=storage, broker=broker) as t:
         await t.drain()
         assert [e.data.n for e in await t.events(Counter, "A")] == list(range(20))
-        assert storage.faults.calls["record_attempt"] == 3
-    assert await storage.events.record_first_attempts(ids) == {}
+        assert storage.faults.calls["record_attempts"] == 20
+    assert await storage.events.find_attempts(ids) == {}
+
+
+async def test_g9_many_go_together(storage: FaultyStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of what was out when a worker died is innocent: the time for going alone is bounded."""
+    monkeypatch.setattr(redelivery, "ALONE_SECONDS", 0.0)
+    broker, ids = await _left_by_a_dead_worker(100)
+    async with TestApp(counting_app(), storage=storage, broker=broker) as t:
+        await t.drain()
+        assert [e.data.n for e in await t.events(Counter, "A")] == list(range(100))
+        assert storage.faults.calls["record_attempts"] == 2
+    assert await storage.events.find_attempts(ids) == {}
+
+
+async def test_g9_those_near_two_deaths_go_alone(
+    storage: FaultyStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who was among few when a worker died again is attempted alone, and only those are."""
+    monkeypatch.setattr(redelivery, "ALONE_SECONDS", 0.0)
+    broker, ids = await _left_by_a_dead_worker(20)
+    await storage.events.record_attempts(dict.fromkeys(ids[5:8], 0))
+    async with TestApp(counting_app(), storage=storage, broker=broker) as t:
+        await t.drain()
+        assert [e.data.n for e in await t.events(Counter, "A")] == list(range(20))
+        assert storage.faults.calls["record_attempts"] == 1 + 3 + 2  # the first is the test's
+    assert await storage.events.find_attempts(ids) == {}
+
+
+async def test_g9_a_lost_answer_counts_no_second_attempt(storage: FaultyStorage) -> None:
+    """A record that was made though its answer was lost is made again, and is the same."""
+    broker, ids = await _left_by_a_dead_worker(3)
+    storage.faults.after("record_attempts", *[errors.StoreUnavailable()] * 5)
+    async with TestApp(counting_app(), storage=storage, broker=broker) as t:
+        await t.drain()
+        assert await t.dead_letters() == []
+        assert [e.data.n for e in await t.events(Counter, "A")] == list(range(3))
+    assert await storage.events.find_attempts(ids) == {}
+
+
+async def test_g9_a_second_attempt_waits_for_the_process_to_live(storage: FaultyStorage) -> None:
+    """A process that dies anyway dies before it counts: others go on meanwhile."""
+    broker, ids = await _left_by_a_dead_worker(1)
+    await storage.events.record_attempts({ids[0]: 1})
+    async with TestApp(counting_app(), storage=storage, broker=broker) as t:
+
+        async def waits() -> bool:
+            return await t.opened.process.broker.queue_depth() == {0: 1} and t.clock.sleepers > 0
+
+        await eventually(waits)
+        assert (await t.opened.execute(Counter, "B", Add(1))).status is Status.ACCEPTED
+        assert await storage.events.find_attempts(ids) == {ids[0]: 1}
+        await t.drain()
+        assert await t.dead_letters() == []
+    assert t.clock.monotonic() >= redelivery.WAIT_SECONDS
+
+
+async def test_g9_a_command_that_processes_died_of_fails(storage: FaultyStorage) -> None:
+    """What two processes died of alone is not tried again, and those behind it are."""
+    broker, ids = await _left_by_a_dead_worker(3)
+    await storage.events.record_attempts({ids[0]: 2})
+    async with TestApp(counting_app(), storage=storage, broker=broker) as t:
+        await t.drain()
+        (letter,) = await t.dead_letters()
+        assert (letter.id, letter.attempts) == (ids[0], 2)
+        assert [e.data.n for e in await t.events(Counter, "A")] == [1, 2]
+    assert await storage.events.find_attempts(ids) == {}
+
+
+class Waiting:
+    """A handler's call that goes on only when it is let."""
+
+    def __init__(self) -> None:
+        self.called, self.released = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self) -> None:
+        self.called.set()
+        await self.released.wait()
+
+    @property
+    def app(self) -> Application:
+        """The counting application whose call waits."""
+        return counting_app(Services({"wait": self}))
+
+
+@pytest.mark.parametrize("before", [None, 0, 1])
+async def test_g9_a_stop_before_the_end_counts_nothing(before: int | None) -> None:
+    """A process that is cut short takes back what it recorded: it has not died of anything."""
+    clock = FakeClock()
+    storage = storage_for("memory://", clock=clock)
+    broker = broker_for("memory://", service="tests")
+    slow = added(0, type="AddAfterCall", payload={"name": "wait", "n": 0})
+    others = [added(n) for n in range(1, 4)]
+    ids = [orjson.loads(body)["id"] for body in (slow, *others)]
+    await broker.send([OutgoingCommand(0, "", body) for body in (slow, *others)])
+    await (await broker.open_intake(0, "dead")).receive(4)
+    recorded = {} if before is None else {ids[0]: before}
+    await storage.events.record_attempts(recorded)
+    for _ in range(3):
+        waiting = Waiting()
+        with suppress(asyncio.CancelledError):
+            async with TestApp(waiting.app, storage=storage, broker=broker, clock=clock):
+
+                async def called() -> bool:
+                    clock.advance_to_next(within=10.0)
+                    return waiting.called.is_set()  # noqa: B023 - called at once
+
+                await eventually(called)
+                assert await storage.events.find_attempts(ids) == {ids[0]: (before or 0) + 1}
+                raise asyncio.CancelledError
+        assert await storage.events.find_attempts(ids) == recorded
+        clock.advance(3600.0)  # until its leases have expired
+
+
+async def test_a_cancelled_answer_settles_nothing(
+    storage: FaultyStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that got no outcome stays in the queue, and is delivered again."""
+    waiting = Waiting()
+    async with TestApp(waiting.app, storage=storage) as t:
+        executor = t.opened.process.executor
+        submit = executor.submit
+        answers: list[Answer] = []
+
+        def submit_watched(message: CommandMessage, **options: Any) -> Answer:
+            answers.append(submit(message, **options))
+            return answers[-1]
+
+        monkeypatch.setattr(executor, "submit", submit_watched)
+        await t.enqueue(added(7, type="AddAfterCall", payload={"name": "wait", "n": 7}))
+        await waiting.called.wait()
+        answers[0].cancel()
+
+        async def delivered_again() -> bool:
+            t.clock.advance_to_next(within=10.0)
+            return len(answers) > 1
+
+        depth = t.opened.process.broker.queue_depth
+        assert await depth() == {0: 1}
+        waiting.released.set()
+        await eventually(delivered_again)
+        await t.drain()
+        assert [e.data.n for e in await t.events(Counter, "A")] == [7]
+        assert await depth() == {0: 0}
 
 
 @pytest.mark.parametrize("error", [errors.StoreFull(), errors.StoreReadOnly()])
@@ -193,22 +328,16 @@ async def test_large_messages_stay_in_the_queue(
     storage: FaultyStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a worker has in hand is bounded in bytes: a flood must not become its memory."""
-    monkeypatch.setattr(in_hand, "MOST_BYTES_IN_HAND", 1_000)
-    called, released = asyncio.Event(), asyncio.Event()
-
-    async def wait() -> None:
-        called.set()
-        await released.wait()
-
-    app = counting_app(Services({"wait": wait}))
-    async with TestApp(app, storage=storage) as t:
+    monkeypatch.setattr(consumer, "MOST_BYTES_IN_HAND", 3_000)
+    waiting = Waiting()
+    async with TestApp(waiting.app, storage=storage) as t:
         payload = {"name": "wait", "n": 1}
         await t.enqueue(added(1, type="AddAfterCall", payload=payload, note="x" * 1_000))
-        await called.wait()
+        await waiting.called.wait()
         await t.enqueue(*(added(n) for n in range(5)))
         for _ in range(100):
             await asyncio.sleep(0)
         assert t.opened.process.executor.pending == 1
-        released.set()
+        waiting.released.set()
         await t.drain()
         assert len(await t.events(Counter, "A")) == 6

@@ -58,3 +58,42 @@ async def test_trouble_lasts_until_there_is_progress() -> None:
         await eventually(all_is_well)
         stopping.set()
         await keeping
+
+
+async def test_g8_a_draining_member_keeps_its_leases() -> None:
+    """What is in hand may take longer than a lease: nobody else gets the partition before."""
+    clock, stopping, settled = FakeClock(), asyncio.Event(), asyncio.Event()
+    leases = storage_for("memory://", clock=clock).leases
+    begun: list[int] = []
+
+    async def run(assignment: Assignment) -> None:
+        begun.append(assignment.lease.partition)
+        await assignment.stopping.wait()
+        if assignment.lease.partition == 0:
+            await settled.wait()
+
+    membership = Membership(role="worker", owner="a", partitions=2, lease_seconds=1.0)
+    keeping = asyncio.create_task(LeaseKeeper(leases, clock, run, membership).run(stopping))
+
+    async def works_on_both() -> bool:
+        return len(begun) == 2
+
+    async def only_one_is_held() -> bool:
+        return [lease.partition for lease in await leases.held("worker")] == [0]
+
+    async def waited() -> bool:
+        return clock.advance_to_next(within=1.0)
+
+    await eventually(works_on_both)
+    stopping.set()
+    await eventually(only_one_is_held)
+    for _ in range(20):  # five leases
+        await eventually(waited)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert await only_one_is_held()
+        assert await leases.acquire("worker", "b", [0], 1.0) == []
+    assert await leases.members("worker") == []
+    settled.set()
+    await keeping
+    assert await leases.held("worker") == []

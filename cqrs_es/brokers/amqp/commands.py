@@ -17,7 +17,7 @@ from cqrs_es import errors
 from cqrs_es.brokers.amqp import topology
 from cqrs_es.brokers.amqp.consumer import Arrived, Consumer
 from cqrs_es.brokers.amqp.publisher import Outgoing
-from cqrs_es.ports.broker import CommandIntake, Delivery
+from cqrs_es.ports.broker import ANY_SIZE, CommandIntake, Delivery
 
 if TYPE_CHECKING:
     from cqrs_es.brokers.amqp.bridge import Bridge
@@ -75,9 +75,9 @@ class AmqpIntake(CommandIntake):
         """Whether everything unsettled has gone back, or will."""
         return self._consumer.ended
 
-    async def receive(self, limit: int) -> list[Delivery]:
+    async def receive(self, limit: int, most_bytes: int = ANY_SIZE) -> list[Delivery]:
         """Wait for commands; raises `LeaseLost` when another was opened in this process."""
-        arrived = await self._consumer.receive(limit)
+        arrived = await self._consumer.receive(limit, most_bytes)
         self._unsettled |= dict.fromkeys(message.tag for message in arrived)
         return [self._delivery(message) for message in arrived]
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cqrs_es import errors
+from cqrs_es.ports.broker import ANY_SIZE
 
 if TYPE_CHECKING:
     from cqrs_es.brokers.amqp.bridge import Bridge
@@ -80,15 +81,23 @@ class Consumer:
         if self._why_ended is not None:
             raise self._why_ended()
 
-    async def receive(self, limit: int) -> list[Arrived]:
+    async def receive(self, limit: int, most_bytes: int = ANY_SIZE) -> list[Arrived]:
         """Wait for messages; return at least one, at most `limit`. Safe to cancel."""
         while True:
             self.check()
             if self._buffer:
-                count = min(limit, len(self._buffer))
-                return [self._buffer.popleft() for _ in range(count)]
+                return list(self._taken(limit, most_bytes))
             self._changed.clear()
             await self._changed.wait()
+
+    def _taken(self, limit: int, most_bytes: int) -> Iterator[Arrived]:
+        """Take from the buffer's front: the first, and what fits beside it."""
+        for count in range(limit):
+            if not self._buffer or (count and len(self._buffer[0].body) > most_bytes):
+                return
+            arrived = self._buffer.popleft()
+            most_bytes -= len(arrived.body)
+            yield arrived
 
     def acknowledge(self, tags: Sequence[tuple[int, bool]]) -> None:
         """Settle deliveries by their tags, each alone or with all before it."""

@@ -9,10 +9,10 @@ the new owner nor leave any behind.
 from __future__ import annotations
 
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from cqrs_es import errors
-from cqrs_es.ports.broker import CommandIntake, Delivery
+from cqrs_es.ports.broker import ANY_SIZE, CommandIntake, Delivery
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,6 +43,7 @@ return last
 # KEYS: the stream. ARGV: the owner, the last entry it was handed, how many it wants, and
 # about how many bytes. Returns entries, or nil when another has taken over. Pending entries
 # above the last one are those of a read whose answer was lost; they come before new ones.
+# It reads more at a time as it goes on, so that large ones do not come by the hundred.
 _READ = """
 local stream, owner, after = KEYS[1], ARGV[1], ARGV[2]
 local count, room = tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -62,8 +63,10 @@ local function read(from, most)
   return found and found[1][2] or {}
 end
 for _, from in ipairs({after, '>'}) do
+  local at_once = 1
   repeat
-    local some = read(from, math.min(100, count - #entries))
+    local some = read(from, math.min(at_once, count - #entries))
+    at_once = math.min(at_once * 2, 16)
     for _, entry in ipairs(some) do
       entries[#entries + 1] = entry
       for _, text in ipairs(entry[2] or {}) do
@@ -79,8 +82,7 @@ end
 return entries
 """
 
-
-READ_BYTES = 4 * 1024 * 1024  # after which a read takes no more, however many it may take
+READ_BYTES: Final = 4 * 1024 * 1024  # at most, whatever a reader has room for
 
 
 async def open_intake(
@@ -113,19 +115,19 @@ class RedisIntake(CommandIntake):
         self._closed = False
         self._read_script = connection.script(_READ)
 
-    async def receive(self, limit: int) -> list[Delivery]:
+    async def receive(self, limit: int, most_bytes: int = ANY_SIZE) -> list[Delivery]:
         """Wait for commands; raises `LeaseLost` when a later intake has taken over."""
         while True:
-            deliveries = await self._read(limit)
+            deliveries = await self._read(limit, min(most_bytes, READ_BYTES))
             if deliveries:
                 return deliveries
             await self._wait()
 
-    async def _read(self, limit: int) -> list[Delivery]:
+    async def _read(self, limit: int, most_bytes: int) -> list[Delivery]:
         if self._closed:
             message = "the intake was closed; open another"
             raise errors.BrokerUnavailable(message)
-        wanted: list[str | int] = [self._owner, self._after, limit, READ_BYTES]
+        wanted: list[str | int] = [self._owner, self._after, limit, most_bytes]
         entries = await self._read_script([self._stream], wanted)
         if entries is None:
             raise errors.LeaseLost

@@ -90,29 +90,20 @@ class DynamoEvents(EventStore):
 
     # --- Attempts ------------------------------------------------------------
 
-    async def record_attempt(self, command_id: str, error: str | None = None) -> int:
-        """Count an attempt at a command durably; return how many there are now.
+    async def find_attempts(self, command_ids: Collection[str]) -> dict[str, int]:
+        """Look up which attempt was recorded last for those ids that have one."""
+        keys = {places.attempts_key(command_id): command_id for command_id in command_ids}
+        found = await self._table.get_many(keys)
+        return {keys[key]: int(fields["attempts"]) for key, fields in found.items()}
 
-        Where an answer is lost the client asks again, and one attempt may count for two.
-        """
-        change = condition("ADD #attempts :one", one=1)
-        if error is not None:
-            change = condition("ADD #attempts :one SET #last_error = :error", one=1, error=error)
-        counted = await self._table.write(
-            update(places.attempts_key(command_id), change), "UPDATED_NEW"
-        )
-        return int(counted["attempts"])
+    async def record_attempts(self, attempts: Mapping[str, int]) -> None:
+        """Record durably which attempt is made."""
 
-    async def record_first_attempts(self, command_ids: Collection[str]) -> dict[str, int]:
-        """Count an attempt at those that have none; return how many the others have."""
-        found = await self._table.get_many(map(places.attempts_key, command_ids))
-        before = {
-            command_id: int(found[key]["attempts"])
-            for command_id in command_ids
-            if (key := places.attempts_key(command_id)) in found
-        }
-        await side_by_side(self.record_attempt, [id_ for id_ in command_ids if id_ not in before])
-        return before
+        async def record(command_id: str) -> None:
+            change = condition("SET #attempts = :attempts", attempts=attempts[command_id])
+            await self._table.write(update(places.attempts_key(command_id), change))
+
+        await side_by_side(record, list(attempts))
 
     async def forget_attempts(self, command_ids: Collection[str]) -> None:
         """Delete what was counted."""

@@ -189,6 +189,8 @@ class _Watch:
 
     def expired(self, item: Mapping[str, Any]) -> bool:
         """Whether an item just read has been the same for its whole term."""
+        if not item["term"]:
+            return True
         key, state = found_key(item), (item["renewals"], item.get("owner"))
         now = self._clock.monotonic()
         known, since = self._seen.get(key, (None, now))

@@ -42,12 +42,6 @@ class _OutcomeRow:
     recorded_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class _Attempts:
-    count: int
-    last_error: str | None
-
-
 class MemoryEvents(EventStore):
     """The log, outcomes and snapshots of an in-memory store."""
 
@@ -57,7 +51,7 @@ class MemoryEvents(EventStore):
         self._streams: dict[AggregateKey, list[StoredEvent]] = {}
         self._snapshots: dict[AggregateKey, Snapshot] = {}
         self._outcomes: dict[str, _OutcomeRow] = {}
-        self._attempts: dict[str, _Attempts] = {}
+        self._attempts: dict[str, int] = {}
 
     def create_partitions(self, partitions: int) -> None:
         """Make the log's partitions, empty."""
@@ -132,18 +126,13 @@ class MemoryEvents(EventStore):
             del self._outcomes[command_id]
         return len(old)
 
-    async def record_attempt(self, command_id: str, error: str | None = None) -> int:
-        """Count an attempt at a command; return how many there are now."""
-        known = self._attempts.get(command_id)
-        count = known.count + 1 if known else 1
-        self._attempts[command_id] = _Attempts(count, error)
-        return count
+    async def find_attempts(self, command_ids: Collection[str]) -> dict[str, int]:
+        """Look up which attempt was recorded last for those ids that have one."""
+        return {id_: self._attempts[id_] for id_ in command_ids if id_ in self._attempts}
 
-    async def record_first_attempts(self, command_ids: Collection[str]) -> dict[str, int]:
-        """Count an attempt at those that have none; return how many the others have."""
-        before = {id_: self._attempts[id_].count for id_ in command_ids if id_ in self._attempts}
-        self._attempts |= {id_: _Attempts(1, None) for id_ in command_ids if id_ not in before}
-        return before
+    async def record_attempts(self, attempts: Mapping[str, int]) -> None:
+        """Record which attempt is made."""
+        self._attempts |= attempts
 
     async def forget_attempts(self, command_ids: Collection[str]) -> None:
         """Delete what was counted."""

@@ -79,18 +79,14 @@ class SqlEvents(EventStore):
         """Delete at most `limit` outcomes recorded before a moment, not failed."""
         return await self._database.run(lambda session: outcomes.prune(session, before, limit))
 
-    async def record_attempt(self, command_id: str, error: str | None = None) -> int:
-        """Count an attempt at a command durably; return how many there are now."""
-        return await self._database.run(
-            lambda session: outcomes.count_attempt(session, command_id, error)
-        )
+    async def find_attempts(self, command_ids: Collection[str]) -> dict[str, int]:
+        """Look up which attempt was recorded last for those ids that have one."""
+        ids = list(command_ids)
+        return await self._database.read(lambda session: outcomes.find_attempts(session, ids))
 
-    async def record_first_attempts(self, command_ids: Collection[str]) -> dict[str, int]:
-        """Count an attempt at those that have none; return how many the others have."""
-        ids = sorted(command_ids)
-        if not ids:
-            return {}
-        return await self._database.run(lambda session: outcomes.count_first_attempts(session, ids))
+    async def record_attempts(self, attempts: Mapping[str, int]) -> None:
+        """Record durably which attempt is made."""
+        await self._database.run(lambda session: outcomes.record_attempts(session, attempts))
 
     async def forget_attempts(self, command_ids: Collection[str]) -> None:
         """Delete what was counted."""

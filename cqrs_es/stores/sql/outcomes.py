@@ -10,7 +10,7 @@ from cqrs_es.stores.sql.session import chunks
 from cqrs_es.stores.sql.tables import ATTEMPTS, OUTCOMES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from datetime import datetime
 
     from cqrs_es.ports.store import StoredOutcome
@@ -23,10 +23,6 @@ _PRUNABLE: Final = """
 _DELETE: Final = "DELETE FROM command_outcomes WHERE command_id IN "
 _ATTEMPTS: Final = "SELECT command_id, attempts FROM command_attempts WHERE command_id IN "
 _DELETE_ATTEMPTS: Final = "DELETE FROM command_attempts WHERE command_id IN "
-_ONE_MORE: Final = {
-    "attempts": "old.attempts + 1",
-    "last_error": "COALESCE(new.last_error, old.last_error)",
-}
 
 
 async def find(session: Session, command_ids: Sequence[str]) -> dict[str, StoredOutcome]:
@@ -63,27 +59,19 @@ async def prune(session: Session, before: datetime, limit: int) -> int:
     return sum([await session.execute(_DELETE + marks(len(some)), some) for some in chunks(ids)])
 
 
-async def count_attempt(session: Session, command_id: str, error: str | None) -> int:
-    """Add one to a command's attempts; return how many there are."""
-    await session.write(session.dialect.upsert(ATTEMPTS, _ONE_MORE), [(command_id, 1, error)])
-    return (await _attempts(session, [command_id]))[command_id]
-
-
-async def count_first_attempts(session: Session, command_ids: Sequence[str]) -> dict[str, int]:
-    """Add an attempt at those without any; return how many the others have."""
-    before = await _attempts(session, command_ids)
-    first = [(command_id, 1, None) for command_id in command_ids if command_id not in before]
-    if first:
-        await session.write(session.dialect.upsert(ATTEMPTS, _ONE_MORE), first)
-    return before
-
-
-async def _attempts(session: Session, command_ids: Sequence[str]) -> dict[str, int]:
+async def find_attempts(session: Session, command_ids: Sequence[str]) -> dict[str, int]:
+    """Read the last attempts at those commands that have one."""
     found: dict[str, int] = {}
     for ids in chunks(command_ids):
         rows = await session.fetch(_ATTEMPTS + marks(len(ids)), ids)
         found.update({command_id: int(attempts) for command_id, attempts in rows})
     return found
+
+
+async def record_attempts(session: Session, attempts: Mapping[str, int]) -> None:
+    """Write the attempts at commands, in ascending id: two of these never deadlock."""
+    rows = [(command_id, attempts[command_id], None) for command_id in sorted(attempts)]
+    await session.write(session.dialect.upsert(ATTEMPTS), rows)
 
 
 async def forget_attempts(session: Session, command_ids: Sequence[str]) -> None:
