@@ -27,6 +27,20 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 CONFIG = Path(__file__).parent.parent / "config"
+# Where the programs that tests start come from: Debian's packages.
+PACKAGES = {
+    "mariadbd": "mariadb-server",
+    "mariadb-install-db": "mariadb-server",
+    "initdb": "postgresql",
+    "postgres": "postgresql",
+    "psql": "postgresql",
+    "redis-server": "redis-server",
+    "epmd": "rabbitmq-server",
+    "rabbitmq-server": "rabbitmq-server",
+    "rabbitmqctl": "rabbitmq-server",
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
+}
 START_SECONDS = 30.0
 STOP_SECONDS = 20.0
 
@@ -64,7 +78,14 @@ def unavailable(reason: str) -> NoReturn:
 def installed(program: str) -> str:
     """Return the path of a server's program, or skip the test."""
     path = shutil.which(program) or shutil.which(program, path="/usr/sbin:/usr/local/sbin")
-    return path or unavailable(f"{program} is not installed")
+    return path or not_installed(program)
+
+
+def not_installed(program: str) -> NoReturn:
+    """Skip the test, and say what to install: Debian's package, elsewhere one of that name."""
+    package = PACKAGES.get(Path(program).name)
+    advice = f": apt-get install {package}" if package else ""
+    unavailable(f"{program} is not installed{advice}")
 
 
 def free_port() -> int:
@@ -253,7 +274,7 @@ def _postgres_program(name: str) -> str:
     for folder in sorted(versions, key=lambda path: int(path.parent.name), reverse=True):
         if found := shutil.which(name, path=str(folder)):
             return found
-    return shutil.which(name) or unavailable(f"PostgreSQL's {name} is not installed")
+    return shutil.which(name) or not_installed(name)
 
 
 def psql(url: str, statement: str) -> str:
@@ -402,4 +423,4 @@ def _rabbitmq_environment(folder: Path, port: int, name_server_port: int) -> dic
 
 def _rabbitmq_program(name: str) -> str:
     path = shutil.which(name, path=RABBITMQ_PROGRAMS)
-    return path or unavailable(f"{RABBITMQ_PROGRAMS}/{name} is not installed")
+    return path or not_installed(name)
