@@ -113,6 +113,7 @@ class LeaseKeeper:
         self._renewed_at = clock.monotonic()
         self._store_trouble: str | None = None
         self._draining = False
+        self._overdue: asyncio.Task[None] | None = None
         self.joined = False
         self.unfit: str | None = None
         self.stuck: errors.CqrsError | None = None
@@ -177,14 +178,17 @@ class LeaseKeeper:
     # --- A round -------------------------------------------------------------
 
     async def _try_round(self) -> None:
+        if self._overdue is not None and not self._overdue.done():
+            return  # two rounds at once would take the same partitions
+        turn = self._overdue = asyncio.create_task(self._round())
         try:
-            await self._round()
+            await self._in_time(turn)
         except errors.StoreUnusable:
             raise
         except errors.CqrsError as exc:
             self._store_trouble = exc.message
             log.warning("lease round failed", role=self._role, error=exc.message)
-            if self._clock.monotonic() - self._renewed_at > self._seconds * SAFE_PART_OF_LEASE:
+            if self._seconds_left <= 0:
                 for running in list(self._running.values()):
                     self._lose(running)
                 if isinstance(exc, errors.StoreLocked):
@@ -192,6 +196,33 @@ class LeaseKeeper:
         else:
             self.joined = True
             self._store_trouble = None
+
+    @property
+    def _seconds_left(self) -> float:
+        """For how long what is held is safe, unless it is renewed."""
+        since = self._clock.monotonic() - self._renewed_at
+        return self._seconds * SAFE_PART_OF_LEASE - since
+
+    async def _in_time(self, turn: asyncio.Task[None]) -> None:
+        """Wait for a round to end, with partitions in hand only as long as they are safe.
+
+        One that takes longer is cancelled and not waited for: a store that hangs
+        in a commit holds on to whoever is cancelled.
+        """
+        try:
+            while not turn.done():
+                seconds = max(0.0, self._seconds_left) if self._running else None
+                await asyncio.wait({turn}, timeout=seconds)
+                if self._running and self._seconds_left <= 0 and not turn.done():
+                    turn.cancel()
+                    turn.add_done_callback(_look_at)
+                    message = f"the store did not answer within the {self._seconds:g} s of a lease"
+                    raise errors.StoreSlow(f"{message}; look at its load and locks")
+        except asyncio.CancelledError:
+            turn.cancel()
+            await asyncio.wait({turn})
+            raise
+        turn.result()
 
     async def _round(self) -> None:
         started = self._clock.monotonic()
@@ -312,3 +343,9 @@ class LeaseKeeper:
             await self._leases.leave(self._role, self._owner)
         except errors.CqrsError as exc:
             log.warning("membership not ended", role=self._role, error=exc.message)
+
+
+def _look_at(ended: asyncio.Task[None]) -> None:
+    """Look at how a round ended, lest asyncio report that nobody did."""
+    if not ended.cancelled():
+        ended.exception()

@@ -13,7 +13,9 @@ from urllib.parse import urlsplit, urlunsplit
 import pytest
 
 from cqrs_es import errors
+from cqrs_es.ports.clock import SystemClock
 from cqrs_es.ports.views import ViewRow
+from cqrs_es.runtime.leases import LeaseKeeper, Membership
 from cqrs_es.stores import storage_for
 from cqrs_es.stores.sql import pool
 from tests.conftest import run_on
@@ -27,14 +29,16 @@ from tests.contract.building import (
     one,
     stream,
 )
+from tests.proxy import proxy_to
 from tests.servers import psql
-from tests.waiting import until
+from tests.waiting import eventually, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.views import ViewTransaction
+    from cqrs_es.runtime.leases import Assignment
 
 HEAD = "SELECT head FROM log_partitions WHERE log_partition = ? FOR UPDATE"
 
@@ -325,6 +329,49 @@ async def test_all_connections_in_use(storage: Storage, monkeypatch: pytest.Monk
         with pytest.raises(errors.StoreUnavailable, match="in use"):
             await storage.info()
     assert (await storage.info()).partitions == PARTITIONS
+
+
+LEASE_SECONDS = 2.0
+
+
+async def test_a_store_that_hangs_takes_the_leases_with_it(server: Server) -> None:
+    """A member lets go of its partitions, and says why, before its leases end; later it goes on."""
+    port = urlsplit(server.url).port
+    assert port is not None
+    async with proxy_to(port) as proxy:
+        storage = storage_for(_through(proxy.port, server.url), lease_seconds=LEASE_SECONDS)
+        await storage.open()
+        await storage.initialise(PARTITIONS)
+        membership = Membership(
+            role="relay", owner="a", partitions=PARTITIONS, lease_seconds=LEASE_SECONDS
+        )
+        keeper = LeaseKeeper(storage.leases, SystemClock(), _hold, membership)
+        stopping = asyncio.Event()
+
+        async def holds(count: int, trouble: str | None) -> bool:
+            words = keeper.trouble
+            return len(keeper.held) == count and (
+                trouble in words if trouble and words else words == trouble
+            )
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(keeper.run(stopping))
+            await eventually(lambda: holds(PARTITIONS, None))
+            proxy.stall()
+            await eventually(lambda: holds(0, "did not answer"), within_seconds=LEASE_SECONDS)
+            proxy.reset()
+            proxy.heal()
+            await eventually(lambda: holds(PARTITIONS, None), within_seconds=30)
+            stopping.set()
+        await storage.close()
+
+
+async def _hold(assignment: Assignment) -> None:
+    await assignment.stopping.wait()
+
+
+def _through(port: int, url: str) -> str:
+    return url.replace(f":{urlsplit(url).port}/", f":{port}/")
 
 
 # --- Servers that are there and refuse ------------------------------------------
