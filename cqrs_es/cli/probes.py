@@ -67,7 +67,7 @@ class Probes:
         if not self._wanted:
             return
         self._supervisor, self._sampler = supervisor, Sampler(process, supervisor)
-        self.health.follow(supervisor, self._sampler)
+        self.health.follow(supervisor)
         await self._sampler.run()
 
     def _readings(self) -> Iterator[Reading]:

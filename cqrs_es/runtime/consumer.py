@@ -28,10 +28,13 @@ from cqrs_es.execution.retry import backoff
 from cqrs_es.ports.broker import OutgoingReply
 from cqrs_es.ports.dead_letters import DeadLetter
 from cqrs_es.runtime.redelivery import Gate, Redelivered, Redelivery
+from cqrs_es.runtime.roles import WORKER, Role
 from cqrs_es.runtime.waiting import unless
+from cqrs_es.telemetry import catalogue
+from cqrs_es.telemetry.metrics import Reading
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator
+    from collections.abc import Collection, Coroutine, Iterator, Mapping
 
     from cqrs_es.execution.stages import Answer
     from cqrs_es.messages import CommandMessage, Outcome
@@ -56,11 +59,14 @@ PRUNE_EVERY_SECONDS: Final = 60.0
 IMPORTED_AT_ONCE: Final = 100
 
 
-class CommandWorker:
+class CommandWorker(Role):
     """Consumes partitions of the command queue into the process's executor."""
+
+    name = WORKER
 
     def __init__(self, process: Process) -> None:
         self._process = process
+        self._depths: Mapping[int, int] = {}
         self.gate = Gate(process)
         self.room = Room(MOST_BYTES_IN_HAND)
         self.dead = 0
@@ -80,6 +86,26 @@ class CommandWorker:
             consumer.abandon()
             await asyncio.shield(consumer.redelivery.take_back())
             await intake.close()
+
+    def backlog(self, assignment: Assignment) -> int:
+        """Return how many commands are taken, or were in the queue at the last look."""
+        return max(assignment.in_hand, self._depths.get(assignment.lease.partition, 0))
+
+    async def figures(self, held: Collection[int]) -> list[Reading]:
+        """Ask for the depths of the queues, and the number of dead letters."""
+        self._depths = {}
+        if not held:
+            return []
+        depths = await self._process.broker.queue_depth()
+        self._depths = {number: depth for number, depth in depths.items() if number in held}
+        figures = [
+            Reading(catalogue.QUEUE_COMMANDS, depth, (str(number),))
+            for number, depth in self._depths.items()
+        ]
+        if 0 in held:
+            letters = await self._process.storage.dead_letters.count()
+            figures.append(Reading(catalogue.DEAD_LETTERS, letters))
+        return figures
 
     async def _consume(self, consumer: _Consumer, assignment: Assignment) -> None:
         with self.room.shared():

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
 from cqrs_es.runtime.leases import ROUNDS_PER_LEASE
 from cqrs_es.runtime.roles import WORKER
-from cqrs_es.runtime.stalls import Stalls
-from cqrs_es.runtime.supervisor import Standing
 from cqrs_es.runtime.web import Answer, json_answer
 from cqrs_es.telemetry.masking import mask_credentials
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from cqrs_es.registry import Registry
-    from cqrs_es.runtime.sampling import Sampler
+    from cqrs_es.runtime.roles import Position
     from cqrs_es.runtime.supervisor import Supervisor
     from cqrs_es.settings import Settings
 
@@ -40,7 +39,6 @@ class Health:
         self._worker_patience = settings.lease_seconds + _longest_handler(settings, registry)
         self._stalls = Stalls(self._patience_with)
         self._supervisor: Supervisor | None = None
-        self._sampler: Sampler | None = None
         self._lag = 0.0
         self._lagged_at = 0.0
         self.waiting_for = "starting"
@@ -49,9 +47,9 @@ class Health:
         """Return for how long a role may not move: a worker's handlers may take their time."""
         return self._worker_patience if role == WORKER else self._patience
 
-    def follow(self, supervisor: Supervisor, sampler: Sampler) -> None:
-        """Judge by these from now on: the application is open."""
-        self._supervisor, self._sampler = supervisor, sampler
+    def follow(self, supervisor: Supervisor) -> None:
+        """Judge by a supervisor from now on: the application is open."""
+        self._supervisor = supervisor
 
     async def watch(self) -> None:
         """Look at the progress and at the event loop, for ever; meant to be cancelled."""
@@ -60,28 +58,11 @@ class Health:
             await asyncio.sleep(TICK_SECONDS)
             now = time.monotonic()
             self._note_lag(now - before - TICK_SECONDS, now)
-            self._stalls.look(self._standings(), now)
+            self._stalls.look(self._supervisor.positions() if self._supervisor else (), now)
 
     def _note_lag(self, lag: float, now: float) -> None:
         if lag >= self._lag or now - self._lagged_at > REMEMBERED_SECONDS:
             self._lag, self._lagged_at = lag, now
-
-    def _standings(self) -> list[Standing]:
-        """Return the standings; a worker's backlog is also what waits in its queues."""
-        if self._supervisor is None or self._sampler is None:
-            return []
-        depths = self._sampler.depths
-        return [
-            Standing(
-                standing.role,
-                standing.partition,
-                standing.position,
-                max(standing.backlog, depths.get(standing.partition, 0)),
-            )
-            if standing.role == WORKER
-            else standing
-            for standing in self._supervisor.standings()
-        ]
 
     # --- What is answered ------------------------------------------------------
 
@@ -115,3 +96,46 @@ class Health:
 def _longest_handler(settings: Settings, registry: Registry) -> float:
     own = (definition.handler_timeout for definition in registry.aggregates.values())
     return max((seconds or settings.handler_timeout for seconds in own), default=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    offset: int | None
+    since: float
+
+
+class Stalls:
+    """Remembers since when the work on each partition has not moved while it had a backlog.
+
+    `patience` says for how many seconds a role may do so.
+    """
+
+    def __init__(self, patience: Callable[[str], float]) -> None:
+        self._patience = patience
+        self._seen: dict[tuple[str, int], _Seen] = {}
+        self._now = 0.0
+
+    def look(self, positions: Iterable[Position], now: float) -> None:
+        """Compare with what was seen before; to be called often."""
+        self._now = now
+        self._seen = {
+            (position.role, position.partition): self._compared(position, now)
+            for position in positions
+            if position.backlog
+        }
+
+    def _compared(self, position: Position, now: float) -> _Seen:
+        before = self._seen.get((position.role, position.partition))
+        if before is not None and before.offset == position.offset:
+            return before
+        return _Seen(position.offset, now)
+
+    @property
+    def reasons(self) -> list[str]:
+        """Say what has not moved for longer than it may."""
+        return [
+            f"{role} on partition {partition}: no progress for {self._now - seen.since:.0f} s "
+            "though there is something to be done"
+            for (role, partition), seen in sorted(self._seen.items())
+            if self._now - seen.since > self._patience(role)
+        ]

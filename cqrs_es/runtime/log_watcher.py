@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cqrs_es.ports.store import EventStore
+    from cqrs_es.runtime.leases import Assignment
 
 log = structlog.get_logger("cqrs_es.runtime")
 
@@ -35,6 +36,12 @@ class LogWatcher:
     def head(self, partition: int) -> int:
         """Return a partition's head as it was last seen."""
         return self._heads.get(partition, 0)
+
+    def backlog(self, assignment: Assignment) -> int:
+        """Return how many events are before a reader's position, 1 where it has none yet."""
+        if assignment.position is None:
+            return 1
+        return max(0, self.head(assignment.lease.partition) - assignment.position)
 
     async def wait_beyond(self, partition: int, offset: int) -> int:
         """Wait until a partition's head lies beyond an offset; return the head."""

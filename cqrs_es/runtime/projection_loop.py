@@ -10,13 +10,16 @@ import structlog
 from cqrs_es import errors
 from cqrs_es.cloudevents import event_at
 from cqrs_es.projection.applying import READ_LIMIT, Applier
-from cqrs_es.projection.generations import prepared_live, publish, read_generations
+from cqrs_es.projection.generations import live_name, prepared_live, publish, read_generations
 from cqrs_es.projection.parking import ParkingBreaker
+from cqrs_es.runtime.roles import LagMetrics, Role, projector_role
 from cqrs_es.runtime.topic import topic_within_log
 from cqrs_es.runtime.waiting import unless, within
+from cqrs_es.telemetry import catalogue
+from cqrs_es.telemetry.metrics import Reading
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Collection, Sequence
 
     from cqrs_es.definitions import ProjectionDefinition
     from cqrs_es.messages import StoredEvent
@@ -36,7 +39,65 @@ QUIET_SECONDS: Final = 2.0
 GENERATION_SECONDS: Final = 1.0
 
 
-class ProjectorLoop:
+class Follower:
+    """Brings a reader of the log up to date with a partition, and keeps it so.
+
+    From the topic, which is fast, and from the store, which has everything: at the
+    start, where the topic has a gap, and when it has been quiet for a while.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        applier: Applier,
+        assignment: Assignment,
+        wanted: Callable[[], Awaitable[bool]],
+    ) -> None:
+        """Follow for as long as `wanted` says, which is asked often, and until told to stop."""
+        self._process = process
+        self._applier = applier
+        self._assignment = assignment
+        self._wanted = wanted
+
+    async def run(self) -> None:
+        """Follow; whatever was received is applied in the end or will be received again."""
+        partition, applier = self._assignment.lease.partition, self._applier
+        self._assignment.position = await applier.read_checkpoint()
+        await self._catch_up()
+        await topic_within_log(self._process.storage, self._process.broker, partition)
+        feed = await self._process.broker.subscribe({partition: applier.checkpoint})
+        try:
+            # What came after the look at the store and before the subscription passed us by.
+            await self._catch_up()
+            self._assignment.went_well()
+            await self._follow(feed)
+        finally:
+            await feed.close()
+
+    async def _follow(self, feed: EventFeed) -> None:
+        epoch = (await self._process.storage.info()).log_epoch
+        stopping = self._assignment.stopping
+        while await self._goes_on():
+            arrived = await unless(stopping, within(QUIET_SECONDS, feed.receive(BATCH)))
+            events = _of_epoch(arrived or (), epoch)
+            gap = not events or events[0].offset > self._applier.checkpoint + 1
+            if gap and not await self._catch_up():
+                return
+            await self._applier.offer(events)
+
+    async def _catch_up(self) -> bool:
+        """Apply what the store holds, however much that is; False where told to stop before."""
+        while await self._goes_on():
+            if not await self._applier.catch_up(most=self._applier.checkpoint + READ_LIMIT):
+                return True
+            await asyncio.sleep(0)  # a store in memory never makes one wait, and others have a turn
+        return False
+
+    async def _goes_on(self) -> bool:
+        return not self._assignment.stopping.is_set() and await self._wanted()
+
+
+class ProjectorLoop(Role):
     """Projects partitions into the live generation of one view."""
 
     def __init__(self, process: Process, definition: ProjectionDefinition) -> None:
@@ -44,29 +105,36 @@ class ProjectorLoop:
         self._storage = process.storage
         self._definition = definition
         self._breaker = ParkingBreaker(process.clock)
-        self.projected = 0
+        self.name = projector_role(definition.name)
+        self.lag = LagMetrics(
+            catalogue.PROJECTOR_LAG_EVENTS, catalogue.PROJECTOR_LAG_SECONDS, (definition.name,)
+        )
 
     async def run_partition(self, assignment: Assignment) -> None:
-        """Project a partition from its checkpoint on, until stopped or another generation is live.
-
-        Either way everything received is applied or will be received again.
-        """
-        partition = assignment.lease.partition
+        """Project a partition from its checkpoint on, until another generation is live."""
         self._breaker.check()
-        folding = await self._live_folding(partition)
-        applier = self._applier(folding, assignment)
-        assignment.position = await applier.read_checkpoint()
+        folding = await self._live_folding(assignment.lease.partition)
         live = _Live(self._storage.views, folding, self._process.clock)
-        await self._catch_up(applier, live, assignment)
-        await topic_within_log(self._process.storage, self._process.broker, partition)
-        feed = await self._process.broker.subscribe({partition: applier.checkpoint})
-        try:
-            # What came after the look at the store and before the subscription passed us by.
-            await self._catch_up(applier, live, assignment)
-            assignment.went_well()
-            await self._follow(feed, applier, live, assignment)
-        finally:
-            await feed.close()
+        applier = self._applier(folding, assignment)
+        await Follower(self._process, applier, assignment, live.still).run()
+
+    def backlog(self, assignment: Assignment) -> int:
+        """Return how many events are committed and not in the view."""
+        return self._process.watcher.backlog(assignment)
+
+    async def reached(self) -> int:
+        """Read the sum of the live generation's checkpoints."""
+        return sum((await self._storage.views.checkpoints(await self._live_name())).values())
+
+    async def figures(self, held: Collection[int]) -> list[Reading]:
+        """Ask how many aggregates are parked."""
+        if 0 not in held:
+            return []
+        parked = await self._storage.views.list_parked(await self._live_name())
+        return [Reading(catalogue.PARKED_AGGREGATES, len(parked), (self._definition.name,))]
+
+    async def _live_name(self) -> str:
+        return live_name(await self._storage.views.generations(), self._definition.name)
 
     async def _live_folding(self, partition: int) -> Folding:
         """Return the live generation, its tables made sure of.
@@ -83,7 +151,7 @@ class ProjectorLoop:
         def moved(before: int, to: int) -> None:
             self._process.meter.projected(folding.name, to - before)
             assignment.reached(to)
-            self.projected += to - before
+            self.handled += to - before
             log.info(
                 "projected",
                 view=folding.name,
@@ -102,28 +170,6 @@ class ProjectorLoop:
             on_move=moved,
             tracing=self._process.tracing,
         )
-
-    async def _follow(
-        self, feed: EventFeed, applier: Applier, live: _Live, assignment: Assignment
-    ) -> None:
-        epoch = (await self._storage.info()).log_epoch
-        stopping = assignment.stopping
-        while not stopping.is_set() and await live.still():
-            arrived = await unless(stopping, within(QUIET_SECONDS, feed.receive(BATCH)))
-            events = _of_epoch(arrived or (), epoch)
-            gap = not events or events[0].offset > applier.checkpoint + 1
-            if gap and not await self._catch_up(applier, live, assignment):
-                return
-            await applier.offer(events)
-
-    @staticmethod
-    async def _catch_up(applier: Applier, live: _Live, assignment: Assignment) -> bool:
-        """Apply what the store holds, however much that is; False where told to stop before."""
-        while not assignment.stopping.is_set() and await live.still():
-            if not await applier.catch_up(most=applier.checkpoint + READ_LIMIT):
-                return True
-            await asyncio.sleep(0)  # a store in memory never makes one wait, and others have a turn
-        return False
 
 
 class _Live:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from cqrs_es import errors
+from cqrs_es.runtime.roles import RELAY, LagMetrics, Role
 from cqrs_es.runtime.topic import topic_events, topic_within_log
 from cqrs_es.runtime.waiting import unless, within
+from cqrs_es.telemetry import catalogue
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,8 +33,11 @@ CHUNK: Final = 500
 QUIET_SECONDS: Final = 5.0
 
 
-class Relay:
+class Relay(Role):
     """Publishes partitions of one service's log."""
+
+    name = RELAY
+    lag = LagMetrics(catalogue.RELAY_LAG_EVENTS, catalogue.RELAY_LAG_SECONDS)
 
     def __init__(self, process: Process) -> None:
         self._storage = process.storage
@@ -41,7 +46,6 @@ class Relay:
         self._service = process.service
         self._meter = process.meter
         self._tracing = process.tracing
-        self.published = 0
 
     async def run_partition(self, assignment: Assignment) -> None:
         """Publish a partition until stopped, going on from its mark."""
@@ -61,6 +65,14 @@ class Relay:
                 assignment.reached(mark)
             elif not stopping.is_set():
                 mark = await self._look(lease.partition, mark, epoch)
+
+    def backlog(self, assignment: Assignment) -> int:
+        """Return how many events are committed and not published."""
+        return self._watcher.backlog(assignment)
+
+    async def reached(self) -> int:
+        """Read the sum of all marks."""
+        return sum((await self._storage.views.checkpoints(RELAY_MARK)).values())
 
     async def _look(self, partition: int, mark: int, epoch: str) -> int:
         """Return the lesser of our mark and what the topic holds: a flushed one is filled again.
@@ -85,7 +97,7 @@ class Relay:
             confirmed = await self._publish(partition, epoch, outgoing)
         last = events[-1].offset
         self._note(partition, mark, min(confirmed, last))
-        if confirmed > last:  # somebody was here before us: a relay, one hopes
+        if confirmed > last:  # another relay was here before us
             return await self._look(partition, last, epoch)
         return confirmed
 
@@ -105,7 +117,7 @@ class Relay:
         if confirmed < mark:
             log.warning("topic lost its end", partition=partition, from_offset=confirmed + 1)
         elif confirmed > mark:
-            self.published += confirmed - mark
+            self.handled += confirmed - mark
             self._meter.published(confirmed - mark)
             log.info("published", partition=partition, from_offset=mark + 1, to_offset=confirmed)
 

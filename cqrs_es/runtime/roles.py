@@ -1,7 +1,14 @@
-"""The roles that a process can have: what partitions are leased for."""
+"""What a process can be: its roles, each with partitions that are leased for it.
+
+A role is one class with everything that the rest asks of it: what it does to a
+partition, how far it is, and what figures it tells. `Supervisor` has the table
+of all roles; whatever goes over roles goes over that table.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from cqrs_es import errors
@@ -10,9 +17,68 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from cqrs_es.registry import Registry
+    from cqrs_es.runtime.leases import Assignment
+    from cqrs_es.telemetry.catalogue import Metric
+    from cqrs_es.telemetry.metrics import Reading
 
 WORKER: Final = "worker"
 RELAY: Final = "relay"
+
+
+@dataclass(frozen=True, slots=True)
+class LagMetrics:
+    """By which metrics a reader of the log tells its distance from the head, and its labels.
+
+    The number of the partition comes after `labels`.
+    """
+
+    events: Metric
+    seconds: Metric
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """How far the work on one partition is, and how much is before it.
+
+    `offset` is that of the last event done with, for a worker the number of
+    commands settled, None where nothing is known yet; `backlog` counts events, or
+    commands, and is 1 where nothing is known.
+    """
+
+    role: str
+    partition: int
+    offset: int | None
+    backlog: int
+
+
+class Role(ABC):
+    """One role of a process, with all the partitions that it holds for it.
+
+    `handled` counts the events that this process has published or applied. `lag`
+    is None for a role that does not read the log.
+    """
+
+    name: str
+    lag: LagMetrics | None = None
+    handled: int = 0
+
+    @abstractmethod
+    async def run_partition(self, assignment: Assignment) -> None:
+        """Work on a partition until it is to stop, then settle what is taken; see `LeaseKeeper`."""
+
+    @abstractmethod
+    def backlog(self, assignment: Assignment) -> int:
+        """Return how much is known to be before the work on a partition."""
+
+    async def reached(self) -> int | None:
+        """Read the sum of all partitions' offsets done with; None for no reader of the log."""
+        return None
+
+    async def figures(self, held: Collection[int]) -> list[Reading]:
+        """Ask the servers for what only they know: a partition's by its holder, others' by 0's."""
+        del held
+        return []
 
 
 def projector_role(name: str) -> str:

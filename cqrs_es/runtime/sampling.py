@@ -10,34 +10,26 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from cqrs_es import errors
-from cqrs_es.projection.generations import live_name
-from cqrs_es.runtime.roles import RELAY, WORKER, projector_role
-from cqrs_es.telemetry import catalogue
 from cqrs_es.telemetry.metrics import Reading
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Mapping
+    from collections.abc import Awaitable, Iterator
     from datetime import datetime
 
     from cqrs_es.runtime.process import Process
-    from cqrs_es.runtime.stalls import Place
-    from cqrs_es.runtime.supervisor import Standing, Supervisor
-    from cqrs_es.telemetry.catalogue import Metric
+    from cqrs_es.runtime.roles import Position
+    from cqrs_es.runtime.supervisor import Supervisor
 
 log = structlog.get_logger("cqrs_es.runtime")
 
 EVERY_SECONDS: Final = 5.0
 # A look that takes longer is given up.
 LOOK_SECONDS: Final = 5.0
-
-_OfRelayAndView: TypeAlias = "tuple[Metric, Metric]"
-_EVENTS: Final = (catalogue.RELAY_LAG_EVENTS, catalogue.PROJECTOR_LAG_EVENTS)
-_SECONDS: Final = (catalogue.RELAY_LAG_SECONDS, catalogue.PROJECTOR_LAG_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +46,9 @@ class Sampler:
     def __init__(self, process: Process, supervisor: Supervisor) -> None:
         self._process = process
         self._supervisor = supervisor
-        self._views = {projector_role(name): name for name in process.registry.projections}
-        self.depths: Mapping[int, int] = {}
         self.readings: list[Reading] = []
-        self._readers: list[Standing] = []
-        self._oldest: dict[Place, _Oldest] = {}
+        self._readers: list[Position] = []
+        self._oldest: dict[tuple[str, int], _Oldest] = {}
 
     async def run(self) -> None:
         """Look again and again, for ever; raises nothing."""
@@ -68,42 +58,17 @@ class Sampler:
 
     async def look(self) -> None:
         """Replace all figures by new ones."""
-        self._readers = self._readers_of_the_log()
-        asking = (self._depths, self._find_oldest, self._dead_letters, self._parked)
-        answers = await asyncio.gather(*(self._tried(figures) for figures in asking))
+        roles, held = self._supervisor.roles, self._supervisor.held
+        self._readers = [
+            position
+            for position in self._supervisor.positions()
+            if roles[position.role].lag is not None and position.offset is not None
+        ]
+        asked = [_tried(roles[name].figures(partitions)) for name, partitions in held.items()]
+        answers = await asyncio.gather(*asked, _tried(self._find_oldest()))
         self.readings = [*chain.from_iterable(answers), *self._lags()]
 
-    async def _tried(self, figures: Callable[[], Awaitable[list[Reading]]]) -> list[Reading]:
-        try:
-            async with asyncio.timeout(LOOK_SECONDS):
-                return await figures()
-        except (errors.CqrsError, TimeoutError) as exc:
-            log.debug("figures not read", error=str(exc))
-        except Exception:
-            log.exception("figures not read")
-        return []
-
-    # --- The figures ---------------------------------------------------------
-
-    async def _depths(self) -> list[Reading]:
-        self.depths = {}
-        held = self._supervisor.held.get(WORKER, ())
-        if not held:
-            return []
-        depths = await self._process.broker.queue_depth()
-        self.depths = {number: depth for number, depth in depths.items() if number in held}
-        return [
-            Reading(catalogue.QUEUE_COMMANDS, depth, (str(number),))
-            for number, depth in self.depths.items()
-        ]
-
-    def _readers_of_the_log(self) -> list[Standing]:
-        """Return the standings of relays and projectors that know where they are."""
-        return [
-            standing
-            for standing in self._supervisor.standings()
-            if standing.role != WORKER and standing.position is not None
-        ]
+    # --- How far the readers of the log are behind ---------------------------
 
     async def _find_oldest(self) -> list[Reading]:
         """Read when the first event before each reader was committed.
@@ -111,60 +76,46 @@ class Sampler:
         That of a reader which stands still is known: while the store is away it
         is told all the same, and grows.
         """
-        for standing in self._readers:
-            offset = standing.position
-            if standing.backlog and offset is not None and self._oldest_of(standing) is None:
-                events = await self._process.storage.events.read_log(standing.partition, offset, 1)
+        for position in self._readers:
+            offset = position.offset
+            if position.backlog and offset is not None and self._oldest_of(position) is None:
+                events = await self._process.storage.events.read_log(position.partition, offset, 1)
                 if events:
-                    place = (standing.role, standing.partition)
+                    place = (position.role, position.partition)
                     self._oldest[place] = _Oldest(offset, events[0].recorded_at)
         return []
 
-    def _oldest_of(self, standing: Standing) -> _Oldest | None:
+    def _oldest_of(self, position: Position) -> _Oldest | None:
         """Return what is known of the first event before a reader, None since it has moved."""
-        known = self._oldest.get((standing.role, standing.partition))
-        return known if known is not None and known.after == standing.position else None
+        known = self._oldest.get((position.role, position.partition))
+        return known if known is not None and known.after == position.offset else None
 
     def _lags(self) -> Iterator[Reading]:
         now = self._process.clock.now()
-        for standing in self._readers:
-            yield self._lag(_EVENTS, standing, standing.backlog)
-            age = self._age(standing, now)
+        for position in self._readers:
+            lag = self._supervisor.roles[position.role].lag
+            assert lag is not None  # noqa: S101 - a reader's role has one
+            labels = (*lag.labels, str(position.partition))
+            yield Reading(lag.events, position.backlog, labels)
+            age = self._age(position, now)
             if age is not None:
-                yield self._lag(_SECONDS, standing, age)
+                yield Reading(lag.seconds, age, labels)
 
-    def _age(self, standing: Standing, now: datetime) -> float | None:
-        if not standing.backlog:
+    def _age(self, position: Position, now: datetime) -> float | None:
+        if not position.backlog:
             return 0.0
-        oldest = self._oldest_of(standing)
+        oldest = self._oldest_of(position)
         if oldest is None:
             return None
         return max(0.0, (now - oldest.recorded_at).total_seconds())
 
-    def _lag(self, metrics: _OfRelayAndView, standing: Standing, value: float) -> Reading:
-        of_relay, of_view = metrics
-        partition = str(standing.partition)
-        if standing.role == RELAY:
-            return Reading(of_relay, value, (partition,))
-        return Reading(of_view, value, (self._views[standing.role], partition))
 
-    async def _dead_letters(self) -> list[Reading]:
-        if 0 not in self._supervisor.held.get(WORKER, ()):
-            return []
-        return [Reading(catalogue.DEAD_LETTERS, await self._process.storage.dead_letters.count())]
-
-    async def _parked(self) -> list[Reading]:
-        held = self._supervisor.held
-        mine = [name for role, name in self._views.items() if 0 in held.get(role, ())]
-        if not mine:
-            return []
-        views = self._process.storage.views
-        generations = await views.generations()
-        return [
-            Reading(
-                catalogue.PARKED_AGGREGATES,
-                len(await views.list_parked(live_name(generations, name))),
-                (name,),
-            )
-            for name in mine
-        ]
+async def _tried(figures: Awaitable[list[Reading]]) -> list[Reading]:
+    try:
+        async with asyncio.timeout(LOOK_SECONDS):
+            return await figures
+    except (errors.CqrsError, TimeoutError) as exc:
+        log.debug("figures not read", error=str(exc))
+    except Exception:
+        log.exception("figures not read")
+    return []

@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from cqrs_es.projection.generations import live_name
 from cqrs_es.runtime.consumer import CommandWorker
 from cqrs_es.runtime.leases import LeaseKeeper, Membership
 from cqrs_es.runtime.projection_loop import ProjectorLoop
-from cqrs_es.runtime.relay_loop import RELAY_MARK, Relay
-from cqrs_es.runtime.roles import RELAY, WORKER, check_roles, known_roles, projector_role
+from cqrs_es.runtime.relay_loop import Relay
+from cqrs_es.runtime.roles import Position, Role, check_roles, known_roles
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cqrs_es import errors
     from cqrs_es.execution.report import Counts
-    from cqrs_es.runtime.leases import Assignment, PartitionRunner
     from cqrs_es.runtime.process import Process
 
 log = structlog.get_logger("cqrs_es.runtime")
@@ -29,31 +27,20 @@ log = structlog.get_logger("cqrs_es.runtime")
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a process's work has got; offsets are sums over all partitions."""
+    """How far a process's work has got; offsets are sums over all partitions.
+
+    `reached` has each role that reads the log.
+    """
 
     counts: Counts
     dead: int
     head: int
-    relayed: int
-    projected: Mapping[str, int]
+    reached: Mapping[str, int]
 
     @property
     def lag(self) -> int:
-        """How many events the relay or the slowest projector still has before it."""
-        return self.head - min([self.relayed, *self.projected.values()])
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """How the work on one partition stands: see `Assignment`, and what is still before it.
-
-    `backlog` counts events, or commands taken; it is 1 where nothing is known yet.
-    """
-
-    role: str
-    partition: int
-    position: int | None
-    backlog: int
+        """How many events the slowest reader of the log still has before it."""
+        return self.head - min(self.reached.values())
 
 
 class Supervisor:
@@ -62,15 +49,14 @@ class Supervisor:
     def __init__(self, process: Process, roles: Collection[str] | None = None) -> None:
         self._process = process
         self._executor = process.executor
-        self._roles = known_roles(process.registry) if roles is None else frozenset(roles)
-        check_roles(self._roles, process.registry)
+        self._chosen = known_roles(process.registry) if roles is None else frozenset(roles)
+        check_roles(self._chosen, process.registry)
         self._keepers: list[LeaseKeeper] = []
         self._worker = CommandWorker(process)
         self._relay = Relay(process)
-        self._loops = {
-            projector_role(name): ProjectorLoop(process, definition)
-            for name, definition in process.registry.projections.items()
-        }
+        projectors = [ProjectorLoop(process, d) for d in process.registry.projections.values()]
+        every: list[Role] = [self._worker, self._relay, *projectors]
+        self._roles = {role.name: role for role in every}
 
     @property
     def counts(self) -> Counts:
@@ -85,12 +71,12 @@ class Supervisor:
     @property
     def published(self) -> int:
         """How many events the relay has published."""
-        return self._relay.published
+        return self._relay.handled
 
     @property
     def projected(self) -> int:
         """How many events the projectors have applied, each counted for every view."""
-        return sum(loop.projected for loop in self._loops.values())
+        return sum(role.handled for role in self._roles.values()) - self._relay.handled
 
     @property
     def troubles(self) -> list[str]:
@@ -103,31 +89,31 @@ class Supervisor:
     def absent(self) -> list[str]:
         """The roles that the process has not begun to take part in."""
         joined = {keeper.role for keeper in self._keepers if keeper.joined}
-        return sorted(self._roles - joined)
+        return sorted(self._chosen - joined)
 
     @property
     def held(self) -> dict[str, Collection[int]]:
         """The partitions that this process works on, for each of its roles."""
         held = {keeper.role: keeper.held for keeper in self._keepers}
-        return {role: held.get(role, ()) for role in sorted(self._roles)}
+        return {role: held.get(role, ()) for role in sorted(self._chosen)}
 
-    def standings(self) -> list[Standing]:
-        """Return how the work on each partition stands."""
+    @property
+    def roles(self) -> Mapping[str, Role]:
+        """Every role of the application, by name: those of this process and the others."""
+        return self._roles
+
+    def positions(self) -> list[Position]:
+        """Return how far the work on each partition is."""
         return [
-            self._standing(keeper.role, assignment)
+            Position(
+                keeper.role,
+                assignment.lease.partition,
+                assignment.position,
+                self._roles[keeper.role].backlog(assignment),
+            )
             for keeper in self._keepers
             for assignment in keeper.assignments
         ]
-
-    def _standing(self, role: str, assignment: Assignment) -> Standing:
-        partition, position = assignment.lease.partition, assignment.position
-        if role == WORKER:
-            backlog = assignment.in_hand
-        elif position is None:
-            backlog = 1
-        else:
-            backlog = max(0, self._process.watcher.head(partition) - position)
-        return Standing(role, partition, position, backlog)
 
     @property
     def stuck(self) -> errors.CqrsError | None:
@@ -139,7 +125,7 @@ class Supervisor:
 
         Raises, in a group, what no waiting mends: see `LeaseKeeper.run`.
         """
-        self._keepers = [self._keeper(role, run) for role, run in self._runners()]
+        self._keepers = [self._keeper(self._roles[name]) for name in sorted(self._chosen)]
         async with asyncio.TaskGroup() as group:
             watching = group.create_task(self._process.watcher.run())
             async with asyncio.TaskGroup() as keeping:
@@ -147,43 +133,28 @@ class Supervisor:
                     keeping.create_task(keeper.run(stopping))
             watching.cancel()
 
-    def _runners(self) -> list[tuple[str, PartitionRunner]]:
-        """List the roles of this process with what each does to a partition."""
-        every: list[tuple[str, PartitionRunner]] = [
-            (WORKER, self._worker.run_partition),
-            (RELAY, self._relay.run_partition),
-        ]
-        every += [(role, loop.run_partition) for role, loop in self._loops.items()]
-        return [(role, run) for role, run in every if role in self._roles]
-
-    def _keeper(self, role: str, run_partition: PartitionRunner) -> LeaseKeeper:
+    def _keeper(self, role: Role) -> LeaseKeeper:
         process = self._process
         membership = Membership(
-            role=role,
+            role=role.name,
             owner=process.owner,
             partitions=process.partitions,
             lease_seconds=process.settings.lease_seconds,
         )
         leases = process.storage.leases
-        return LeaseKeeper(leases, process.clock, run_partition, membership, process.meter)
+        return LeaseKeeper(leases, process.clock, role.run_partition, membership, process.meter)
 
     # --- Progress ------------------------------------------------------------
 
     async def progress(self) -> Progress:
         """Read how far every stage has got."""
-        views = self._process.storage.views
         heads = await self._process.storage.events.heads()
-        generations = await views.generations()
-        projected = {
-            name: sum((await views.checkpoints(live_name(generations, name))).values())
-            for name in self._process.registry.projections
-        }
+        reached = {name: await role.reached() for name, role in self._roles.items()}
         return Progress(
             counts=self._executor.counts,
             dead=self._worker.dead,
             head=sum(heads.values()),
-            relayed=sum((await views.checkpoints(RELAY_MARK)).values()),
-            projected=projected,
+            reached={name: offsets for name, offsets in reached.items() if offsets is not None},
         )
 
     async def idle(self) -> bool:

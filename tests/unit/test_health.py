@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from cqrs_es.execution.policy import ExecutionPolicy
 from cqrs_es.runtime import health
 from cqrs_es.runtime.health import Health
-from cqrs_es.runtime.sampling import Sampler
 from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
 from tests.faulty import FaultyStorage
@@ -88,7 +87,7 @@ async def test_progress_and_its_lack() -> None:
         measured(app, policy=ExecutionPolicy(handler_timeout=60.0)) as running,
         watching(judge),
     ):
-        judge.follow(running.supervisor, running.sampler)
+        judge.follow(running.supervisor)
         await eventually(ready)
         await running.send("AddAfterCall", payload={"name": "hang", "n": 1})
         await eventually(stalled)
@@ -105,10 +104,10 @@ async def test_roles_that_have_not_begun() -> None:
     judge = Health(SETTINGS, app.registry, asyncio.Event())
     async with app.open(SETTINGS, storage=storage, initialise=True) as opened:
         supervisor = opened.supervisor(["worker", "relay"])
-        judge.follow(supervisor, Sampler(opened.process, supervisor))
+        judge.follow(supervisor)
         assert judge.reasons() == ["relay has not joined yet", "worker has not joined yet"]
         async with opened.running(["relay"]) as running:
-            judge.follow(running, Sampler(opened.process, running))
+            judge.follow(running)
 
             async def ready() -> bool:
                 return not judge.reasons()

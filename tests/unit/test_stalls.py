@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cqrs_es.runtime.stalls import Stalls
-from cqrs_es.runtime.supervisor import Standing
+from cqrs_es.runtime.health import Stalls
+from cqrs_es.runtime.roles import Position
 
 
 def patience(role: str) -> float:
@@ -11,7 +11,7 @@ def patience(role: str) -> float:
 
 
 def look(stalls: Stalls, now: float, *, role: str = "relay", at: int | None, backlog: int) -> None:
-    stalls.look([Standing(role, 3, at, backlog)], now)
+    stalls.look([Position(role, 3, at, backlog)], now)
 
 
 def test_work_that_does_not_move_has_stopped() -> None:
