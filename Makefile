@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 # `.ci/unpack-mysql FOLDER` fetches one on a Debian that has none.
 MYSQLD ?= mysqld
+SECONDS_OF_CHAOS ?= 1200
 MYSQL_SUITES := tests/contract tests/acceptance tests/integration/test_mysql_store.py \
 	tests/integration/test_server_stores.py
 # What the versions of libraries can break: stores, brokers, codecs, the command line.
@@ -13,7 +14,7 @@ RANGE_SUITES := tests/unit tests/contract tests/acceptance tests/deployment/test
 	tests/integration/test_cli_preparing.py tests/integration/test_cli_inspecting.py \
 	tests/integration/test_amqp_service.py tests/integration/test_tracing.py
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-mysql test-lowest test-newest check format upgrade secrets clean
+.PHONY: help demo test test-mysql test-lowest test-newest faults check format upgrade secrets clean
 
 help:  ## show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -41,6 +42,10 @@ test-newest: $(VENV)/.installed  ## run the suites on the newest versions that t
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)/newest
 	$(BIN)/uv pip install --quiet --python $(VENV)/newest --editable ".[dev]"
 	$(VENV)/newest/bin/pytest $(RANGE_SUITES) $(PYTEST_ARGS)
+
+faults: $(VENV)/.installed  ## an hour of chaos: 20 minutes on each of three pairs of servers
+	CI=true CQRS_ES_TEST_CHAOS_SECONDS=$(SECONDS_OF_CHAOS) $(BIN)/pytest tests/faults/test_chaos.py \
+		--log-cli-level=WARNING $(PYTEST_ARGS)
 
 check: $(VENV)/.installed  ## style, types, layers; the files of the deployment
 	$(BIN)/ruff check

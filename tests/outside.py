@@ -158,6 +158,10 @@ class RabbitOutside(Outside):
         self._services.add(name)
         self._reading.queue_declare(_everything(name), durable=True, auto_delete=False)
         self._reading.queue_bind(_everything(name), f"{name}.events", "#")
+        self.follow_replies(name, *reply_to)
+
+    def follow_replies(self, name: str, *reply_to: str) -> None:
+        """Declare the queues of replies alone."""
         for each in reply_to:
             queue = f"{name}.replies.{each}"
             self._reading.queue_declare(queue, durable=True, auto_delete=False)

@@ -40,7 +40,11 @@ class Proxy:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Connect a client with the server until either leaves."""
-        there = await asyncio.open_connection("127.0.0.1", self._server_port)
+        try:
+            there = await asyncio.open_connection("127.0.0.1", self._server_port)
+        except OSError:  # nobody is there: the client is to see just that
+            writer.transport.abort()
+            return
         self._writers |= {writer, there[1]}
         try:
             async with asyncio.TaskGroup() as both_ways:

@@ -52,6 +52,7 @@ class Server:
     process: subprocess.Popen[bytes]
     port: int
     command: Sequence[str] = ()
+    user: str | None = None
 
     def kill(self) -> None:
         """End the process as a power cut would."""
@@ -113,7 +114,7 @@ def launch(
             env=environment,
             user=user,
         )
-    server = Server(process, port, command)
+    server = Server(process, port, command, user)
     try:
         _await_port(server, log)
     except BaseException:
@@ -124,7 +125,7 @@ def launch(
 
 def start_again(server: Server, log: Path) -> Server:
     """Start a server that has ended again, on its port, with what it has on disk."""
-    return launch(server.command, server.port, log)
+    return launch(server.command, server.port, log, user=server.user)
 
 
 def _await_port(server: Server, log: Path) -> None:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import random
+import threading
+import time
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+import amqp
+import orjson
+import redis
+
+from tests.history.records import Reply, Sent
+
 if TYPE_CHECKING:
-    import random
+    from collections.abc import Callable
+
+    from tests.outside import Outside
 
 Json = dict[str, Any]
 
+ACCOUNTS = 40
+BATCH = 5  # commands that are sent at once
+IN_FLIGHT = 60  # commands of one sender
+PATIENCE_SECONDS = 4.0  # until what was not answered is sent again
+PAUSE_SECONDS = 0.02
 DAYS = [f"2026-11-{day:02}" for day in range(1, 10)]
 
 
@@ -47,3 +63,100 @@ def random_command(rng: random.Random, account: str, sequence: int) -> Json:
     if rng.random() < 0.02:
         return message | {"payload": payload | {"note": "unknown"}}
     return message
+
+
+class Sender(threading.Thread):
+    """Another service: sends random commands, each again until it is answered, and notes it all.
+
+    It has a bounded number in flight. A batch that was not confirmed is sent
+    again before anything else, and what is not answered for long in the order
+    in which it was first sent: so it keeps its side of the ordering promise.
+    """
+
+    def __init__(self, name: str, seed: int, connect: Callable[[], Outside], service: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self.sent: list[Sent] = []
+        self.replies: list[Reply] = []
+        self.in_flight: dict[str, float] = {}
+        self._messages: dict[str, Json] = {}
+        self._sequences: dict[str, int] = {}
+        self._told: set[bytes] = set()
+        self._answered: dict[str, None] = {}
+        self._unconfirmed: list[Json] = []
+        self._rng = random.Random(seed)
+        self._connect, self._service = connect, service
+        self._outside: Outside | None = None
+        self._ended = threading.Event()
+
+    def end(self) -> None:
+        """Begin nothing new; the thread ends once everything is answered."""
+        self._ended.set()
+
+    def unanswered(self) -> set[str]:
+        """Return the ids of what waits for an outcome."""
+        return set(self.in_flight.copy())
+
+    def run(self) -> None:
+        """Send and listen until the end."""
+        while self.in_flight or self._unconfirmed or not self._ended.is_set():
+            try:
+                self._once()
+            except (OSError, redis.RedisError, amqp.AMQPError):
+                self._outside = None  # what is left of the connection is of no use
+            time.sleep(PAUSE_SECONDS)
+
+    def _once(self) -> None:
+        if self._outside is None:
+            self._outside = self._connect()
+        self._send(self._outside, self._unconfirmed or self._late() or self._new())
+        for outcome in self._outside.replies(self._service, self.name):
+            self._note(outcome)
+
+    def _send(self, outside: Outside, batch: list[Json]) -> None:
+        self._unconfirmed = batch
+        began, accepted = time.monotonic(), None
+        for message in batch:
+            if message["id"] not in self._answered:
+                self.in_flight.setdefault(message["id"], began)
+        try:
+            if batch:
+                outside.send(self._service, batch)
+                accepted = time.monotonic()
+        finally:
+            self.sent += [Sent(self.name, message, began, accepted) for message in batch]
+        self._unconfirmed = []
+
+    def _late(self) -> list[Json]:
+        """Return all that is in flight when the first of it has been so for too long."""
+        now = time.monotonic()
+        if not any(now - since > PATIENCE_SECONDS for since in self.in_flight.values()):
+            return []
+        self.in_flight = dict.fromkeys(self.in_flight, now)
+        return [self._messages[command_id] for command_id in self.in_flight]
+
+    def _new(self) -> list[Json]:
+        if self._ended.is_set() or len(self.in_flight) > IN_FLIGHT - BATCH:
+            return []
+        return [self._command() for _ in range(self._rng.randint(1, BATCH))]
+
+    def _command(self) -> Json:
+        """Write a new command, or an answered one again, or its id with another content."""
+        rng = self._rng
+        if self._answered and rng.random() < 0.03:
+            again = self._messages[rng.choice(list(self._answered))]
+            return again | ({"payload": {"amount": "1"}} if rng.random() < 0.3 else {})
+        account = f"A-{rng.randrange(ACCOUNTS)}"
+        message = random_command(rng, account, self._sequences.get(account, 0))
+        self._messages[message["id"]] = message | {"reply_to": self.name}
+        return self._messages[message["id"]]
+
+    def _note(self, outcome: Json) -> None:
+        text = orjson.dumps(outcome)
+        if text in self._told:
+            return  # the same entry of the stream as before
+        self._told.add(text)
+        self.replies.append(Reply(outcome, time.monotonic()))
+        self.in_flight.pop(outcome["command_id"], None)
+        self._answered[outcome["command_id"]] = None
+        if outcome["sequence"] is not None:
+            self._sequences[outcome["aggregate_id"]] = outcome["sequence"]

@@ -1,0 +1,427 @@
+"""The whole bank under load, while whatever can fail does; then its life is judged.
+
+A seed gives the plan of the faults and the senders' commands; what happens when is
+up to the machine. `make faults` runs for minutes (`CQRS_ES_TEST_CHAOS_SECONDS`) on
+every pair of servers, `make test` for seconds on one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import os
+import random
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+import redis
+
+from tests.conftest import run_on
+from tests.history import recorder
+from tests.history.checker import RELAY, VIEWS, assert_promises_held
+from tests.history.records import History
+from tests.history.traffic import Sender
+from tests.outside import Outside, RabbitOutside, RedisOutside
+from tests.processes import Service, service
+from tests.proxy import Proxy, proxy_to
+from tests.servers import (
+    RabbitServer,
+    Server,
+    psql,
+    start_again,
+    start_mariadb,
+    start_postgres,
+    start_rabbitmq,
+    start_redis,
+)
+from tests.waiting import until
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable, Generator, Iterator
+
+log = logging.getLogger(__name__)
+
+SECONDS = float(os.environ.get("CQRS_ES_TEST_CHAOS_SECONDS", "0"))
+SHORT_FAULTS, SHORT_SECONDS = 5, 12.0  # in `make test`: whichever is first
+LEASE_SECONDS = 3.0  # what `tests.processes` sets
+ROLES = ("worker", "relay", "projector")
+SENDERS = 3
+PATIENCE = 100.0  # seconds from the end of a fault until all that was sent before is answered
+
+pytestmark = pytest.mark.timeout(SECONDS + 400)
+
+
+# --- The plan --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something that goes wrong for a time, and then is mended."""
+
+    kind: str
+    role: str
+    seconds: float
+
+    def __str__(self) -> str:
+        """Name it as in a plan."""
+        return f"{self.kind} {self.role} {self.seconds:.1f} s"
+
+
+# Weights: what takes long comes seldom.
+PROCESS_FAULTS = {"kill": 6, "freeze": 2, "stop": 2, "add": 1}
+SERVER_FAULTS = {"restart": 2, "cut": 4, "stall": 2}
+
+
+def planned(seed: int, broker: str) -> Iterator[Fault]:
+    """Plan faults without end."""
+    rng = random.Random(seed)
+    weights = PROCESS_FAULTS | SERVER_FAULTS | ({"flush": 1} if broker == "redis" else {})
+    while True:
+        (kind,) = rng.choices(list(weights), list(weights.values()))
+        role = rng.choice(ROLES)
+        if kind in SERVER_FAULTS:
+            role = rng.choice(("store", "broker"))
+        if kind == "flush":
+            role = "broker"
+        longest = LEASE_SECONDS * 2 if kind in {"freeze", "stall"} else 1.0
+        yield Fault(kind, role, rng.uniform(0, longest))
+
+
+# --- The servers, and the wires to them ------------------------------------------------
+
+
+class Wires:
+    """Proxies in front of the servers, in a thread of their own."""
+
+    def __init__(self, ports: dict[str, int]) -> None:
+        self._ports = ports
+        self._ready = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended = asyncio.Event()
+        self.proxies: dict[str, Proxy] = {}
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="wires")
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    def do(self, action: Callable[[], object]) -> None:
+        """Do something to a proxy."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(action)
+
+    def close(self) -> None:
+        """Hang up."""
+        self.do(self._ended.set)
+        self._thread.join(10)
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        store, broker = self._ports["store"], self._ports["broker"]
+        async with proxy_to(store) as to_store, proxy_to(broker) as to_broker:
+            self.proxies = {"store": to_store, "broker": to_broker}
+            self._ready.set()
+            await self._ended.wait()
+        if others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(others, timeout=5)  # their connections are cut
+
+
+@dataclass(slots=True)
+class Servers:
+    """A database and a broker of our own."""
+
+    store_name: str
+    broker_name: str
+    folder: Path
+    store: Server = field(init=False)
+    broker: Server | RabbitServer = field(init=False)
+
+    def start(self) -> None:
+        for name in ("store", "broker"):
+            (self.folder / name).mkdir()
+        if self.store_name == "mysql":
+            self.store = start_mariadb(self.folder / "store")
+            run_on(f"mysql://root@127.0.0.1:{self.store.port}", "CREATE DATABASE bank")
+        else:
+            # Not below pytest's own folder: the server runs as a user who may not look into it.
+            folder = Path(tempfile.mkdtemp(prefix="cqrs-es-postgres-"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            self.store = start_postgres(folder)
+            psql(f"postgresql://postgres@127.0.0.1:{self.store.port}/", "CREATE DATABASE bank")
+        if self.broker_name == "redis":
+            self.broker = start_redis(self.folder / "broker")
+        else:
+            self.broker = start_rabbitmq(self.folder / "broker")
+
+    def stop(self) -> None:
+        self.broker.stop()
+        self.store.stop()
+
+    def store_url(self, port: int) -> str:
+        user = "mysql://root" if self.store_name == "mysql" else "postgresql://postgres"
+        return f"{user}@127.0.0.1:{port}/bank"
+
+    def broker_url(self, port: int) -> str:
+        if self.broker_name == "redis":
+            return f"redis://127.0.0.1:{port}/0"
+        return f"amqp://guest:guest@127.0.0.1:{port}/"
+
+    def restart(self, name: str, seconds: float) -> None:
+        """End a server as a power cut would; start it again after a while."""
+        if name == "store":
+            # PostgreSQL's children outlive a killed parent; on SIGQUIT none is tidy either.
+            sudden = signal.SIGKILL if self.store_name == "mysql" else signal.SIGQUIT
+            self.store.process.send_signal(sudden)
+            self.store.process.wait(20)
+            time.sleep(seconds)
+            self.store = start_again(self.store, self.folder / "store.log")
+            return
+        self.broker.kill()
+        time.sleep(seconds)
+        if isinstance(self.broker, RabbitServer):
+            self.broker = self.broker.start_again()
+        else:
+            self.broker = start_again(self.broker, self.folder / "broker.log")
+
+
+# --- The bank and its senders ----------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Chaos:
+    """A bank on servers of its own, its senders, and what was done to it."""
+
+    servers: Servers
+    wires: Wires
+    bank: Service
+    history: History
+    senders: list[Sender]
+    processes: dict[str, list[subprocess.Popen[bytes]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    stopping: list[subprocess.Popen[bytes]] = field(default_factory=list["subprocess.Popen[bytes]"])
+    done: Counter[str] = field(default_factory=Counter[str])
+    recovery: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def store_url(self) -> str:
+        """The database itself, not by the proxy."""
+        return self.servers.store_url(self.servers.store.port)
+
+    @property
+    def broker_url(self) -> str:
+        """The broker itself, not by the proxy."""
+        return self.servers.broker_url(self.servers.broker.port)
+
+    def start(self, role: str) -> None:
+        self.processes[role].append(self.bank.start(role))
+
+    def suffer(self, fault: Fault) -> None:
+        """Let a fault happen and be mended; wait until it is overcome."""
+        getattr(self, f"_{fault.kind}")(fault)
+        healed = time.monotonic()
+        waiting = [(sender, sender.unanswered()) for sender in self.senders]
+        until(
+            lambda: not any(ids & sender.unanswered() for sender, ids in waiting),
+            f"what was sent before the end of {fault} is not answered",
+            within_seconds=PATIENCE,
+        )
+        self.done[fault.kind] += 1
+        self.recovery[f"{fault.kind} {fault.role}"].append(time.monotonic() - healed)
+        self._all_live()
+
+    def drain(self) -> float:
+        """Have the senders end, and everything decided, published and projected."""
+        began = time.monotonic()
+        for sender in self.senders:
+            sender.end()
+        for sender in self.senders:
+            sender.join(PATIENCE)
+            assert not sender.is_alive(), f"{len(sender.in_flight)} of {sender.name} unanswered"
+        until(self._is_drained, "relay or projectors do not get to the end")
+        return time.monotonic() - began
+
+    def recorded(self) -> History:
+        """Complete the history."""
+        history = self.history
+        for sender in self.senders:
+            history.sent += sender.sent
+            history.replies += sender.replies
+        recorder.record_tables(history, self.store_url)
+        if history.broker == "redis":
+            streams = recorder.read_streams(self.broker_url, "bank", history.partitions)
+            history.topic["from the beginning"] = streams
+        else:
+            history.topic["queue"] = recorder.read_queue(self.broker_url, "subscriber")
+        for row in history.outcomes[:: max(1, len(history.outcomes) // 3)]:
+            shown = self.bank.call("outcome", row.command_id, "--json")
+            history.shown[row.command_id] = orjson.loads(shown)
+        return history
+
+    def all_stop(self) -> list[int]:
+        """Ask every process to stop; return their exit codes."""
+        for process in (each for role in ROLES for each in self.processes[role]):
+            process.terminate()
+            self.stopping.append(process)
+        return [process.wait(40) for process in self.stopping]
+
+    def _is_drained(self) -> bool:
+        heads = recorder.rows(self.store_url, "SELECT log_partition, head FROM log_partitions")
+        marks: dict[str, dict[int, int]] = defaultdict(dict)
+        for row in recorder.rows(self.store_url, "SELECT * FROM checkpoints"):
+            marks[row["projector"]][row["log_partition"]] = row["log_offset"]
+        return all(
+            marks[reader].get(row["log_partition"], 0) == row["head"]
+            for row in heads
+            for reader in (RELAY, *(f"{view}__1" for view in VIEWS))
+        )
+
+    def _all_live(self) -> None:
+        """No process may have ended but those that a fault ended."""
+        for role in ROLES:
+            for process in self.processes[role]:
+                assert process.poll() is None, self.bank.log_of(process)[-3000:]
+
+    # What can happen, by its name in a plan.
+
+    def _kill(self, fault: Fault) -> None:
+        victim = self.processes[fault.role].pop(0)
+        victim.kill()
+        victim.wait()
+        time.sleep(fault.seconds)
+        self.start(fault.role)
+
+    def _freeze(self, fault: Fault) -> None:
+        victim = self.processes[fault.role][0]
+        victim.send_signal(signal.SIGSTOP)
+        time.sleep(LEASE_SECONDS / 2 + fault.seconds)
+        victim.send_signal(signal.SIGCONT)
+
+    def _stop(self, fault: Fault) -> None:
+        victim = self.processes[fault.role].pop(0)
+        victim.terminate()
+        self.stopping.append(victim)
+        self.start(fault.role)
+
+    def _add(self, fault: Fault) -> None:
+        """Start one more; end the oldest of too many."""
+        self.start(fault.role)
+        if len(self.processes[fault.role]) > 3:
+            self._stop(fault)
+
+    def _restart(self, fault: Fault) -> None:
+        self.servers.restart(fault.role, fault.seconds)
+
+    def _cut(self, fault: Fault) -> None:
+        self.wires.do(self.wires.proxies[fault.role].reset)
+
+    def _stall(self, fault: Fault) -> None:
+        proxy = self.wires.proxies[fault.role]
+        self.wires.do(proxy.stall)
+        time.sleep(fault.seconds)
+        self.wires.do(proxy.heal)
+
+    def _flush(self, fault: Fault) -> None:
+        del fault
+        began = time.monotonic()
+        client: Any = redis.Redis.from_url(self.broker_url)  # pyright: ignore[reportUnknownMemberType]
+        with client:
+            client.flushall()
+        # Nothing that was sent in between may be called kept, or lost.
+        self.history.losses += [began, time.monotonic()]
+
+
+@contextmanager
+def chaos(store: str, broker: str, folder: Path, seed: int) -> Generator[Chaos]:
+    """Run a bank with two processes of each role, and its senders."""
+    servers = Servers(store, broker, folder)
+    servers.start()
+    with ExitStack() as stack:
+        stack.callback(servers.stop)
+        wires = Wires({"store": servers.store.port, "broker": servers.broker.port})
+        stack.callback(wires.close)
+        urls = (
+            servers.store_url(wires.proxies["store"].port),
+            servers.broker_url(wires.proxies["broker"].port),
+        )
+        (folder / "logs").mkdir()
+        bank = stack.enter_context(service("worker.app:app", *urls, folder / "logs"))
+        senders = [
+            Sender(f"sender-{n}", seed + n, lambda: _connected(made, n), "bank")  # noqa: B023
+            for n in range(SENDERS)
+        ]
+        made = Chaos(servers, wires, bank, History(broker), senders)
+        if broker == "amqp":
+            recorder.bind_queue(made.broker_url, "bank", "subscriber")
+        for role in ROLES * 2:
+            made.start(role)
+        for sender in senders:
+            sender.start()
+        yield made
+
+
+def _connected(made: Chaos, number: int) -> Outside:
+    """Connect a sender with the broker as it is now."""
+    if made.history.broker == "redis":
+        return RedisOutside(made.broker_url)
+    outside = RabbitOutside(made.broker_url)
+    outside.follow_replies("bank", f"sender-{number}")
+    return outside
+
+
+# --- The tests -------------------------------------------------------------------------
+
+
+def live_through(store: str, broker: str, folder: Path, seconds: float, faults: float) -> None:
+    """Run the plan of a seed for a time or for a number of faults, mend everything, judge."""
+    seed = int(os.environ.get("CQRS_ES_TEST_SEED", random.randrange(2**32)))
+    log.warning("CQRS_ES_TEST_SEED=%s on %s and %s", seed, store, broker)
+    with chaos(store, broker, folder, seed) as made:
+        began = time.monotonic()
+        for number, fault in enumerate(planned(seed, broker)):
+            passed = time.monotonic() - began
+            if passed > seconds or number >= faults:
+                break
+            log.warning("%s: %s", number, fault)
+            made.suffer(fault)
+        drained = made.drain()
+        history = made.recorded()
+        log.warning(
+            "%s; %s commands sent %s times, %s events; drained in %.1f s; recovered in %s",
+            dict(made.done),
+            len(history.outcomes),
+            len(history.sent),
+            len(history.events),
+            drained,
+            {name: [round(each, 1) for each in times] for name, times in made.recovery.items()},
+        )
+        # What a thawed worker commits while its successor counts an attempt at the same
+        # command leaves that row behind; nothing is promised of such rows.
+        history.attempts.clear()
+        assert_promises_held(history)
+        codes = made.all_stop()
+        assert codes == [0] * len(codes)
+
+
+def test_a_short_life(tmp_path: Path) -> None:
+    """Whatever befalls processes, servers and wires, no promise to users is broken."""
+    live_through("mysql", "redis", tmp_path, SHORT_SECONDS, SHORT_FAULTS)
+
+
+@pytest.mark.skipif(not SECONDS, reason="make faults runs it: it takes minutes")
+@pytest.mark.parametrize(
+    ("store", "broker"), [("mysql", "redis"), ("mysql", "amqp"), ("postgres", "amqp")]
+)
+def test_a_long_life(store: str, broker: str, tmp_path: Path) -> None:
+    """As the short one, with many faults of every kind."""
+    live_through(store, broker, tmp_path, SECONDS, float("inf"))
