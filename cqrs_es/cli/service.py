@@ -116,8 +116,7 @@ async def serve(app: Application, settings: Settings, task: Task) -> Report:
 
 async def _run_to_its_end(service: Service, settings: Settings, stopping: Stopping) -> Report:
     try:
-        async with watched(settings.lease_seconds):
-            ended = await run_until_stopped(service.run(), stopping, settings.shutdown_timeout)
+        ended = await run_until_stopped(service.run(), stopping, settings.shutdown_timeout)
     except Exception as exc:
         log_end(service.report(clean=False), exc)
         raise
@@ -178,7 +177,9 @@ class Service:
             self._announce(opened)
             self._started = time.monotonic()
             try:
-                await self._run_roles(opened, self._supervisor)
+                # Not before: drivers are imported meanwhile, and there is no lease yet.
+                async with watched(self._settings.lease_seconds):
+                    await self._run_roles(opened, self._supervisor)
             finally:
                 self._ended = time.monotonic()
             self._report.rows = await _count_rows(opened)

@@ -212,6 +212,20 @@ def test_a_blocked_event_loop_ends_the_process(sqlite_url: str) -> None:
     assert "time.sleep(LONG)" in orjson.loads(line)["stack"]
 
 
+def test_a_slow_start_is_no_blocked_event_loop(sqlite_url: str, redis_url: str) -> None:
+    """Before it has a lease, a process may take long: to import drivers, on a busy machine, say."""
+    slow = ("--app", "tests.apps.slow_driver:app")
+    for verb in (["init"], ["run", "--until-idle"]):
+        done = cqrs_es(
+            *slow,
+            *verb,
+            CQRS_ES_STORE_URL=sqlite_url,
+            CQRS_ES_BROKER_URL=redis_url,
+            CQRS_ES_LEASE_SECONDS="1",
+        )
+        assert done.code == 0, done.err
+
+
 def test_a_frozen_process_goes_on(here: Here, sqlite_url: str) -> None:
     """One that was stopped as a whole for longer than a lease takes its partitions again."""
 
