@@ -4,7 +4,8 @@ The table `generations` holds the live number under the view's name. Under
 `$rebuild:<name>` it holds the number that a rebuild fills; with a minus, where
 none is under way, the last number that one has filled. No number is filled
 twice: what may be left of a generation that was given up, in whatever order it
-was dropped, is never mistaken for a beginning.
+was dropped, is never mistaken for a beginning. Under `$published:<name>` it
+holds the number that the view's own names show.
 
 Everything here that changes a number locks the table first.
 """
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+import structlog
 
 from cqrs_es import errors
 from cqrs_es.projection.folding import folding_for
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from cqrs_es.definitions import ProjectionDefinition
     from cqrs_es.ports.views import ViewStore, ViewTransaction
     from cqrs_es.projection.folding import Folding
+
+log = structlog.get_logger("cqrs_es.projection")
 
 FIRST: Final = 1
 
@@ -59,6 +64,10 @@ def live_name(numbers: Mapping[str, int], name: str) -> str:
 
 def _building_key(name: str) -> str:
     return f"$rebuild:{name}"
+
+
+def _published_key(name: str) -> str:
+    return f"$published:{name}"
 
 
 # --- Changing them -----------------------------------------------------------
@@ -164,14 +173,42 @@ def lost(folding: Folding, missing: list[str]) -> errors.ViewLost:
 
 
 async def publish(views: ViewStore, definition: ProjectionDefinition) -> None:
-    """Make a view's own names show its live generation.
+    """Make a view's own names show its live generation, and note that they do.
 
     Again where another became live meanwhile: whoever publishes last looks last.
+    Raises `ConfigurationError` where the database refuses it.
     """
-    published = None
+    name = definition.name
     while True:
-        live = (await read_generations(views, definition.name)).live
-        if live == published:
-            return
-        await folding_for(definition, live).publish_tables(views)
-        published = live
+        live = (await read_generations(views, name)).live
+        folding = folding_for(definition, live)
+        try:
+            await folding.publish_tables(views)
+        except errors.StoreUnusable:
+            raise
+        except (errors.StoreError, errors.SettingsError) as exc:
+            message = (
+                f"generation {live} of {name} is live, but the name can't be made to show it:"
+                f" {exc.message}; mend that, then run `cqrs-es init` as the owner of the tables"
+            )
+            raise errors.ConfigurationError(message) from exc
+        async with views.transaction() as transaction:
+            if generations_of(await transaction.generations(), name).live == live:
+                await transaction.set_generation(_published_key(name), live)
+                return
+
+
+async def publish_if_needed(views: ViewStore, definition: ProjectionDefinition) -> None:
+    """Publish unless a view's names show its live generation: a switch may have been cut short.
+
+    That takes no right but to read, where nothing is to be done. A refusal is logged:
+    those who read by SQL wait for a name, the view itself does not.
+    """
+    name = definition.name
+    numbers = await views.generations()
+    if numbers.get(_published_key(name)) == generations_of(numbers, name).live:
+        return
+    try:
+        await publish(views, definition)
+    except errors.ConfigurationError as exc:
+        log.warning("name not published", view=name, error=exc.message)

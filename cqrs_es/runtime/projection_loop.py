@@ -10,7 +10,12 @@ import structlog
 from cqrs_es import errors
 from cqrs_es.cloudevents import event_at
 from cqrs_es.projection.applying import READ_LIMIT, Applier
-from cqrs_es.projection.generations import live_name, prepared_live, publish, read_generations
+from cqrs_es.projection.generations import (
+    live_name,
+    prepared_live,
+    publish_if_needed,
+    read_generations,
+)
 from cqrs_es.projection.parking import ParkingBreaker
 from cqrs_es.runtime.roles import LagMetrics, Role, projector_role
 from cqrs_es.runtime.topic import topic_within_log
@@ -144,7 +149,7 @@ class ProjectorLoop(Role):
         """
         folding = await prepared_live(self._storage.views, self._definition)
         if partition == 0:
-            await publish(self._storage.views, self._definition)
+            await publish_if_needed(self._storage.views, self._definition)
         return folding
 
     def _applier(self, folding: Folding, assignment: Assignment) -> Applier:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import orjson
 import pytest
+from structlog.testing import capture_logs
 
 from cqrs_es import errors
 from cqrs_es.ports.store import NewEvent, Snapshot
 from cqrs_es.ports.views import ParkedAggregate
+from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
 from tests.contract.building import (
     PARTITIONS,
@@ -22,6 +24,9 @@ from tests.contract.building import (
     one,
     stream,
 )
+from tests.samples import Add, Counter
+from tests.tallies import Sums, tallying_app
+from tests.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -164,3 +169,91 @@ async def test_an_adopted_snapshot_is_replaced(postgres_url: str) -> None:
     )
     assert found == [(3,)]
     await storage.close()
+
+
+# --- Published names -----------------------------------------------------------
+
+
+async def run_ddl(storage: Storage, *statements: str) -> None:
+    async with storage.views.transaction() as sql:
+        for statement in statements:
+            await sql.execute(statement)
+
+
+async def grants_on(storage: Storage, name: str) -> set[tuple[object, ...]]:
+    found = await storage.views.query(
+        "SELECT grantee, privilege_type, is_grantable FROM information_schema.role_table_grants"
+        " WHERE table_name = ? AND grantee IN ('PUBLIC', 'analyst')",
+        (name,),
+    )
+    return set(map(tuple, found))
+
+
+@pytest.fixture
+async def published(storage: Storage) -> AsyncIterator[Storage]:
+    """Publish a projector's table, with grants on the name; prepare two more generations."""
+    views = storage.views
+    await views.create_table("days__1", "day INT PRIMARY KEY, total BIGINT NOT NULL")
+    await views.create_table("days__2", "day INT PRIMARY KEY, total BIGINT NOT NULL")
+    await views.create_table("days__3", "day INT PRIMARY KEY, amount VARCHAR(9)")
+    await views.publish_table("days", "days__1")
+    await run_ddl(
+        storage,
+        "INSERT INTO days__2 VALUES (2, 2)",
+        "INSERT INTO days__3 VALUES (3, 'three')",
+        "CREATE ROLE analyst",
+        "GRANT SELECT ON days TO analyst WITH GRANT OPTION",
+        "GRANT SELECT ON days TO PUBLIC",
+    )
+    yield storage
+    await run_ddl(storage, "DROP OWNED BY analyst", "DROP ROLE analyst")
+
+
+async def test_a_published_name_keeps_its_grants_and_what_depends_on_it(published: Storage) -> None:
+    """A view on top of it shows the new generation; with other columns the grants stay, too."""
+    before = await grants_on(published, "days")
+    assert ("analyst", "SELECT", "YES") in before
+    assert ("PUBLIC", "SELECT", "NO") in before
+    await run_ddl(published, "CREATE VIEW report AS SELECT total FROM days")
+    await published.views.publish_table("days", "days__2")
+    assert await published.views.query("SELECT total FROM report") == [(2,)]
+    assert await grants_on(published, "days") == before
+    await run_ddl(published, "DROP VIEW report")
+    await published.views.publish_table("days", "days__3")
+    assert await published.views.query("SELECT amount FROM days") == [("three",)]
+    assert await grants_on(published, "days") == before
+
+
+async def test_what_stands_in_the_way_of_a_published_name_is_named(published: Storage) -> None:
+    """A view that reads columns which are gone: it is said which, and the name stays as it was."""
+    await run_ddl(published, "CREATE VIEW report AS SELECT total FROM days")
+    with pytest.raises(errors.StoreError, match="view report depends on view days"):
+        await published.views.publish_table("days", "days__3")
+    assert await published.views.columns("days") == ["day", "total"]
+    before = await grants_on(published, "days")
+    assert ("analyst", "SELECT", "YES") in before
+
+
+async def test_a_rebuild_that_cant_publish_says_why(postgres_url: str) -> None:
+    """The new generation is live and projected; `init` publishes it once the way is free."""
+    settings = Settings(store_url=postgres_url, partitions=1)
+    async with tallying_app().open(settings, initialise=True) as opened:
+        await run_ddl(opened.storage, "CREATE VIEW report AS SELECT total FROM sums")
+        await opened.execute(Counter, "a", Add(1))
+        with pytest.MonkeyPatch.context() as patched:
+            other = "counter VARCHAR(40) NOT NULL PRIMARY KEY, spare INT, total BIGINT NOT NULL"
+            patched.setattr(Sums, "tables", {"sums": other})
+            refused = r"generation 2 of sums is live, but .*view report depends on view sums"
+            with pytest.raises(errors.ConfigurationError, match=refused):
+                await opened.rebuild("sums").run()
+            with capture_logs() as captured:
+                async with opened.running() as supervisor:
+                    await opened.execute(Counter, "a", Add(1))
+                    await eventually(supervisor.idle)
+            assert [line["view"] for line in captured if line["event"] == "name not published"] == [
+                "sums"
+            ]
+            assert await opened.storage.views.query("SELECT total FROM sums__2") == [(2,)]
+            await run_ddl(opened.storage, "DROP VIEW report")
+            await opened.initialise()
+            assert await opened.storage.views.query("SELECT total FROM sums") == [(2,)]

@@ -55,7 +55,6 @@ MARIADB: Final = Dialect(
     on_duplicate=" ON DUPLICATE KEY UPDATE ",
     incoming="VALUES({column})",
     outcome_status="JSON_UNQUOTE(JSON_EXTRACT(outcome, '$.status'))",
-    replace_view=("CREATE OR REPLACE VIEW {name} AS SELECT * FROM {table}",),
     list_columns="""
         SELECT column_name FROM information_schema.columns
         WHERE table_schema = DATABASE() AND table_name = ? ORDER BY ordinal_position""",

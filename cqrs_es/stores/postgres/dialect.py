@@ -17,6 +17,28 @@ _LITERAL: Final = r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|/\*.*?\*/|--[^\n]*"""
 _TOKEN: Final = re.compile(rf"(?P<literal>{_LITERAL})|\?", re.DOTALL)
 
 
+# Columns of a view can't be removed or changed: drop it and give its grants again, all in one
+# statement. Where something depends on it the server refuses that, and says what.
+_REMAKE_VIEW: Final = """
+    DO $$
+    DECLARE grants text;
+    BEGIN
+        SELECT string_agg(
+            format(
+                'GRANT %s ON {name} TO %s%s',
+                privilege_type,
+                CASE grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)) END,
+                CASE WHEN is_grantable THEN ' WITH GRANT OPTION' ELSE '' END),
+            '; ')
+        INTO grants
+        FROM pg_class, aclexplode(relacl)
+        WHERE pg_class.oid = to_regclass('{name}');
+        DROP VIEW {name};
+        CREATE VIEW {name} AS SELECT * FROM {table};
+        IF grants IS NOT NULL THEN EXECUTE grants; END IF;
+    END $$"""
+
+
 def _itself(moment: datetime) -> datetime:
     return moment
 
@@ -38,8 +60,7 @@ POSTGRES: Final = Dialect(
     folds_names=True,
     to_time=_itself,
     outcome_status="outcome ->> 'status'",
-    # One statement, so that no reader finds the view missing.
-    replace_view=("DROP VIEW IF EXISTS {name}; CREATE VIEW {name} AS SELECT * FROM {table}",),
+    remake_view=_REMAKE_VIEW,
     list_columns="""
         SELECT column_name FROM information_schema.columns
         WHERE table_schema = current_schema() AND table_name = ? ORDER BY ordinal_position""",

@@ -35,6 +35,7 @@ class Dialect:
     """One database's way of saying what the statements of this package say.
 
     Statements are written with `?` placeholders; sessions translate them.
+    `remake_view` is for where `replace_view` is refused, as other columns may be.
     """
 
     name: str
@@ -49,10 +50,8 @@ class Dialect:
     on_duplicate: str = " ON CONFLICT ({key}) DO UPDATE SET "
     incoming: str = "excluded.{column}"
     outcome_status: str
-    replace_view: Sequence[str] = (
-        "DROP VIEW IF EXISTS {name}",
-        "CREATE VIEW {name} AS SELECT * FROM {table}",
-    )
+    replace_view: Sequence[str] = ("CREATE OR REPLACE VIEW {name} AS SELECT * FROM {table}",)
+    remake_view: str | None = None
     list_columns: str
     list_indexes: str
     list_key: str | None = None

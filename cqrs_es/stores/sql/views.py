@@ -65,11 +65,17 @@ class SqlViews(ViewStore):
             await session.execute(f"DROP TABLE IF EXISTS {session.dialect.quoted(table)}")
 
     async def publish_table(self, name: str, table: str) -> None:
-        """Make `name` an SQL view that shows `table`."""
+        """Make `name` an SQL view that shows `table`; grants on it, and what depends on it, stay."""
         async with self._database.migration() as session:
-            quoted = session.dialect.quoted
-            for statement in session.dialect.replace_view:
-                await session.execute(statement.format(name=quoted(name), table=quoted(table)))
+            dialect = session.dialect
+            names = {"name": dialect.quoted(name), "table": dialect.quoted(table)}
+            try:
+                for statement in dialect.replace_view:
+                    await session.execute(statement.format_map(names))
+            except errors.StoreError:
+                if dialect.remake_view is None:
+                    raise
+                await session.execute(dialect.remake_view.format_map(names))
 
     async def get(self, table: str, view_id: str) -> ViewRow | None:
         """Return one row, None when there is none."""

@@ -21,6 +21,11 @@ SQLITE: Final = Dialect(
     for_update="",  # a transaction holds the only write lock from its beginning
     to_time=utc_text,
     outcome_status="json_extract(outcome, '$.status')",
+    # DDL takes part in transactions, so no reader finds the view missing.
+    replace_view=(
+        "DROP VIEW IF EXISTS {name}",
+        "CREATE VIEW {name} AS SELECT * FROM {table}",
+    ),
     list_columns="SELECT name FROM pragma_table_info(?) ORDER BY cid",
     list_indexes="SELECT name FROM sqlite_master WHERE type = 'index' AND tbl_name = ?",
 )
