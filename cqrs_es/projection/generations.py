@@ -189,7 +189,8 @@ async def publish(views: ViewStore, definition: ProjectionDefinition) -> None:
         except (errors.StoreError, errors.SettingsError) as exc:
             message = (
                 f"generation {live} of {name} is live, but the name can't be made to show it:"
-                f" {exc.message}; mend that, then run `cqrs-es init` as the owner of the tables"
+                f" {' '.join(exc.message.split())}; mend that, then run `cqrs-es init` as the"
+                " owner of the tables"
             )
             raise errors.ConfigurationError(message) from exc
         async with views.transaction() as transaction:

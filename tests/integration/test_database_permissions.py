@@ -101,7 +101,12 @@ async def stack() -> AsyncIterator[AsyncExitStack]:
 
 
 async def opened_by(
-    users: Users, role: str, stack: AsyncExitStack, broker: MemoryBroker, *, initialise: bool = False
+    users: Users,
+    role: str,
+    stack: AsyncExitStack,
+    broker: MemoryBroker,
+    *,
+    initialise: bool = False,
 ) -> OpenApplication:
     settings = Settings(store_url=users.url_of(role), partitions=PARTITIONS)
     opening = tallying_app().open(settings, broker=broker, initialise=initialise)
