@@ -182,7 +182,7 @@ async def test_a_role_can_do_nothing_else(users: Users, stack: AsyncExitStack) -
 async def test_a_projector_that_may_not_publish_goes_on(
     users: Users, stack: AsyncExitStack
 ) -> None:
-    """Where older code noted nothing of the published name, it says so and projects all the same."""
+    """Where older code noted nothing of the name, it says so and projects all the same."""
     broker = MemoryBroker(event_retention=100_000)
     init = await prepared(users, stack, broker)
     async with init.storage.views.transaction() as sql:

@@ -65,7 +65,7 @@ class SqlViews(ViewStore):
             await session.execute(f"DROP TABLE IF EXISTS {session.dialect.quoted(table)}")
 
     async def publish_table(self, name: str, table: str) -> None:
-        """Make `name` an SQL view that shows `table`; grants on it, and what depends on it, stay."""
+        """Make `name` an SQL view that shows `table`; grants and dependents stay."""
         async with self._database.migration() as session:
             dialect = session.dialect
             names = {"name": dialect.quoted(name), "table": dialect.quoted(table)}
