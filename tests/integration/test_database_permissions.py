@@ -24,10 +24,11 @@ from tests.tallies import check_complete, tallying_app
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Generator, Iterator
 
     from cqrs_es.opened import OpenApplication
     from cqrs_es.ports.storage import Storage
+    from cqrs_es.runtime.supervisor import Supervisor
 
 ROLES = ("init", "worker", "relay", "projector", "run", "reader:totals+reader:sums")
 EVERY = ("worker", "relay", "projector:totals", "projector:sums")
@@ -64,7 +65,7 @@ class Users:
         return str(run_on(self.url, statement))
 
     @contextmanager
-    def made(self) -> Iterator[Users]:
+    def made(self) -> Generator[Users]:
         for role in ROLES:
             identified = " IDENTIFIED BY 'secret'" if self.kind == "mysql" else " LOGIN"
             self.sql(f"CREATE USER {self.name(role)}{identified}")
@@ -113,6 +114,13 @@ async def opened_by(
     return await stack.enter_async_context(opening)
 
 
+async def running_role(
+    users: Users, role: str, stack: AsyncExitStack, broker: MemoryBroker
+) -> Supervisor:
+    process = await opened_by(users, role.partition(":")[0], stack, broker)
+    return await stack.enter_async_context(process.running([role]))
+
+
 async def prepared(users: Users, stack: AsyncExitStack, broker: MemoryBroker) -> OpenApplication:
     """Initialise as one user, then grant the others what they need."""
     users.grant("init")
@@ -129,19 +137,16 @@ async def test_every_role_can_do_its_work(users: Users, stack: AsyncExitStack) -
     init = await prepared(users, stack, broker)
     for _ in range(2):
         async with AsyncExitStack() as running:
-            for role in EVERY:
-                user = role.partition(":")[0]
-                process = await opened_by(users, user, running, broker)
-                supervisor = await running.enter_async_context(process.running([role]))
+            supervisors = [await running_role(users, role, running, broker) for role in EVERY]
             worker = await opened_by(users, "worker", running, broker)
             with capture_logs() as captured:
                 for name in ("a", "d", "e"):  # in both partitions
                     assert (await worker.execute(Counter, name, Add(1))).accepted
-                await eventually(supervisor.idle, within_seconds=PATIENCE)
+                await eventually(supervisors[0].idle, within_seconds=PATIENCE)
             assert not [line for line in captured if line["log_level"] in {"error", "critical"}]
             for name in ("totals", "sums"):
                 assert await init.rebuild(name).run() > 1
-                await eventually(supervisor.idle, within_seconds=PATIENCE)
+                await eventually(supervisors[0].idle, within_seconds=PATIENCE)
                 await check_complete(init, name)
     reader = await opened_store(users.url_of("reader"), stack)
     assert len(await reader.views.query("SELECT * FROM totals")) == 3
