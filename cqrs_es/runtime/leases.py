@@ -216,8 +216,11 @@ class LeaseKeeper:
                 if self._running and self._seconds_left <= 0 and not turn.done():
                     turn.cancel()
                     turn.add_done_callback(_look_at)
-                    message = f"the store did not answer within the {self._seconds:g} s of a lease"
-                    raise errors.StoreSlow(f"{message}; look at its load and locks")
+                    message = (
+                        f"the store did not answer within the {self._seconds:g} s of a lease;"
+                        " look at its load and locks"
+                    )
+                    raise errors.StoreSlow(self._store_trouble or message)
         except asyncio.CancelledError:
             turn.cancel()
             await asyncio.wait({turn})

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
+import pymysql
 import pytest
 
 from cqrs_es import errors
+from cqrs_es.application import Application
 from cqrs_es.ports.clock import SystemClock
 from cqrs_es.ports.views import ViewRow
 from cqrs_es.runtime.leases import LeaseKeeper, Membership
+from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
 from cqrs_es.stores.sql import pool
 from tests.conftest import run_on
@@ -30,11 +34,13 @@ from tests.contract.building import (
     stream,
 )
 from tests.proxy import proxy_to
-from tests.servers import psql
+from tests.samples import Add, Counter, Services, Totals
+from tests.servers import psql, start_mariadb
 from tests.waiting import eventually, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
 
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.views import ViewTransaction
@@ -408,6 +414,68 @@ async def test_a_server_without_a_place_for_us(writable: Writable) -> None:
                 break
     assert (await second.info()).partitions == PARTITIONS
     await second.close()
+
+
+async def goes_on_when_mended(
+    url: str, refuse: Callable[[], None], mend: Callable[[], None]
+) -> None:
+    """Check that every role waits for a store that refuses, says so, and then goes on."""
+    app = Application("tests")
+    app.aggregate(Counter, services=lambda _: Services())
+    app.view(Totals)
+    settings = Settings(store_url=url, partitions=2, lease_seconds=LEASE_SECONDS)
+
+    async with app.open(settings, initialise=True) as opened, opened.running() as supervisor:
+
+        async def in_trouble() -> bool:
+            return not any(supervisor.held.values()) and bool(supervisor.troubles)
+
+        async def well() -> bool:
+            return not supervisor.troubles and await supervisor.idle()
+
+        await opened.execute(Counter, "c", Add(1))
+        await eventually(well)
+        refuse()
+        pending = asyncio.create_task(opened.execute(Counter, "c", Add(2)))
+        await eventually(in_trouble, within_seconds=30)
+        mend()
+        assert (await pending).status == "accepted"
+        await eventually(well, within_seconds=30)
+        assert await opened.view(Totals, "c") == Totals(3, 2)
+
+
+async def test_every_role_waits_for_a_primary_to_take_writes_again(writable: Writable) -> None:
+    """Nothing ends, and no command fails, while the server is a replica."""
+    await goes_on_when_mended(
+        writable.url, lambda: writable.read_only(on=True), lambda: writable.read_only(on=False)
+    )
+
+
+async def test_every_role_waits_for_a_full_server_to_have_room(tmp_path: Path) -> None:
+    """Nothing ends, and no command fails, while somebody makes room."""
+    small = ("--innodb-data-file-path=ibdata1:12M", "--innodb-file-per-table=0")
+    servers = [start_mariadb(tmp_path, *small)]
+    root = f"mysql://root@127.0.0.1:{servers[0].port}"
+
+    def fill() -> None:
+        run_on(root, "CREATE DATABASE filler")
+        numbers = itertools.count()
+        for size in (1_000_000, 100_000, 1_000):
+            with contextlib.suppress(pymysql.OperationalError):  # the table is full
+                while True:
+                    table = f"CREATE TABLE filler.t{next(numbers)}"
+                    run_on(root, f"{table} AS SELECT REPEAT('x', {size}) AS content")
+
+    def make_room() -> None:
+        servers[0].stop()
+        larger = "--innodb-data-file-path=ibdata1:12M:autoextend"
+        servers[0] = start_mariadb(tmp_path, larger, port=servers[0].port)
+
+    try:
+        run_on(root, "CREATE DATABASE shop")
+        await goes_on_when_mended(f"{root}/shop", fill, make_room)
+    finally:
+        servers[0].stop()
 
 
 # --- Settings ------------------------------------------------------------------
