@@ -1,7 +1,8 @@
 """JSON in and out: orjson writes and reads it, msgspec gives it types.
 
-What senders write is checked harder than what we wrote ourselves: see
-`strictness` and `wire.parse_command`.
+What is written is checked in `json_out`: it is refused, or read back as the
+same value. What senders write is checked harder than what we wrote ourselves:
+see `json_in` and `wire.parse_command`.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ import msgspec
 import orjson
 
 from cqrs_es import errors
-from cqrs_es.lossless import refuse_what_json_would_lose
-from cqrs_es.strictness import strict_check
+from cqrs_es.json_in import strict_check
+from cqrs_es.json_out import Misfit, decimal_text, dumps, in_order, writer
+from cqrs_es.sum_types import class_of, convert, shown
 
 T = TypeVar("T")
 
-_MSGSPEC_PATH: Final = re.compile(r"^(?P<reason>.*) - at `(?:key in )?\$\.?(?P<path>[^`]*)`$")
+# Several, the innermost first, where types of ours are read inside one another.
+_MSGSPEC_PATH: Final = re.compile(r" - at `(?:key in )?\$(?P<path>[^`]*)`")
 
 
 def to_json(value: object) -> bytes:
-    """Encode a value; Decimals become strings in plain notation.
+    """Encode a value that has no declared type; Decimals become strings in plain notation.
 
     Raises `TypeError` for what JSON can't say.
     """
@@ -34,36 +37,56 @@ def to_json(value: object) -> bytes:
 
 def _to_builtin(value: object) -> object:
     if isinstance(value, Decimal):
-        return format(value, "f") if value.is_finite() else str(value)
+        return decimal_text(value)
+    if isinstance(value, set | frozenset):
+        items = cast("set[object]", value)
+        return in_order(orjson.loads(to_json(item)) for item in items)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: getattr(value, name) for name in _field_names(type(value))}
-    return cast("object", msgspec.to_builtins(value, builtin_types=(Decimal,)))
-
-
-@functools.cache
-def _field_names(cls: type[Any]) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(cls))
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return cast("object", msgspec.to_builtins(value, builtin_types=(Decimal, set, frozenset)))
 
 
 class Codec(Generic[T]):
     """Encodes and decodes one class of message, state or view."""
 
     def __init__(self, cls: type[T]) -> None:
-        self.cls = cls
-        nested = refuse_what_json_would_lose(cls)
-        self._slotted = _slotted(cls)
-        self._option = orjson.OPT_NON_STR_KEYS
-        if not all(map(_slotted, nested)):
-            self._option |= orjson.OPT_PASSTHROUGH_DATACLASS
+        """Raise `DefinitionError` for a class that JSON can't carry."""
+        self.cls: type[T] = class_of(cls)
+        if not dataclasses.is_dataclass(self.cls):
+            message = f"{cls.__qualname__} must be a dataclass: decorate it with @dataclass"
+            raise errors.DefinitionError(message)
+        try:
+            self._shown: Any = shown(cls)
+            self._info = msgspec.inspect.type_info(self._shown)
+        except (TypeError, NameError) as exc:
+            message = f"{cls.__qualname__} has a field that JSON can't carry: {exc}"
+            raise errors.DefinitionError(message) from exc
+        self._write = writer(self._info, cls.__qualname__)
 
     def encode(self, value: T) -> bytes:
-        """Return the value as a JSON object with every field."""
-        whole = value if self._slotted else _to_builtin(value)
-        return orjson.dumps(whole, default=_to_builtin, option=self._option)
+        """Return the value as a JSON object with every field.
+
+        Raises `NotStorable` naming the field that would not be read back as it is.
+        """
+        try:
+            return dumps(self._write(value))
+        except Misfit as exc:
+            raise errors.NotStorable(f"{self.cls.__qualname__}{exc}") from exc
+        except RecursionError as exc:
+            message = f"{self.cls.__qualname__} has itself inside, or nests too deep"
+            raise errors.NotStorable(message) from exc
 
     def decode(self, payload: bytes) -> T:
         """Read a JSON object; raise `ValueError` naming the field that does not fit."""
         return self.convert(orjson.loads(payload))
+
+    def read_back(self, payload: bytes) -> T:
+        """Decode what `encode` has just written; raise `NotStorable` where that can't be done."""
+        try:
+            return self.decode(payload)
+        except ValueError as exc:
+            message = f"{self.cls.__qualname__} can't be read back: {exc}"
+            raise errors.NotStorable(message) from exc
 
     def decode_exactly(self, payload: bytes) -> T:
         """Read a JSON object that must say just what the value would be stored as today.
@@ -81,9 +104,10 @@ class Codec(Generic[T]):
     def convert(self, payload: object) -> T:
         """Give parsed JSON its type; raise `ValueError` naming the field that does not fit."""
         try:
-            return msgspec.convert(payload, self.cls, str_keys=True)
+            value: T = convert(payload, self._shown)
         except msgspec.ValidationError as exc:
             raise ValueError(_readable(str(exc))) from exc
+        return value
 
 
 class CommandCodec(Codec[T]):
@@ -91,7 +115,7 @@ class CommandCodec(Codec[T]):
 
     def __init__(self, cls: type[T]) -> None:
         super().__init__(cls)
-        self._check = strict_check(cls)
+        self._check = strict_check(self._info)
 
     def convert(self, payload: object) -> T:
         """Give parsed JSON its type; raise `InvalidCommand` naming the field and the reason."""
@@ -102,19 +126,26 @@ class CommandCodec(Codec[T]):
             raise errors.InvalidCommand(str(exc)) from exc
 
 
-def _slotted(cls: type[object]) -> bool:
-    """Tell whether orjson alone writes every field of a dataclass.
+def encoded(message: object) -> bytes:
+    """Encode a dataclass by its fields' types; anything else, or one of a generic class, as it is.
 
-    msgspec leaves a default that was not given to the class attribute, where
-    it can; orjson looks for attributes of the instance only.
+    Raises `DefinitionError` and `TypeError`.
     """
-    return "__slots__" in cls.__dict__
+    codec = _codec_of(cast("Any", type(message)))
+    return to_json(message) if codec is None else codec.encode(message)
+
+
+@functools.cache
+def _codec_of(cls: Any) -> Codec[Any] | None:
+    if not dataclasses.is_dataclass(cls) or getattr(cls, "__parameters__", None):
+        return None
+    return Codec(cast("type[Any]", cls))
 
 
 def _readable(message: str) -> str:
     """Turn "Expected `str` - at `$.a[0]`" into "a[0]: expected `str`"."""
-    match = _MSGSPEC_PATH.match(message)
-    reason = match["reason"] if match else message
-    if match and match["path"]:
-        return f"{match['path']}: {reason[:1].lower()}{reason[1:]}"
-    return reason[:1].lower() + reason[1:]
+    paths = _MSGSPEC_PATH.findall(message)
+    reason = _MSGSPEC_PATH.sub("", message)
+    reason = reason[:1].lower() + reason[1:]
+    path = "".join(reversed(paths)).removeprefix(".")
+    return f"{path}: {reason}" if path else reason

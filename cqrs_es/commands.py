@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, cast
 import orjson
 
 from cqrs_es import errors
-from cqrs_es.codec import to_json
+from cqrs_es.aggregate import Aggregate
+from cqrs_es.codec import encoded
 from cqrs_es.messages import NO_METADATA, CommandMessage, spec_of
 from cqrs_es.types import new_command_id, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from cqrs_es.aggregate import Aggregate
     from cqrs_es.types import JsonObject
 
 AggregateName: TypeAlias = "str | type[Aggregate[Any, Any, Any]]"
@@ -66,6 +66,10 @@ def _type_of(aggregate: type[Aggregate[Any, Any, Any]]) -> str:
     if isinstance(name, str):
         return name
     message = f"{aggregate!r} is no aggregate; give its class, or its type's name as a string"
+    given = cast("type[object]", aggregate)
+    if issubclass(given, Aggregate):
+        name = given.__name__
+        message = f'{name} has no type: declare it as class {name}(Aggregate[…], type="…")'
     raise errors.InvalidMessage(message)
 
 
@@ -81,7 +85,7 @@ def _content(command: object, payload: Payload) -> object:
 
 def _as_json(content: object) -> JsonObject:
     try:
-        return cast("JsonObject", orjson.loads(to_json(content)))
-    except (TypeError, ValueError, NotImplementedError) as exc:
-        message = f"the payload can't be written as JSON: {shown(str(exc))}"
+        return cast("JsonObject", orjson.loads(encoded(content)))
+    except (TypeError, ValueError, NotImplementedError, errors.DefinitionError) as exc:
+        message = f"the payload can't be written as JSON: {shown(str(exc), 200)}"
         raise errors.InvalidMessage(message) from exc

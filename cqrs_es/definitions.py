@@ -9,7 +9,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import NoneType, UnionType
+from types import NoneType
 from typing import Any, TypeAlias, TypeVar, cast
 
 import orjson
@@ -19,6 +19,7 @@ from cqrs_es.aggregate import Aggregate, EventSourced, SourceOfTruth
 from cqrs_es.codec import Codec, CommandCodec
 from cqrs_es.messages import CommandContext, MessageSpec, StoredEvent, spec_of
 from cqrs_es.projector import Projector, check_view_name
+from cqrs_es.sum_types import class_of, members_of
 from cqrs_es.types import Version
 from cqrs_es.upcasting import RawEvent, Upcaster, UpcasterChain
 from cqrs_es.view import View
@@ -72,6 +73,13 @@ class AggregateDefinition:
         if definition is not None and event.event_version == definition.spec.version:
             return [_typed(definition, event, event.payload)]
         return [self._typed_raw(raw, event) for raw in self._lift(event)]
+
+    def foreign_event(self, event: object) -> str:
+        """Say what is wrong with something that was given or yielded as an event."""
+        if isinstance(event, type):
+            return f"the class {event.__qualname__} is no event: make one, {event.__name__}(…)"
+        name = type(event).__qualname__
+        return f"a {name} is not one of the events of {self.cls.__qualname__}"
 
     def _lift(self, event: StoredEvent) -> list[RawEvent]:
         """Bring an event of an older version up to date."""
@@ -128,6 +136,7 @@ def define_aggregate(
     if "aggregate_type" not in cls.__dict__:
         message = f'{cls.__qualname__} has no type: class {cls.__name__}(Aggregate[…], type="…")'
         raise errors.DefinitionError(message)
+    _check_field_names(cls, _OF_AGGREGATES)
     command_types, event_types, _ = _type_arguments(cls, Aggregate, 3)
     events = [_define_event(event_class) for event_class in _members(event_types)]
     by_name = _unique({definition.spec.name: definition for definition in events}, events, cls)
@@ -171,7 +180,7 @@ def _define_commands(
 
 
 def _spec_of_kind(cls: type[object], kind: str) -> MessageSpec:
-    spec = spec_of(cls)
+    spec = spec_of(class_of(cls))
     if spec.kind != kind:
         message = f"{cls.__qualname__} is declared with @{spec.kind}, but used as {kind}"
         raise errors.DefinitionError(message)
@@ -180,7 +189,10 @@ def _spec_of_kind(cls: type[object], kind: str) -> MessageSpec:
 
 def _unique(by_name: dict[str, D], all_of_them: Sequence[D], cls: type[object]) -> dict[str, D]:
     if len(by_name) != len(all_of_them):
-        message = f"two messages of {cls.__qualname__} have one name; pin another name to one"
+        message = (
+            f"two messages of {cls.__qualname__} have one name; pin another name to one, or"
+            " declare a subclass for each type that a generic message is used with"
+        )
         raise errors.DefinitionError(message)
     return by_name
 
@@ -216,9 +228,29 @@ def _members(annotation: Any) -> list[type[object]]:
     if isinstance(annotation, TypeVar):
         message = f"the type argument {annotation} must be a class or a union of classes"
         raise errors.DefinitionError(message)
-    if isinstance(annotation, UnionType) or typing.get_origin(annotation) is typing.Union:
-        return [cast("type[object]", member) for member in typing.get_args(annotation)]
-    return [cast("type[object]", annotation)]
+    return [cast("type[object]", member) for member in members_of(annotation)]
+
+
+_OF_AGGREGATES: Mapping[str, str] = {
+    "aggregate_type": "is the name that the class was given as type=",
+    "handle": "decides commands",
+    "apply": "follows events",
+}
+_OF_VIEWS: Mapping[str, str] = {
+    "view_name": "is the name that the class was given as name=",
+    "view_id": "says which row an event belongs to",
+    "update": "folds an event into the row",
+    "delete": "deletes the row",
+    "deleted": "says whether the row is to be deleted",
+}
+
+
+def _check_field_names(cls: type[Any], taken: Mapping[str, str]) -> None:
+    """Refuse fields that would stand in place of what the framework calls."""
+    for name in getattr(cls, "__dataclass_fields__", {}):
+        if name in taken:
+            message = f"{cls.__qualname__}.{name} can't be a field: `{name}` {taken[name]}; call"
+            raise errors.DefinitionError(f"{message} the field something else")
 
 
 # --- Views and projectors ----------------------------------------------------
@@ -235,7 +267,7 @@ class ViewDefinition:
     @property
     def name(self) -> str:
         """The view's name, which is its projector's too."""
-        return self.cls.name
+        return self.cls.view_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,22 +292,26 @@ ProjectionDefinition: TypeAlias = ViewDefinition | ProjectorDefinition
 
 def define_view(cls: type[AnyView]) -> ViewDefinition:
     """Read a view's type argument; raise `DefinitionError`."""
-    _require_name(cls)
-    (event_types,) = _type_arguments(cls, View, 1)
-    return ViewDefinition(cls, _state_codec(cls), frozenset(_members(event_types)))
+    _require_name(cls, View, "view_name")
+    _check_field_names(cls, _OF_VIEWS)
+    return ViewDefinition(cls, _state_codec(cls), _event_classes(cls, View))
 
 
 def define_projector(cls: type[AnyProjector], *, needed: bool = True) -> ProjectorDefinition:
     """Read a projector's type argument and check its tables' names; raise `DefinitionError`."""
-    _require_name(cls)
-    (event_types,) = _type_arguments(cls, Projector, 1)
+    _require_name(cls, Projector, "name")
     for table in cls.tables:
         check_view_name(table)
-    return ProjectorDefinition(cls, frozenset(_members(event_types)), needed)
+    return ProjectorDefinition(cls, _event_classes(cls, Projector), needed)
 
 
-def _require_name(cls: type[AnyView | AnyProjector]) -> None:
-    if "name" not in cls.__dict__:
-        base = "View" if issubclass(cls, View) else "Projector"
-        message = f'{cls.__qualname__} has no name: class {cls.__name__}({base}[…], name="…")'
+def _event_classes(cls: type[object], base: type[object]) -> frozenset[type[object]]:
+    (event_types,) = _type_arguments(cls, base, 1)
+    return frozenset(class_of(member) for member in _members(event_types))
+
+
+def _require_name(cls: type[object], base: type[object], attribute: str) -> None:
+    if attribute not in cls.__dict__:
+        example = f'class {cls.__name__}({base.__name__}[…], name="…")'
+        message = f"{cls.__qualname__} has no name: {example}"
         raise errors.DefinitionError(message)

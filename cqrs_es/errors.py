@@ -161,6 +161,10 @@ class DefinitionError(ConfigurationError):
     """A message, aggregate, view or upcaster is declared wrongly."""
 
 
+class NotStorable(DefinitionError):
+    """A value would not be read back as it is; mend the code that makes it, or the field's type."""
+
+
 class StoreNotInitialised(ConfigurationError):
     """The store has no tables yet; run `cqrs-es init` first."""
 

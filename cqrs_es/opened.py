@@ -213,7 +213,7 @@ class OpenApplication:
     async def view(self, cls: type[V], view_id: str) -> V | None:
         """Read one row of a view, None when there is none."""
         definition = self._view_definition(cls)
-        row = await self.storage.views.get(await self.table(cls.name), view_id)
+        row = await self.storage.views.get(await self.table(definition.name), view_id)
         if row is None:
             return None
         view: V = _decoded(definition, row)
@@ -224,7 +224,7 @@ class OpenApplication:
     ) -> list[tuple[str, V]]:
         """Read up to `limit` rows of a view with an id above `after`: ids and views, by id."""
         definition = self._view_definition(cls)
-        rows = await self.view_rows(cls.name, after=after, limit=limit)
+        rows = await self.view_rows(definition.name, after=after, limit=limit)
         return [(row.view_id, _decoded(definition, row)) for row in rows]
 
     async def view_rows(self, name: str, *, after: str = "", limit: int = 100) -> list[ViewRow]:
@@ -247,7 +247,7 @@ class OpenApplication:
         await wait_until_seen(self.storage.views, name, outcome, seconds)
 
     def _view_definition(self, cls: type[View[Any]]) -> ViewDefinition:
-        definition = self.registry.projections.get(cls.name)
+        definition = self.registry.projections.get(getattr(cls, "view_name", ""))
         if not isinstance(definition, ViewDefinition) or definition.cls is not cls:
             message = f"{cls.__qualname__} is not registered: app.view({cls.__name__})"
             raise errors.DefinitionError(message)

@@ -81,11 +81,7 @@ class Registry:
         yielded = {cls for a in self.aggregates.values() for cls in a.event_classes}
         for projection in self.projections.values():
             for cls in projection.event_classes - yielded:
-                message = (
-                    f"{projection.name} folds {cls.__qualname__}, which no registered aggregate "
-                    "yields: register the aggregate first, or drop the event from the view"
-                )
-                raise errors.DefinitionError(message)
+                raise errors.DefinitionError(_not_yielded(projection.name, cls, yielded))
 
     @property
     def command_names(self) -> frozenset[str]:
@@ -111,6 +107,19 @@ class Registry:
         if definition is None:
             return []
         return [envelope_of(event, data) for data in definition.decode(event)]
+
+
+def _not_yielded(name: str, cls: type[object], yielded: set[type[object]]) -> str:
+    below = sorted(other.__name__ for other in yielded if issubclass(other, cls))
+    if below:
+        return (
+            f"{name} folds {cls.__qualname__}, which is no event but the base of some: name the"
+            f" events themselves, {' | '.join(below)}"
+        )
+    return (
+        f"{name} folds {cls.__qualname__}, which no registered aggregate yields: register the"
+        " aggregate first, or drop the event from the view"
+    )
 
 
 def _names(definition: ProjectionDefinition) -> set[str]:

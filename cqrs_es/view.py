@@ -22,13 +22,13 @@ class View(ABC, Generic[E]):
     dataclass whose fields all have defaults: those are a row's first state.
     """
 
-    name: ClassVar[str]
+    view_name: ClassVar[str]
     _deleted = False
 
     def __init_subclass__(cls, *, name: str | None = None) -> None:
         super().__init_subclass__()
         if name is not None:
-            cls.name = check_view_name(name)
+            cls.view_name = check_view_name(name)
 
     @classmethod
     def view_id(cls, event: Envelope[E]) -> str | Iterable[str] | None:

@@ -266,7 +266,7 @@ class _Lineage:
         due = self._snapshot_due(len(new))
         live, sequence, snapshot = self.scratch(), self.sequence, self.snapshot
         for event in new:
-            live.apply(self._definition.events[event.event_type].codec.decode(event.payload))
+            live.apply(self._definition.events[event.event_type].codec.read_back(event.payload))
             sequence += 1
             if sequence == due:
                 snapshot = self._snapshot(live, sequence)
@@ -306,9 +306,7 @@ class _CollectedEvents:
         """Encode an event; raise `DefinitionError` for a foreign class, `TooLarge` over limits."""
         known = self._definition.event_classes.get(type(event))
         if known is None:
-            name = self._definition.cls.__qualname__
-            message = f"{name} yielded a {type(event).__qualname__}, which is not one of its events"
-            raise errors.DefinitionError(message)
+            raise errors.DefinitionError(self._definition.foreign_event(event))
         payload = known.codec.encode(event)
         if len(payload) > self._max_event_bytes:
             message = f"a {known.spec.name} of {len(payload)} bytes is over CQRS_ES_MAX_EVENT_BYTES"

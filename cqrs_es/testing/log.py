@@ -38,15 +38,13 @@ class Log:
     def read_back(self, event: object) -> Any:
         """Return an event as it is after being stored and loaded.
 
-        Raises `DefinitionError` for one of another aggregate, `ValueError` or
-        `TypeError` for one that can't be stored or loaded.
+        Raises `DefinitionError` for one of another aggregate, `NotStorable` for
+        one that would not come back as it is.
         """
         known = self.definition.event_classes.get(type(event))
         if known is None:
-            name = self.definition.cls.__qualname__
-            message = f"a {type(event).__qualname__} is not one of the events of {name}"
-            raise errors.DefinitionError(message)
-        return known.codec.decode(known.codec.encode(event))
+            raise errors.DefinitionError(self.definition.foreign_event(event))
+        return known.codec.read_back(known.codec.encode(event))
 
     def read_command(self, command: object) -> object:
         """Return a command as it is after being sent; raise `InvalidCommand`, `DefinitionError`."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, time
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import orjson
 import pytest
 
-from cqrs_es import Aggregate, errors, event, upcaster
+from cqrs_es import Aggregate, Envelope, View, command, errors, event, upcaster
 from cqrs_es.aggregate import AggregateSourced, EventSourced, SnapshotEvery
 from cqrs_es.application import Application
 from cqrs_es.messages import Outcome, Status
@@ -27,12 +28,13 @@ from cqrs_es.types import AggregateKey, JsonObject, new_command_id
 from tests.samples import Commit, T, t_app
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, Iterator, Sequence
 
     from cqrs_es.aggregate import SourceOfTruth
     from cqrs_es.opened import OpenApplication
     from cqrs_es.ports.storage import Storage
 
+X = TypeVar("X")
 KEY = AggregateKey("t", "id-1")
 MODES = [EventSourced(), AggregateSourced(), SnapshotEvery(2)]
 NOW = datetime(2026, 11, 23, tzinfo=UTC)
@@ -290,3 +292,191 @@ async def test_a23_old_events_are_lifted(store_url: str) -> None:
         )
         with pytest.raises(errors.UndecodableRow, match="name: expected `str`, got `int`"):
             [envelope async for envelope in opened.replay()]
+
+
+# --- What is stored is what was given -------------------------------------------
+
+
+@dataclass(frozen=True)
+class Card:
+    number: str
+    limit: Decimal | None = None
+
+
+@dataclass(frozen=True)
+class Cash:
+    amount: Decimal
+
+
+@dataclass(frozen=True)
+class Range(Generic[X]):
+    first: X
+    last: X
+
+
+@command
+class Pay:
+    how: Card | Cash
+    period: Range[date]
+    tags: frozenset[int] = frozenset()
+
+
+@event
+class Paid:
+    how: Card | Cash
+    period: Range[date]
+    tags: frozenset[int]
+
+
+@event
+class Changed(Generic[X]):
+    before: X
+    after: X
+
+
+TillEvent = Paid | Changed[Decimal]
+
+
+@dataclass
+class Till(Aggregate[Pay, TillEvent, None], type="till"):
+    last: Card | Cash | None = None
+    tags: set[int] = field(default_factory=lambda: {8, 0})
+    cash: Decimal = Decimal()
+    days: list[Range[date]] = field(default_factory=list[Range[date]])
+
+    def handle(self, command: Pay, services: None) -> Iterator[TillEvent]:
+        del services
+        yield Paid(command.how, command.period, command.tags)
+        if isinstance(command.how, Cash):
+            yield Changed(self.cash, self.cash + command.how.amount)
+
+    def apply(self, event: TillEvent) -> None:
+        if isinstance(event, Changed):
+            self.cash = event.after
+        else:
+            self.last, self.tags = event.how, self.tags | event.tags
+            self.days.append(event.period)
+
+
+@dataclass
+class Payment(View[TillEvent], name="payment"):
+    name: str = ""
+    ways: list[Card | Cash] = field(default_factory=list["Card | Cash"])
+    cash: Decimal = Decimal()
+
+    def update(self, event: Envelope[TillEvent]) -> None:
+        self.name = event.aggregate_id
+        if isinstance(event.data, Changed):
+            self.cash = event.data.after
+        else:
+            self.ways.append(event.data.how)
+
+
+JANUARY = Range(date(2026, 1, 1), date(2026, 1, 31))
+
+
+@pytest.mark.parametrize("source", MODES, ids=repr)
+async def test_unions_generic_classes_and_sets_come_back_as_they_were(
+    store_url: str, source: SourceOfTruth
+) -> None:
+    """In commands, events, state and views; and a snapshot of them is used."""
+    app = Application("tests")
+    app.aggregate(Till, source=source)
+    app.view(Payment)
+    settings = Settings(store_url=store_url, partitions=1)
+    async with app.open(settings, initialise=True) as opened, opened.running():
+        await opened.execute(Till, "T", Pay(Card("1"), JANUARY, frozenset({16, 8})))
+        outcome = await opened.execute(Till, "T", Pay(Cash(Decimal("1.50")), JANUARY))
+        assert outcome.ensure_accepted().sequence == 3
+        found = await opened.load(Till, "T")
+        assert found.state == Till(
+            last=Cash(Decimal("1.50")),
+            tags={0, 8, 16},
+            cash=Decimal("1.50"),
+            days=[JANUARY, JANUARY],
+        )
+        assert bool(found.snapshot) == source.reads_snapshots
+        assert [envelope.data for envelope in await opened.events(Till, "T")] == [
+            Paid(Card("1"), JANUARY, frozenset({8, 16})),
+            Paid(Cash(Decimal("1.50")), JANUARY, frozenset()),
+            Changed(Decimal(0), Decimal("1.50")),
+        ]
+        await opened.wait_for("payment", outcome)
+        assert await opened.view(Payment, "T") == Payment(
+            "T", [Card("1"), Cash(Decimal("1.50"))], Decimal("1.50")
+        )
+
+
+async def test_a_command_with_a_set_is_the_same_command_in_any_order(store_url: str) -> None:
+    """0 and 8 keep in a set the order in which they were put there; as text does by its process."""
+    app = Application("tests")
+    app.aggregate(Till)
+    settings = Settings(store_url=store_url, partitions=1)
+    command_id = new_command_id()
+    async with app.open(settings, initialise=True) as opened:
+        outcomes = [
+            await opened.execute(
+                Till, "T", Pay(Card("1"), JANUARY, frozenset(tags)), command_id=command_id
+            )
+            for tags in ([0, 8], [8, 0])
+        ]
+    assert [outcome.status for outcome in outcomes] == [Status.ACCEPTED] * 2
+    assert outcomes[1].duplicate
+
+
+@command
+class Write:
+    what: str
+
+
+@event
+class Written:
+    number: int = 0
+    hour: time | None = None
+    day: date | None = None
+    card: Card | None = None
+
+
+@dataclass(frozen=True)
+class Gift(Card):
+    note: str = ""
+
+
+UNSTORABLE: dict[str, tuple[dict[str, Any], str]] = {
+    "number": ({"number": 2**64}, "Written.number: integer exceeds 64-bit range"),
+    "hour": ({"hour": time(5, tzinfo=UTC)}, "Written.hour: must be a time without a zone: "),
+    "day": ({"day": datetime(2026, 1, 1, tzinfo=UTC)}, "Written.day: must be None or date, not"),
+    "card": (
+        {"card": Gift("1")},
+        "Written.card: must be Card or None, not Gift: declare the field",
+    ),
+    "sum": ({"number": 2**62}, "Writer.total: integer exceeds 64-bit range"),
+}
+
+
+@dataclass
+class Writer(Aggregate[Write, Written, None], type="writer"):
+    total: int = 3 * 2**62
+
+    def handle(self, command: Write, services: None) -> list[Written]:
+        del services
+        return [Written(**UNSTORABLE[command.what][0])]
+
+    def apply(self, event: Written) -> None:
+        self.total += event.number
+
+
+@pytest.mark.parametrize("what", UNSTORABLE)
+async def test_a_value_that_cannot_be_stored_fails_its_command_with_the_fields_name(
+    what: str,
+) -> None:
+    """At once: trying again would not help, and nothing is stored."""
+    app = Application("tests")
+    app.aggregate(Writer, source=SnapshotEvery(1))
+    async with app.open(Settings(store_url="memory://")) as opened:
+        outcome = await opened.execute(Writer, "W", Write(what))
+        assert outcome.status is Status.FAILED
+        assert outcome.error is not None
+        assert outcome.error.code == "internal_error"
+        assert outcome.error.message.startswith(UNSTORABLE[what][1])
+        assert await opened.events(Writer, "W") == []

@@ -6,14 +6,16 @@ import asyncio
 import os
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
+from zoneinfo import ZoneInfo
 
 import orjson
 import pytest
 from redis.asyncio import Redis
 
-from cqrs_es import errors
+from cqrs_es import Aggregate, command, errors
 from cqrs_es.client import Client, FileCursor, SyncClient, new_command
 from cqrs_es.client.replies import Replies
 from cqrs_es.client.sending import outgoing
@@ -191,6 +193,12 @@ async def test_nothing_is_sent_unless_all_is_valid(idle: Bank, stack: AsyncExitS
     assert not await idle.has_commands()
 
 
+@command
+class Late:
+    at: datetime
+
+
+BERLIN = datetime(2026, 1, 1, tzinfo=ZoneInfo("Europe/Berlin"))
 INVALID: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     (("account", "", "DepositMoney", {}), {}, "aggregate_id must have 1 to 255"),
     (("bank account", "A1", "DepositMoney", {}), {}, "aggregate_type must match"),
@@ -204,6 +212,8 @@ INVALID: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     (("account", "A1", "DepositMoney", {}), {"reply_to": "../x"}, "reply_to must match"),
     (("account", "A1", DepositMoney(Decimal(1)), {}), {}, "is its own payload"),
     ((int, "A1", DepositMoney(Decimal(1))), {}, "is no aggregate"),
+    ((Aggregate, "A1", DepositMoney(Decimal(1))), {}, "Aggregate has no type: declare it as class"),
+    (("account", "A1", Late(BERLIN)), {}, "Late.at: must have a fixed offset from UTC, not the"),
 ]
 
 

@@ -274,10 +274,10 @@ async def test_a_projector_finds_out_how_much_fits(dynamodb_url: str) -> None:
     async with counting_app().open(settings, initialise=True) as opened:
         ids = [f"{n:03}" for n in range(120)]
         await asyncio.gather(*(opened.execute(Counter, id_, Add(1)) for id_ in ids))
-        rebuilt = await opened.rebuild(Totals.name).run()
+        rebuilt = await opened.rebuild(Totals.view_name).run()
         assert rebuilt == 2
         assert await opened.parked() == []
-        rows = [row async for row in pages(opened.storage, f"{Totals.name}__2")]
+        rows = [row async for row in pages(opened.storage, f"{Totals.view_name}__2")]
         assert rows == ids
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, Union
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, Union
 
 import pytest
 
@@ -276,6 +276,16 @@ def field_with_underscore() -> object:
     return define_aggregate(Wrong)
 
 
+def field_like_a_method() -> object:
+    @dataclass
+    class Wrong(Aggregate[Do, Done, None], type="wrong"):  # type: ignore[abstract,unused-ignore]
+        apply: int = 0  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+
+        handle = Task.handle
+
+    return define_aggregate(Wrong)
+
+
 def bad_type_name() -> object:
     class Wrong(Aggregate[Do, Done, None], type="has space"):
         handle = Task.handle
@@ -297,7 +307,8 @@ def bad_type_name() -> object:
         (type_variable, "must be a class or a union of classes"),
         (no_dataclass, "Wrong must be a dataclass"),
         (no_defaults, r"Wrong\(\) must work without arguments"),
-        (first_state_is_lost, r"Wrong\(\) must work without arguments and fit JSON"),
+        (first_state_is_lost, r"Wrong\.ratio: the default must be finite"),
+        (field_like_a_method, r"Wrong\.apply can't be a field: `apply` follows events; call the"),
         (state_grows_by_reading, r"Wrong\(\) changes when it is stored"),
         (field_with_underscore, "Wrong._hidden would not be stored"),
         (bad_type_name, "aggregate type 'has space' must match"),
@@ -406,6 +417,52 @@ def test_a_view_must_have_a_name_and_a_first_state() -> None:
         define_projector(NamelessProjector)
 
 
+@pytest.mark.parametrize("name", ["update", "view_id", "deleted", "delete", "view_name"])
+def test_a_field_in_place_of_what_a_view_does_is_refused(name: str) -> None:
+    """It would fail at the first event, or hide what the framework asks for."""
+    namespace = {"__annotations__": {name: int}, name: 0}
+    cls: type[View[Done]] = dataclass(type("V", (Diary,), namespace, name="v"))
+    with pytest.raises(errors.DefinitionError, match=f"V.{name} can't be a field: `{name}` "):
+        define_view(cls)
+
+
+@event
+class Replaced(Generic[X]):
+    old: X
+    new: X
+
+
+@event
+class TitleReplaced(Replaced[str]):
+    pass
+
+
+def test_generic_messages_are_told_apart_by_their_names() -> None:
+    """One is used with one type; for more there are subclasses."""
+
+    @dataclass
+    class Once(Aggregate[Do, Union[Replaced[int], TitleReplaced], None], type="once"):  # noqa: UP007 - as older code has it
+        handle = Task.handle
+
+        def apply(self, event: Any) -> None:
+            """Do nothing."""
+
+    @dataclass
+    class Twice(Aggregate[Do, Union[Replaced[int], Replaced[str]], None], type="twice"):  # noqa: UP007 - as older code has it
+        handle = Task.handle
+
+        def apply(self, event: Any) -> None:
+            """Do nothing."""
+
+    definition = define_aggregate(Once)
+    assert set(definition.event_classes) == {Replaced, TitleReplaced}
+    with pytest.raises(errors.NotStorable, match=r"Replaced\.old: must be int, not str"):
+        definition.event_classes[Replaced].codec.encode(Replaced("a", "b"))
+    assert definition.event_classes[TitleReplaced].codec.encode(TitleReplaced("a", "b"))
+    with pytest.raises(errors.DefinitionError, match="declare a subclass for each type"):
+        define_aggregate(Twice)
+
+
 def test_every_table_of_the_framework_is_reserved() -> None:
     """A table that is added later can't be taken by a view."""
     assert RESERVED_NAMES == FRAMEWORK_NAMES
@@ -452,6 +509,42 @@ def test_a_view_folds_only_what_is_yielded() -> None:
         registry.check()
     registry.add_aggregate(define_aggregate(Task))
     registry.check()
+
+
+class Anything:
+    pass
+
+
+@event
+class Seen(Anything):
+    pass
+
+
+@event
+class Heard(Anything):
+    pass
+
+
+def test_a_view_of_the_base_of_events_is_told_which_there_are() -> None:
+    """Their base is no event, however many aggregates are registered."""
+
+    @dataclass
+    class Watch(Aggregate[Do, Union[Seen, Heard], None], type="watch"):  # noqa: UP007 - as older code has it
+        handle = Task.handle
+
+        def apply(self, event: Any) -> None:
+            """Do nothing."""
+
+    @dataclass
+    class All(View[Anything], name="all_of_them"):
+        def update(self, event: Envelope[Anything]) -> None:
+            """Do nothing."""
+
+    registry = Registry()
+    registry.add_aggregate(define_aggregate(Watch))
+    registry.add_projection(define_view(All))
+    with pytest.raises(errors.DefinitionError, match=r"Anything, .* themselves, Heard \| Seen"):
+        registry.check()
 
 
 def test_only_registered_classes_are_found() -> None:

@@ -259,17 +259,11 @@ def test_a_command_that_its_codec_refuses_is_refused_here() -> None:
 
 def test_an_event_that_can_be_made_but_not_stored_is_a_failure() -> None:
     """Types are only checked by type checkers until something is stored."""
-    with pytest.raises(TypeError):
-        shop(lambda _: Priced(object.__new__(Unstorable))).when(Price(Decimal(1)))
-
-
-class Unstorable(Decimal):
-    def __gt__(self, other: object) -> bool:
-        return False
-
-    def is_finite(self) -> bool:
-        message = "not JSON"
-        raise TypeError(message)
+    wrong: Any = 5
+    with pytest.raises(errors.NotStorable, match=r"Priced\.price: must be Decimal, not int"):
+        shop(lambda _: Priced(wrong)).when(Price(Decimal(1)))
+    with pytest.raises(errors.DefinitionError, match="the class Priced is no event: make one"):
+        shop(lambda _: Priced).when(Price(Decimal(1)))
 
 
 def test_events_of_another_aggregate_are_refused() -> None:

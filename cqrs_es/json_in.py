@@ -8,6 +8,7 @@ from typing import Any, Final, TypeAlias, cast
 
 from msgspec import inspect as types
 
+from cqrs_es.sum_types import TAG, OneOf
 from cqrs_es.types import shown
 
 Check: TypeAlias = Callable[[Any, str], None]
@@ -15,13 +16,13 @@ Check: TypeAlias = Callable[[Any, str], None]
 _DECIMAL: Final = re.compile(r"-?[0-9]+(\.[0-9]+)?", re.ASCII)
 
 
-def strict_check(cls: type[object]) -> Check:
-    r"""Make a function that raises `ValueError` where JSON holds what `cls` must not be given.
+def strict_check(info: types.Type) -> Check:
+    r"""Make a function that raises `ValueError` where JSON holds what a type must not be given.
 
     That is: unknown fields at any depth, and Decimals that are not strings of
     the form `-?[0-9]+(\.[0-9]+)?` (msgspec alone takes `"٣"`, `"1_000"`, `5.0`).
     """
-    return _Checks().of(types.type_info(cls)) or _anything
+    return _Checks().of(info) or _anything
 
 
 def _anything(value: Any, path: str) -> None:
@@ -33,13 +34,18 @@ class _Checks:
 
     def __init__(self) -> None:
         self._objects: dict[type, dict[str, Check | None]] = {}
+        self._choices: dict[type[OneOf], Check] = {}
 
     def of(self, info: types.Type) -> Check | None:
         match info:
             case types.DecimalType():
                 return _check_decimal
-            case types.DataclassType() | types.StructType() | types.TypedDictType():
+            case types.StructType():
+                return self._object(info.cls, info.fields, info.tag_field)
+            case types.DataclassType() | types.TypedDictType():
                 return self._object(info.cls, info.fields)
+            case types.CustomType():
+                return self._one_of(info.cls)
             case types.NamedTupleType():
                 return self._tuple(tuple(field.type for field in info.fields))
             case types.TupleType():
@@ -53,11 +59,25 @@ class _Checks:
             case _:
                 return None
 
-    def _object(self, cls: type, fields: tuple[types.Field, ...]) -> Check:
+    def _object(
+        self, cls: type, fields: tuple[types.Field, ...], tag_field: str | None = None
+    ) -> Check:
         if cls not in self._objects:  # a class that contains itself is compiled once
-            known = self._objects[cls] = {}
+            known = self._objects[cls] = {} if tag_field is None else {tag_field: None}
             known.update({field.encode_name: self.of(field.type) for field in fields})
         return _object_check(self._objects[cls])
+
+    def _one_of(self, one_of: type[OneOf]) -> Check:
+        if one_of not in self._choices:
+            by_tag: dict[str | int | None, Check | None] = {}
+            others = None
+            if one_of.others is not None:
+                others = self.of(types.type_info(one_of.others))
+            self._choices[one_of] = _choice_check(TAG, by_tag, others)
+            for tag, choice in one_of.choices.items():
+                shape = cast("types.StructType", types.type_info(choice.shape))
+                by_tag[tag] = self._object(choice.shape, shape.fields, tag and TAG)
+        return self._choices[one_of]
 
     def _each(self, item: types.Type) -> Check | None:
         check = self.of(item)
@@ -74,8 +94,12 @@ class _Checks:
         return _mapping_check(check_key, check_value) if check_key or check_value else None
 
     def _union(self, members: tuple[types.Type, ...]) -> Check | None:
-        """Choose the member by the kind of JSON; msgspec allows no two of one kind."""
+        """Choose the member by the kind of JSON, of objects with tags by these."""
         by_kind = {_kind_of(member): self.of(member) for member in members}
+        tagged = [m for m in members if isinstance(m, types.StructType) and m.tag_field]
+        if tagged:
+            by_tag = {member.tag: self.of(member) for member in tagged}
+            by_kind["object"] = _choice_check(cast("str", tagged[0].tag_field), by_tag)
         if not any(by_kind.values()):
             return None
 
@@ -142,6 +166,20 @@ def _object_check(known: Mapping[str, Check | None]) -> Check:
                 raise ValueError(f"{message}; known are {', '.join(known) or 'none'}")
             if (inner := known[name]) is not None:
                 inner(item, field)
+
+    return check
+
+
+def _choice_check(
+    tag_field: str, by_tag: Mapping[str | int | None, Check | None], others: Check | None = None
+) -> Check:
+    def check(value: Any, path: str) -> None:
+        chosen = others
+        if isinstance(value, dict):
+            tag = None if None in by_tag else cast("dict[str, Any]", value).get(tag_field)
+            chosen = by_tag.get(tag) if isinstance(tag, str | int | None) else None
+        if chosen is not None:
+            chosen(value, path)
 
     return check
 
