@@ -53,20 +53,14 @@ class Baseline:
 def freeze(definition: AggregateDefinition, state: AnyAggregate) -> bytes | AnyAggregate:
     """Return what a baseline holds of a state, which must not be changed afterwards.
 
-    A state that nothing ever stores need not fit JSON. Raises `DefinitionError` for another.
+    A state that nothing ever stores need not fit JSON. Raises `NotStorable` for another.
     """
     try:
         return definition.state.encode(state)
-    except (TypeError, ValueError) as exc:
+    except errors.NotStorable:
         if definition.source.reads_snapshots:
-            raise unstorable(definition, exc) from exc
+            raise
         return state
-
-
-def unstorable(definition: AggregateDefinition, exc: Exception) -> errors.DefinitionError:
-    """Make the error for a state that does not fit JSON, though snapshots are to be taken."""
-    message = f"the state of a {definition.cls.__qualname__} can't be stored: {exc}"
-    return errors.DefinitionError(message)
 
 
 class BaselineCache:

@@ -22,7 +22,7 @@ import structlog
 
 from cqrs_es import errors
 from cqrs_es.codec import to_json
-from cqrs_es.execution.baselines import Baseline, freeze, unstorable
+from cqrs_es.execution.baselines import Baseline, freeze
 from cqrs_es.execution.policy import MAX_EVENTS_PER_COMMAND, NO_HOOKS, ExecutionPolicy, Hooks
 from cqrs_es.execution.report import ids_of
 from cqrs_es.execution.stages import Decided, Prepared, Submission
@@ -284,10 +284,7 @@ class _Lineage:
 
     def _snapshot(self, live: AnyAggregate, sequence: int) -> Snapshot:
         """Encode the state; a later snapshot of the same commands takes the place of this one."""
-        try:
-            payload = self._definition.state.encode(live)
-        except (TypeError, ValueError) as exc:
-            raise unstorable(self._definition, exc) from exc
+        payload = self._definition.state.encode(live)
         return Snapshot(self._key, sequence, self.base.snapshot + 1, payload)
 
 

@@ -266,6 +266,27 @@ def test_an_event_that_can_be_made_but_not_stored_is_a_failure() -> None:
         shop(lambda _: Priced).when(Price(Decimal(1)))
 
 
+def test_a_state_beyond_json_can_be_tested() -> None:
+    """Nothing stores it but a snapshot."""
+    total = Scenario(Total, None).given(Priced(Decimal(2)), Priced(Decimal(3)))
+    total.when(Price(Decimal(1))).then_expect_state(Total(2**66))
+    with pytest.raises(AssertionError, match="another state than expected"):
+        total.when(Price(Decimal(1))).then_expect_state(Total(2**67))
+
+
+@dataclass
+class Total(Aggregate[Price, Priced, None], type="total"):
+    times: int = 1
+
+    def handle(self, command: Price, services: None) -> list[Priced]:
+        del services
+        return [Priced(command.price)]
+
+    def apply(self, event: Priced) -> None:
+        del event
+        self.times *= 2**22
+
+
 def test_events_of_another_aggregate_are_refused() -> None:
     """Whether they are given, expected or yielded."""
     foreign: Any = Foreign()
