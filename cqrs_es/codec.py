@@ -111,7 +111,7 @@ class Codec(Generic[T]):
 
 
 class CommandCodec(Codec[T]):
-    """Decodes what senders wrote: unknown fields and sloppy Decimals are refused."""
+    """Decodes what senders wrote: unknown fields and Decimals in unusual forms are refused."""
 
     def __init__(self, cls: type[T]) -> None:
         super().__init__(cls)

@@ -1,4 +1,4 @@
-"""What senders must not write, though msgspec would take it: unknown fields, sloppy Decimals."""
+"""What is refused of senders, though msgspec takes it: unknown fields, unusual Decimals."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def address(text: str) -> str:
 
 
 def _split_address(text: str) -> tuple[str, int]:
-    """Return host and port; without a host, every one: it is others who are to ask."""
+    """Return host and port; without a host, all interfaces: probes come from elsewhere."""
     match = _ADDRESS.fullmatch(text)
     if match is None or int(match["port"]) > MOST_PORT:
         message = f"must be PORT or HOST:PORT, 127.0.0.1:8000 say, not {text!r}"

@@ -1,4 +1,4 @@
-"""Old events in new clothes: chains of functions from one stored version to the next."""
+"""Upcasting: chains of functions from one stored version of an event to the next."""
 
 from __future__ import annotations
 

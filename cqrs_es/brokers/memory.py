@@ -1,4 +1,4 @@
-"""A broker within one process: the real thing for tests, demos and single-process use."""
+"""A broker within one process: for tests, demos and single-process use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the command line begins: it can be told to stop before it has read the rest of itself."""
+"""Where the command line begins: it handles signals before the rest is imported."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def verb_of(arguments: Sequence[str]) -> str | None:
 
 
 def _leave_when_told(code: int) -> None:
-    """Exit at a signal that comes before there is anything in hand; the verb listens from then on.
+    """Exit at a signal that comes before any work has begun; later the verb handles them.
 
     Importing takes a good part of a second; Python's own answer to SIGTERM
     is an exit code that looks like a crash.

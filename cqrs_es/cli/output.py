@@ -30,7 +30,7 @@ def print_json(value: object) -> None:
 
 
 def print_text(text: str) -> None:
-    """Print lines for people, with nothing in them that a terminal would obey."""
+    """Print lines for people, without the control characters of terminals."""
     encoded = "\n".join(printable(line) for line in text.split("\n"))
     sys.stdout.buffer.write(encoded.encode() + b"\n")
     sys.stdout.flush()

@@ -21,7 +21,7 @@ NewEpoch = Annotated[
     bool,
     typer.Option(
         "--new-epoch",
-        help="After a restore from a backup: begin a new life of the log, published afresh.",
+        help="After a restore from a backup: begin a new epoch of the log, published anew.",
     ),
 ]
 

@@ -120,7 +120,7 @@ class Client:
         return None if topology is None else topology.partitions
 
     async def close(self) -> None:
-        """Let go of every connection; safe to call twice."""
+        """Close every connection; safe to call twice."""
         if self._source is not None:
             self._source.closed = True
             self._source = None

@@ -1,4 +1,4 @@
-"""Reading a log as it grows, whole and in order, whatever becomes of broker and store meanwhile."""
+"""Reading a log as it grows, whole and in order, also while broker and store fail."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MOST_HELD: Final = 100_000
 class Follower:
     """Puts events into `ready`, each offset of a partition once, in order, none left out.
 
-    `epoch` is the life of the log that they are of. When it changes, `ready` is
+    `epoch` is that of their log. When it changes, `ready` is
     emptied and every partition begins again.
     """
 
@@ -144,12 +144,12 @@ class Follower:
                 self._arrived.popleft()
 
     async def _is_new(self, epoch: str) -> bool:
-        """Tell a new life of the log from what a queue still held of an old one."""
+        """Tell a new epoch of the log from events of an old one that a queue still held."""
         present = await self._source.log_epoch()
         return epoch not in self._left_epochs if present is None else epoch == present
 
     async def _enter(self, epoch: str) -> None:
-        """Begin again with another life of the log; what the topic can't repeat is kept."""
+        """Begin again with another epoch of the log; what the topic can't repeat is kept."""
         repeats = await self._source.topic_repeats()
         left, self.epoch = self.epoch, epoch
         if left is None:  # nobody could tell until now

@@ -47,7 +47,7 @@ class Subscription:
 
     @property
     def log_epoch(self) -> str | None:
-        """The life of the log that events are of; when it changes, all of them come again.
+        """The epoch of the log that events are of; when it changes, all of them come again.
 
         None before the first event, where neither broker nor store can tell.
         """
@@ -153,7 +153,7 @@ async def subscription_to(
 ) -> Subscription:
     """Make a subscription that begins where its cursor is; at `begin` if that is new.
 
-    In another life of the log than the cursor's it begins with the first event.
+    In another epoch of the log than the cursor's it begins with the first event.
     Raises `EventsGone` for a `start` that nobody here can read from.
     """
     epoch = await source.log_epoch()

@@ -139,7 +139,7 @@ class SyncClient:
         self._bridge = bridge
 
     def close(self) -> None:
-        """Let go of every connection; safe to call twice."""
+        """Close every connection; safe to call twice."""
         bridge, self._bridge = self._bridge, None
         if bridge is not None:
             bridge.run(self._client.close())

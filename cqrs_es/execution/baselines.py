@@ -185,7 +185,7 @@ Found: TypeAlias = Baseline | LoadedAggregate | errors.UndecodableRow
 
 
 class BaselineLoader:
-    """Finds baselines in the cache or in the store; what can't be loaded spoils only its own."""
+    """Finds baselines in the cache or in the store; each may fail to load by itself."""
 
     def __init__(self, events: EventStore, cache: BaselineCache, outage: Outage) -> None:
         self._events = events

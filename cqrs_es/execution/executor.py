@@ -90,7 +90,7 @@ class Executor:
     ) -> None:
         """Stop at once; what is not answered yet is cancelled. Call `drain` first to finish it.
 
-        A handler that ignores its cancellation is left behind: nothing comes of it any more.
+        A handler that ignores its cancellation is not waited for; its result is discarded.
         """
         self._decider.ending = True
         for task in self._tasks:

@@ -3,7 +3,7 @@
 What every broker promises:
 
 - `send` returns when the broker has accepted the messages durably (as durable
-  as it is configured to be). When it raises, any of them may have landed.
+  as it is configured to be). When it raises, any of them may have been accepted.
 - A command intake delivers the messages of one partition in the order in which
   they were sent, first what an earlier consumer left unsettled. What is not
   settled when the intake is closed, or its process dies, is delivered again,
@@ -164,7 +164,7 @@ class Broker(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Let go of every connection, intake and feed; safe to call twice."""
+        """Close every connection, intake and feed; safe to call twice."""
 
     @abstractmethod
     async def declare(self, partitions: int, log_epoch: str) -> None:

@@ -41,7 +41,7 @@ class Storage(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Let go of every connection; safe to call twice."""
+        """Close every connection; safe to call twice."""
 
     @abstractmethod
     async def initialise(self, partitions: int, *, new_epoch: bool = False) -> StoreInfo:

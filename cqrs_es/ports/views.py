@@ -84,7 +84,7 @@ class ViewTransaction(SqlSession):
         """Return the markers of those aggregates that are parked.
 
         Whoever parks an aggregate moves, in the same transaction, the
-        checkpoint of its partition; so none is added behind the back of
+        checkpoint of its partition; so none is added unnoticed by
         another transaction that does.
         """
 

@@ -1,4 +1,4 @@
-"""Making a filled generation live, in one transaction, with no reader put back.
+"""Making a filled generation live, in one transaction; no reader sees older rows than before.
 
 The live generation's projectors go on while the next one is filled, so they
 are a few events ahead of it in some partitions. The switch holds their
@@ -30,7 +30,7 @@ log = structlog.get_logger("cqrs_es.projection")
 
 # How much projectors may wait for: a few times what is close enough to try.
 MOST_EVENTS: Final = 500
-# What one attempt meets that the next fill does not is a collision, and rare.
+# An error that filling does not repeat was a collision with another process, which is rare.
 MOST_REFUSALS: Final = 5
 
 

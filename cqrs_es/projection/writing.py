@@ -113,7 +113,7 @@ async def past_collisions(work: Callable[[], Awaitable[T]], view: str) -> T:
             raise
         except (errors.Conflict, errors.StoreError, errors.RolledBack) as exc:
             log.debug("projection refused", view=view, error=exc.message)
-            if isinstance(exc, errors.RolledBack):  # they met once, let them not meet again
+            if isinstance(exc, errors.RolledBack):  # so that the two do not collide again
                 await asyncio.sleep(backoff(1))
     return await work()
 

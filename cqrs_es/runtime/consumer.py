@@ -177,7 +177,7 @@ class CommandWorker(Role):
         )
 
     async def _import_forever(self, consumer: str) -> None:
-        """Bury what the broker itself gave up, for ever; return where brokers don't do that.
+        """Add what the broker itself gave up, for ever; return where brokers don't do that.
 
         A broker that fails here does not keep the partition from being worked on.
         """
@@ -326,7 +326,7 @@ class _Consumer:
         await self.redelivery.take([(each, message) for each, message in read if message])
 
     async def _parsed(self, delivery: Delivery) -> CommandMessage | None:
-        """Read a message; bury what is none."""
+        """Read a message; one that is invalid becomes a dead letter."""
         try:
             return wire.parse_command(delivery.body, self._process.settings.max_message_bytes)
         except errors.InvalidMessage as exc:

@@ -197,7 +197,7 @@ class _Live:
 
 
 def _of_epoch(arrived: Sequence[TopicEvent], epoch: str) -> list[StoredEvent]:
-    """Decode what the topic delivered, leaving out what belongs to another life of the log.
+    """Decode what the topic delivered, leaving out what belongs to another epoch of the log.
 
     What a relay did not write is left out too: the store has what belongs there.
     """

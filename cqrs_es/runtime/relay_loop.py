@@ -77,7 +77,7 @@ class Relay(Role):
     async def _look(self, partition: int, mark: int, epoch: str) -> int:
         """Return the lesser of our mark and what the topic holds: a flushed one is filled again.
 
-        Raises `LeaseLost` when the log has begun a new life: the mark was of the old one;
+        Raises `LeaseLost` when the log has a new epoch: the mark was of the old one;
         `BrokenLog` when mark or topic are beyond the log's end.
         """
         info = await self._storage.info()

@@ -21,12 +21,12 @@ import structlog
 log = structlog.get_logger("cqrs_es.runtime")
 
 EXIT_CODE: Final = 1
-# Looks and signs of life within the time that the loop may be blocked.
+# Looks, and reports of the loop, within the time that the loop may be blocked.
 TICKS: Final = 20
 
 
 class Watchdog:
-    """Counts the ticks for which the loop gives no sign of life.
+    """Counts the ticks in which the loop has not run.
 
     Ticks of its own, not seconds: a process that was frozen as a whole, loop
     and thread alike, is not blamed for the time it was frozen.

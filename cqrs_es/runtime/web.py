@@ -1,7 +1,7 @@
 """A small web server for probes: GET and HEAD, one request for each connection.
 
-It runs on the event loop of the work, so it falls silent when that is blocked,
-which is what a probe of life is to find out. Everything is bounded: the bytes
+It runs on the event loop of the work, so it does not answer when that is blocked,
+which is what a liveness probe is to find out. Everything is bounded: the bytes
 and the seconds of a request, and how many are open at a time; where they are
 too many, the oldest goes, so that idle connections keep no probe out.
 """
@@ -95,7 +95,7 @@ class WebServer:
         task.add_done_callback(self._open.pop)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer one request; a connection that breaks or dawdles is dropped."""
+        """Answer one request; a connection that breaks or is too slow is dropped."""
         try:
             async with asyncio.timeout(REQUEST_SECONDS):
                 await self._answer_one(reader, writer)

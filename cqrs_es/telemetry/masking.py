@@ -1,4 +1,4 @@
-"""Leaving out of what is said what nobody may read: passwords, and what a terminal would obey."""
+"""Removing what must not be printed: passwords, and control characters of terminals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def masked_value(value: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    r"""Replace what a terminal would obey, such as an escape, by its code: `\x1b`."""
+    r"""Replace control characters of terminals, such as an escape, by their codes: `\x1b`."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -154,7 +154,7 @@ class Bridge:
         self._listeners.discard(listener)
 
     async def close(self) -> None:
-        """Do the jobs there are, then take leave and end the thread; safe to call twice."""
+        """Do the jobs there are, then close the connection and end the thread; idempotent."""
         self._stop("it was closed")
         try:
             async with asyncio.timeout(CLOSE_SECONDS):

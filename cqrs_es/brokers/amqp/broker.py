@@ -60,7 +60,7 @@ class AmqpBroker(Broker):
 
     @property
     def trouble(self) -> str | None:
-        """That the server wants memory or disk: it lets everything through but what we publish."""
+        """Why the server accepts no messages: it has no memory or disk left."""
         if not self._connections.blocked:
             return None
         return f"RabbitMQ at {self._connections.address} {BLOCKED}; give it memory or disk"
@@ -96,7 +96,7 @@ class AmqpBroker(Broker):
         return Topology(partitions, None) if partitions else None
 
     async def send(self, commands: Sequence[OutgoingCommand]) -> None:
-        """Publish commands; raises when one was refused, though later ones may have landed."""
+        """Publish commands; raises when one was refused; later ones may have been accepted."""
         publishers = await self._connections.publishing()
         messages = [queues.outgoing(self._names, command) for command in commands]
         receipt = await publishers.commands.publish(messages)
@@ -190,7 +190,7 @@ class AmqpBroker(Broker):
         raise AssertionError  # the count has no end
 
     async def _check_last(self, missing: int) -> None:
-        """Make sure that nothing is beyond: from a count that stops at a hole nothing follows."""
+        """Make sure that there is no queue beyond a missing one: the count would be wrong."""
         for partition in range(missing + 1, missing + 1 + LOOK_BEYOND):
             if await self._exists(partition):
                 queue = self._names.queue(missing)

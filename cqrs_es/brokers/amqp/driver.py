@@ -1,4 +1,4 @@
-"""kombu's pyamqp connection, with what one bad message or channel could do to it taken away."""
+"""kombu's pyamqp connection, changed so that one bad message or channel does not end it."""
 
 # kombu and amqp have no types; the rest of the adapter sees `interfaces` instead.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from cqrs_es.brokers.amqp.interfaces import Connection
 
 CONNECT_SECONDS: Final = 5.0
-# Half of it without a sign from us makes a heartbeat; twice of it without one from
-# the server is the end. A server gives a silent client up after three times of it
+# After half of it without traffic we send a heartbeat; after twice of it without any
+# from the server the connection ends. A server gives a silent client up after three times of it
 # (measured), and with it the partitions of a machine that was switched off.
 HEARTBEAT_SECONDS: Final = 5
 ANSWER_SECONDS: Final = 10.0  # for each frame that an answer consists of
@@ -77,7 +77,7 @@ class _Channel(pyamqp.Channel):
         connection.transport.write(acknowledgements(cast("int", self.channel_id), tags))
 
     def dispatch_method(self, method_sig: Any, payload: Any, content: Any) -> None:
-        """Handle what arrived; a delivery that crosses our closing is no warning's worth."""
+        """Handle what arrived; no warning of a delivery that arrives while the channel closes."""
         if self.is_closing and method_sig not in self._ALLOWED_METHODS_WHEN_CLOSING:
             return
         super().dispatch_method(method_sig, payload, content)

@@ -132,7 +132,7 @@ class Connection(Protocol):
         """Send a heartbeat when one is due; raise when the server's stay out."""
 
     def close(self) -> object:
-        """Take leave, and wait for the answer."""
+        """Close it, and wait for the answer."""
 
     def collect(self) -> None:
         """Drop the socket."""

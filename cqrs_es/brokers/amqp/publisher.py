@@ -67,7 +67,7 @@ class _Batch:
             )
 
     def fail(self, error: errors.BrokerUnavailable) -> None:
-        """Answer that nobody knows; for the event loop."""
+        """Answer that the result is unknown; for the event loop."""
         if not self.receipt.done():
             self.receipt.set_exception(error)
 
@@ -88,7 +88,7 @@ class Publisher:
         """Publish in order; stop behind the first batch of which something was refused.
 
         Raises `BrokerUnavailable` when the answer stays out, and then ends the
-        connection: any of the messages may have landed, or may yet land.
+        connection: any of the messages may have arrived, or may still arrive.
         """
         confirmed = 0
         for batch in _batches(messages):

@@ -1,4 +1,4 @@
-"""The two connections of a broker: made when they are needed, and anew when they have died.
+"""The two connections of a broker: made when needed, and again after a failure.
 
 Publishing has its own: when memory or disk run out, the server stops reading
 from connections that publish, and settling must go on.
@@ -34,7 +34,7 @@ class Reconnecting:
         return self._bridge is not None and not self._bridge.ended and self._bridge.blocked
 
     async def bridge(self) -> Bridge:
-        """Return the connection that lives; everybody who waits for one shares the attempt."""
+        """Return the open connection, or make one: all callers share the attempt."""
         if self._bridge is not None and not self._bridge.ended:
             return self._bridge
         if self._opening is None:
@@ -72,7 +72,7 @@ class Publishers:
 
 
 class Connections:
-    """A broker's way to its server."""
+    """A broker's connections to its server."""
 
     def __init__(self, address: Address, service: str) -> None:
         self.address = address

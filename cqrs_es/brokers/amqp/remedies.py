@@ -1,4 +1,4 @@
-"""What to do about a refusal of RabbitMQ: its own words say what, seldom what to do."""
+"""What to do about an error of RabbitMQ: its messages say what happened, seldom what to do."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class AmqpFeed(EventFeed):
                 return events
 
     async def close(self) -> None:
-        """Let the queue go."""
+        """End the consumption; the server deletes the queue."""
         await self._consumer.close()
 
 

@@ -2,7 +2,7 @@
 
 What is in a stream is not settled yet. One consumer of the group is the
 partition's owner, and all pending entries are its own; the scripts below keep
-it so, so that a process that was taken for dead can neither take entries from
+it so, so that a process that was believed to have ended can neither take entries from
 the new owner nor leave any behind.
 """
 

@@ -1,4 +1,4 @@
-"""The way to a Redis server: clients, deadlines, and what their errors mean."""
+"""Connections to a Redis server: clients, deadlines, and what their errors mean."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class DynamoStorage(Storage):
         await self._table.open()
 
     async def close(self) -> None:
-        """Let go of every connection; safe to call twice."""
+        """Close every connection; safe to call twice."""
         await self._table.close()
 
     async def initialise(self, partitions: int, *, new_epoch: bool = False) -> StoreInfo:

@@ -94,7 +94,7 @@ class Table:
             raise
 
     async def close(self) -> None:
-        """Let go of every connection; safe to call twice."""
+        """Close every connection; safe to call twice."""
         self._client = None
         await self._opened.aclose()
 

@@ -233,7 +233,7 @@ def _conflict(changed: Sequence[Key]) -> errors.Conflict:
 
 
 def _action(key: Key, cell: _Cell) -> Action | None:
-    """Return what the transaction does to an item; nothing where it only looked into the blue."""
+    """Return what the transaction does to an item; None if it was read without a condition."""
     if not cell.written:
         return None if cell.only_if is None else check(key, cell.only_if)
     if cell.fields is None:

@@ -93,7 +93,7 @@ class MysqlSession(ServerSession):
             with contextlib.suppress(errors.Unavailable):
                 await self.execute("ROLLBACK")
 
-    async def say_goodbye(self) -> None:
+    async def disconnect(self) -> None:
         """Close the connection as the protocol has it, or cut it where that takes long."""
         writer = self._connection._writer  # noqa: SLF001 - aiomysql does not wait for it
         try:

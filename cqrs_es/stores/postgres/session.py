@@ -100,7 +100,7 @@ class PostgresSession(ServerSession):
             with contextlib.suppress(errors.Unavailable):
                 await self._do("ROLLBACK")
 
-    async def say_goodbye(self) -> None:
+    async def disconnect(self) -> None:
         """Close the connection as the protocol has it, or cut it where that takes long."""
         try:
             async with asyncio.timeout(CLOSE_SECONDS):

@@ -82,7 +82,7 @@ class ServerSession(Session):
         """Roll back where that can still be said; cutting the connection does it too."""
 
     @abstractmethod
-    async def say_goodbye(self) -> None:
+    async def disconnect(self) -> None:
         """Close the connection as the protocol has it, or cut it where that takes long."""
 
     @abstractmethod
@@ -120,11 +120,11 @@ class Pool(Generic[S]):
             raise
 
     async def close(self) -> None:
-        """Say goodbye on every idle connection; those in use are closed when given back."""
+        """Close every idle connection; those in use are closed when given back."""
         self._open = False
         idle, self._idle = self._idle, []
         for session, _ in idle:
-            await session.say_goodbye()
+            await session.disconnect()
 
     @asynccontextmanager
     async def lent(self) -> AsyncGenerator[S]:
@@ -209,7 +209,7 @@ class ServerDatabase(Database, Generic[S]):
         await self._pool.open()
 
     async def close(self) -> None:
-        """Let go of every connection."""
+        """Close every connection."""
         await self._pool.close()
 
     async def read(self, work: Work[T]) -> T:

@@ -36,7 +36,7 @@ class Session(ABC):
     @property
     @abstractmethod
     def dialect(self) -> Dialect:
-        """What the database on the other end speaks."""
+        """The SQL of the database."""
 
     @abstractmethod
     async def fetch(
@@ -73,7 +73,7 @@ class Database(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Let go of every connection; safe to call twice."""
+        """Close every connection; safe to call twice."""
 
     @abstractmethod
     async def read(self, work: Work[T]) -> T:

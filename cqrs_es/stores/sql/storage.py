@@ -54,7 +54,7 @@ class SqlStorage(Storage):
         await self._database.open()
 
     async def close(self) -> None:
-        """Let go of every connection; safe to call twice."""
+        """Close every connection; safe to call twice."""
         await self._database.close()
 
     async def initialise(self, partitions: int, *, new_epoch: bool = False) -> StoreInfo:

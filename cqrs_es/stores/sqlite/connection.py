@@ -91,7 +91,7 @@ class VisitingSession(Session):
 
     @property
     def dialect(self) -> Dialect:
-        """What SQLite speaks."""
+        """The SQL of SQLite."""
         return SQLITE
 
     async def fetch(

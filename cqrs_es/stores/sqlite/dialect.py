@@ -1,4 +1,4 @@
-"""What SQL SQLite speaks."""
+"""The SQL of SQLite."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class LocalSession(Session):
 
     @property
     def dialect(self) -> Dialect:
-        """What SQLite speaks."""
+        """The SQL of SQLite."""
         return SQLITE
 
     async def fetch(
