@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import urllib.request
 import uuid
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -36,9 +37,17 @@ MYSQL_VERSION = pytest.StashKey[str]()
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Say which database server it was: MySQL and MariaDB differ."""
+    """Say which database server it was, MySQL and MariaDB differ; and what was skipped, and why."""
     if MYSQL_VERSION in config.stash:
         terminalreporter.write_line(f"MySQL store: on {config.stash[MYSQL_VERSION]}")
+    reports: list[pytest.TestReport] = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in reports
+        if isinstance(report.longrepr, tuple)
+    )
+    for reason, number in reasons.most_common():
+        terminalreporter.write_line(f"{number} skipped: {reason}")
 
 
 @pytest.fixture(scope="session")

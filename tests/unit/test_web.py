@@ -8,6 +8,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 import pytest
+import structlog
 
 from cqrs_es import errors
 from cqrs_es.runtime import web
@@ -115,6 +116,7 @@ async def test_accept_is_handed_on() -> None:
 
 async def test_a_page_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
     """Its connection is dropped, the error is logged, and other pages go on."""
+    structlog.reset_defaults()  # an earlier test may have sent logs elsewhere
     async with serving() as port:
         assert await ask(port, b"GET /broken HTTP/1.1\r\n\r\n") == b""
         assert b"200 OK" in await ask(port, LIVE)
