@@ -61,6 +61,11 @@ class Inbox:
         """Wait until every command is answered."""
         await self._idle.wait()
 
+    def holds(self, submission: Submission) -> bool:
+        """Tell whether a command is here to be decided: not answered, and no follower."""
+        askers = self._askers.get(submission.message.id)
+        return askers is not None and askers[0].answer is submission.answer
+
     # --- Waiting, by aggregate -----------------------------------------------
 
     def add(self, submission: Submission) -> None:
@@ -111,7 +116,7 @@ class Inbox:
         """Let an aggregate's next commands be taken, first those that are decided again."""
         self._busy.discard(key)
         line = self._waiting.get(key)
-        before = [each for each in again if not each.answer.done()]
+        before = [each for each in again if self.holds(each)]
         for each in before:
             self._begun.discard(each.answer)
             self._askers[each.message.id][0] = each
@@ -130,7 +135,7 @@ class Inbox:
 
     def begin(self, submission: Submission) -> bool:
         """Note that a command's handler is about to run; False where it was withdrawn."""
-        if submission.answer.done():
+        if not self.holds(submission):
             return False
         self._begun.add(submission.answer)
         return True
@@ -186,8 +191,7 @@ class Inbox:
 
     def fail(self, submission: Submission, exc: Exception) -> None:
         """Hand an error that is not the command's own to whoever waits, unless it is answered."""
-        askers = self._askers.get(submission.message.id)
-        if askers is None or askers[0].answer is not submission.answer:
+        if not self.holds(submission):
             return
         for asker in self._forget(submission):
             if not asker.answer.done():
@@ -200,7 +204,7 @@ class Inbox:
             if askers[0].answer not in self._begun and all(a.answer in unwanted for a in askers):
                 self.fail(askers[0], errors.Withdrawn())
         for key, line in list(self._waiting.items()):
-            left = deque(each for each in line if not each.answer.done())
+            left = deque(each for each in line if self.holds(each))
             if left:
                 self._waiting[key] = left
             else:

@@ -572,6 +572,18 @@ async def test_a_caller_that_goes_away_does_not_take_the_command_along(rig: Rig)
     assert again.duplicate
 
 
+async def test_a_caller_that_goes_away_before_its_command_is_begun(rig: Rig) -> None:
+    """It is decided all the same, and the executor comes to rest."""
+    gate = rig.services.hooks["slow"] = Gate()
+    slow, late = rig.submit("A", AddAfterCall("slow", 1)), rig.submit("A", Add(2))
+    await gate.entered.wait()
+    late.cancel()
+    gate.open.set()
+    await answered([slow])
+    await asyncio.wait_for(rig.executor.drain(), 10)
+    assert await rig.numbers("A") == [1, 2]
+
+
 async def test_ending_an_executor_cancels_what_is_not_answered() -> None:
     """Nobody waits for ever for an executor that is gone."""
     async with executing() as rig:
