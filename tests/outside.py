@@ -33,6 +33,10 @@ class Outside(ABC):
         """Hang up, with nothing left behind."""
 
     @abstractmethod
+    def hang_up(self) -> None:
+        """Hang up, leaving everything as it is."""
+
+    @abstractmethod
     def follow(self, name: str, *reply_to: str) -> None:
         """Begin to receive events and replies, where that does not go without saying."""
 
@@ -71,6 +75,9 @@ class RedisOutside(Outside):
         self.client: Any = redis.Redis.from_url(url)  # pyright: ignore[reportUnknownMemberType]
 
     def close(self) -> None:
+        self.client.close()
+
+    def hang_up(self) -> None:
         self.client.close()
 
     def follow(self, name: str, *reply_to: str) -> None:
@@ -150,7 +157,6 @@ class RabbitOutside(Outside):
         self._connection.close()
 
     def hang_up(self) -> None:
-        """Leave everything as it is."""
         self._connection.close()
 
     def follow(self, name: str, *reply_to: str) -> None:

@@ -227,13 +227,19 @@ class Chaos:
         self.processes[role].append(self.bank.start(role))
 
     def suffer(self, fault: Fault) -> None:
-        """Let a fault happen and be mended; wait until it is overcome."""
+        """Let a fault happen and be mended; wait until all that was sent before has its effect."""
         getattr(self, f"_{fault.kind}")(fault)
         healed = time.monotonic()
         waiting = [(sender, sender.unanswered()) for sender in self.senders]
         until(
             lambda: not any(ids & sender.unanswered() for sender, ids in waiting),
             f"what was sent before the end of {fault} is not answered",
+            within_seconds=PATIENCE,
+        )
+        heads = self._heads()
+        until(
+            lambda: self._has_got_to(heads),
+            f"relay or projectors do not get on after {fault}",
             within_seconds=PATIENCE,
         )
         self.done[fault.kind] += 1
@@ -248,7 +254,8 @@ class Chaos:
         for sender in self.senders:
             sender.join(PATIENCE)
             assert not sender.is_alive(), f"{len(sender.in_flight)} of {sender.name} unanswered"
-        until(self._is_drained, "relay or projectors do not get to the end")
+        heads = self._heads()
+        until(lambda: self._has_got_to(heads), "relay or projectors do not get to the end")
         return time.monotonic() - began
 
     def recorded(self) -> History:
@@ -271,18 +278,23 @@ class Chaos:
     def all_stop(self) -> list[int]:
         """Ask every process to stop; return their exit codes."""
         for process in (each for role in ROLES for each in self.processes[role]):
+            self._has_begun(process)
             process.terminate()
             self.stopping.append(process)
         return [process.wait(40) for process in self.stopping]
 
-    def _is_drained(self) -> bool:
-        heads = recorder.rows(self.store_url, "SELECT log_partition, head FROM log_partitions")
+    def _heads(self) -> dict[int, int]:
+        rows = recorder.rows(self.store_url, "SELECT log_partition, head FROM log_partitions")
+        return {row["log_partition"]: row["head"] for row in rows}
+
+    def _has_got_to(self, heads: dict[int, int]) -> bool:
+        """Tell whether all is published and projected up to these offsets."""
         marks: dict[str, dict[int, int]] = defaultdict(dict)
         for row in recorder.rows(self.store_url, "SELECT * FROM checkpoints"):
             marks[row["projector"]][row["log_partition"]] = row["log_offset"]
         return all(
-            marks[reader].get(row["log_partition"], 0) == row["head"]
-            for row in heads
+            marks[reader].get(partition, 0) >= head
+            for partition, head in heads.items()
             for reader in (RELAY, *(f"{view}__1" for view in VIEWS))
         )
 
@@ -291,6 +303,10 @@ class Chaos:
         for role in ROLES:
             for process in self.processes[role]:
                 assert process.poll() is None, self.bank.log_of(process)[-3000:]
+
+    def _has_begun(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait until Python itself is up and would hear a signal."""
+        until(lambda: '"started"' in self.bank.log_of(process), "a process does not start")
 
     # What can happen, by its name in a plan.
 
@@ -309,6 +325,7 @@ class Chaos:
 
     def _stop(self, fault: Fault) -> None:
         victim = self.processes[fault.role].pop(0)
+        self._has_begun(victim)
         victim.terminate()
         self.stopping.append(victim)
         self.start(fault.role)
@@ -357,7 +374,7 @@ def chaos(store: str, broker: str, folder: Path, seed: int) -> Generator[Chaos]:
         (folder / "logs").mkdir()
         bank = stack.enter_context(service("worker.app:app", *urls, folder / "logs"))
         senders = [
-            Sender(f"sender-{n}", seed + n, lambda: _connected(made, n), "bank")  # noqa: B023
+            Sender(f"sender-{n}", seed + n, lambda name: _connected(made, name), "bank")
             for n in range(SENDERS)
         ]
         made = Chaos(servers, wires, bank, History(broker), senders)
@@ -370,12 +387,12 @@ def chaos(store: str, broker: str, folder: Path, seed: int) -> Generator[Chaos]:
         yield made
 
 
-def _connected(made: Chaos, number: int) -> Outside:
+def _connected(made: Chaos, sender: str) -> Outside:
     """Connect a sender with the broker as it is now."""
     if made.history.broker == "redis":
         return RedisOutside(made.broker_url)
     outside = RabbitOutside(made.broker_url)
-    outside.follow_replies("bank", f"sender-{number}")
+    outside.follow_replies("bank", sender)
     return outside
 
 

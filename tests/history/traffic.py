@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -24,7 +25,7 @@ Json = dict[str, Any]
 ACCOUNTS = 40
 BATCH = 5  # commands that are sent at once
 IN_FLIGHT = 60  # commands of one sender
-PATIENCE_SECONDS = 4.0  # until what was not answered is sent again
+PATIENCE_SECONDS = 8.0  # until what was not answered is sent again
 PAUSE_SECONDS = 0.02
 DAYS = [f"2026-11-{day:02}" for day in range(1, 10)]
 
@@ -73,7 +74,9 @@ class Sender(threading.Thread):
     in which it was first sent: so it keeps its side of the ordering promise.
     """
 
-    def __init__(self, name: str, seed: int, connect: Callable[[], Outside], service: str) -> None:
+    def __init__(
+        self, name: str, seed: int, connect: Callable[[str], Outside], service: str
+    ) -> None:
         super().__init__(name=name, daemon=True)
         self.sent: list[Sent] = []
         self.replies: list[Reply] = []
@@ -102,12 +105,19 @@ class Sender(threading.Thread):
             try:
                 self._once()
             except (OSError, redis.RedisError, amqp.AMQPError):
-                self._outside = None  # what is left of the connection is of no use
+                self._hang_up()
             time.sleep(PAUSE_SECONDS)
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        outside, self._outside = self._outside, None
+        with suppress(OSError, redis.RedisError, amqp.AMQPError):
+            if outside is not None:
+                outside.hang_up()
 
     def _once(self) -> None:
         if self._outside is None:
-            self._outside = self._connect()
+            self._outside = self._connect(self.name)
         self._send(self._outside, self._unconfirmed or self._late() or self._new())
         for outcome in self._outside.replies(self._service, self.name):
             self._note(outcome)
