@@ -123,7 +123,7 @@ def _to_record(
     """
     name, traceback = event.pop("event"), event.pop("exception", "")
     fields = "".join(f" {key}={value}" for key, value in event.items())
-    line = printable(f"{name}{fields}") + (f"\n{traceback}" if traceback else "")
+    line = printable(f"{name}{fields}") + (f"\n{_printable(traceback)}" if traceback else "")
     return (line,), {"extra": {"cqrs_es": event}}
 
 
@@ -151,9 +151,12 @@ def _escape(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict
     """Keep a line one line, and the terminal as it is, whatever somebody sent."""
     for name, value in event.items():
         if isinstance(value, str):
-            lines = value.split("\n") if name in _MULTILINE else [value]
-            event[name] = "\n".join(map(printable, lines))
+            event[name] = _printable(value) if name in _MULTILINE else printable(value)
     return event
+
+
+def _printable(lines: str) -> str:
+    return "\n".join(map(printable, lines.split("\n")))
 
 
 class _StderrLogger:

@@ -268,6 +268,15 @@ def test_in_somebody_elses_process_logs_go_to_logging(caplog: pytest.LogCaptureF
         assert secret not in caplog.text
 
 
+def test_what_logging_gets_can_be_written(caplog: pytest.LogCaptureFixture) -> None:
+    """A traceback has no escapes of a terminal, and no half of a surrogate pair."""
+    logs.to_logging_unless_configured()
+    error = RuntimeError("\x1b[31m \ud800")
+    structlog.get_logger("cqrs_es.relay").error("failed", exc_info=error)
+    assert "RuntimeError: \\x1b[31m \\ud800" in caplog.text
+    assert caplog.text.encode()
+
+
 def test_who_has_set_structlog_up_keeps_it(capsys: pytest.CaptureFixture[str]) -> None:
     """Its processors get what the framework logs."""
     structlog.configure(processors=[structlog.processors.JSONRenderer()])
