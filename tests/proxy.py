@@ -29,6 +29,10 @@ class Proxy:
         """Pass on what was kept, and what comes."""
         self._flowing.set()
 
+    def lead_to(self, server_port: int) -> None:
+        """Connect whoever comes from now on with another server, as a name that moves on does."""
+        self._server_port = server_port
+
     def reset(self) -> None:
         """Cut every connection the hard way."""
         for writer in self._writers:

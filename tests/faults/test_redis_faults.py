@@ -15,6 +15,7 @@ from cqrs_es.brokers.redis import connection
 from tests.bank_data import PROJECT
 from tests.certificates import self_signed
 from tests.contract.brokers import EPOCH, PARTITIONS, bodies, events, send, take
+from tests.proxy import proxy_to
 from tests.servers import free_port, start_redis
 
 if TYPE_CHECKING:
@@ -96,6 +97,62 @@ async def test_a_frozen_server_is_noticed(
     again = await broker.open_intake(0, "a")
     received = bodies(await again.receive(10))
     assert received in (["1"], ["1", "2"])  # what was not answered may have landed all the same
+
+
+@pytest.mark.parametrize("stale", ["yes", "no"])
+async def test_a_primary_that_becomes_a_replica(
+    redis: Server, tmp_path_factory: pytest.TempPathFactory, stale: str
+) -> None:
+    """Every connection to it is dropped, also those that only read: its name may have moved on."""
+    heir = start_redis(tmp_path_factory.mktemp("heir"))
+    async with proxy_to(redis.port) as proxy:
+        broker = _broker(f"redis://127.0.0.1:{proxy.port}/0")
+        await broker.open()
+        await broker.declare(PARTITIONS, EPOCH)
+        intake = await broker.open_intake(0, "a")
+        waiting = asyncio.create_task(intake.receive(1))
+        await send(broker, 1, partition=1)
+        with Redis(port=redis.port) as client:
+            client.config_set("replica-serve-stale-data", stale)
+            client.replicaof("127.0.0.1", str(free_port()))
+        proxy.lead_to(heir.port)
+        for call in (send(broker, 2), waiting):
+            with pytest.raises(errors.BrokerUnavailable, match=r"replica|can't be reached"):
+                await call
+        await broker.declare(PARTITIONS, EPOCH)
+        await send(broker, 3)
+        assert bodies(await (await broker.open_intake(0, "a")).receive(1)) == ["3"]
+        await broker.close()
+    heir.stop()
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("-LOADING Redis is loading the dataset in memory", "loading its data"),
+        ("-MASTERDOWN Link with MASTER is down", "let CQRS_ES_BROKER_URL lead to the primary"),
+        ("-READONLY You can't write against a read only replica.", "lead to the primary"),
+        ("-MISCONF Redis is configured to save RDB snapshots", "make room"),
+        ("-NOREPLICAS Not enough good replicas to write.", "min-replicas-to-write"),
+        ("-OOM command not allowed when used memory > 'maxmemory'.", "raise maxmemory"),
+        ("-ERR max number of clients reached", "raise maxclients"),
+    ],
+)
+async def test_a_server_that_refuses_says_what_ends_that(answer: str, words: str) -> None:
+    """It is there, so nobody is told that it can't be reached."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(65_536):
+            writer.write(f"{answer}\r\n".encode() * 8)
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as listener:
+        port = listener.sockets[0].getsockname()[1]
+        broker = _broker(f"redis://127.0.0.1:{port}/0")
+        with pytest.raises(errors.BrokerUnavailable, match=words) as caught:
+            await broker.open()
+        await broker.close()
+    assert "refuses for a time" in str(caught.value)
 
 
 async def test_a_cancelled_call_does_not_confuse_the_next(redis: Server, broker: Broker) -> None:

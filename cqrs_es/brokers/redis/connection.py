@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
@@ -11,13 +12,20 @@ from urllib.parse import urlsplit
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, RedisError
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    MasterDownError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+)
 from redis.exceptions import ConnectionError as NotConnected
 
 from cqrs_es import errors
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Iterable, Sequence
 
 Argument: TypeAlias = "str | bytes | int"
 Entry: TypeAlias = "tuple[str, dict[bytes, bytes]]"
@@ -122,12 +130,48 @@ class RedisConnection:
                 yield
         except (RedisError, OSError, TimeoutError) as exc:
             message = f"Redis at {self._address} {_what_it_did(exc)}"
+            if _said(exc, _NOT_THIS_SERVER):
+                await self._drop_connections()
             raise errors.BrokerUnavailable(message) from exc
+
+    async def _drop_connections(self) -> None:
+        """Let everybody connect anew: the name may lead to another server by now."""
+        for client in (self._commands, self._reads):
+            await client.connection_pool.disconnect()
+
+
+# By the error's class and, within a script's, by the words of the server.
+_NOT_THIS_SERVER = {
+    "READONLY": "it is a replica; let CQRS_ES_BROKER_URL lead to the primary",
+    "MASTERDOWN": "it is a replica without its primary; let CQRS_ES_BROKER_URL lead to the primary",
+    "LOADING": "it is loading its data; that takes a while after a start",
+}
+_REFUSING = {
+    "MISCONF": "it can't write to its disk; see its log, and make room",
+    "NOREPLICAS": "it has too few replicas; see min-replicas-to-write",
+    "max number of clients": "raise maxclients, or run fewer processes",
+    "OOM": "its memory is full; raise maxmemory, or let what is queued be handled",
+}
+_CLASSES: Mapping[type[Exception], str] = {
+    ReadOnlyError: "READONLY",
+    MasterDownError: "MASTERDOWN",
+    BusyLoadingError: "LOADING",
+    OutOfMemoryError: "OOM",
+}
+
+
+def _said(exc: Exception, reasons: Mapping[str, str]) -> str | None:
+    """Return which of these reasons an error gives."""
+    code = _CLASSES.get(type(exc))
+    words = [reasons[word] for word in reasons if word == code or f"{word} " in str(exc)]
+    return words[0] if words else None
 
 
 def _what_it_did(exc: Exception) -> str:
     """Say what became of a request, and what to do about it."""
     said, remedy = f"({type(exc).__name__}: {exc})", "check CQRS_ES_BROKER_URL and the server"
+    if reason := _said(exc, _NOT_THIS_SERVER | _REFUSING):
+        return f"refuses for a time {said}: {reason}"
     if isinstance(exc, AuthenticationError):  # which is a `NotConnected`, too
         return f"let nobody in {said}; check user and password in CQRS_ES_BROKER_URL"
     if isinstance(exc, NotConnected | OSError) and not isinstance(exc, TimeoutError):
