@@ -112,9 +112,10 @@ async def test_a_primary_that_becomes_a_replica(
         intake = await broker.open_intake(0, "a")
         waiting = asyncio.create_task(intake.receive(1))
         await send(broker, 1, partition=1)
-        with Redis(port=redis.port) as client:
-            client.config_set("replica-serve-stale-data", stale)
-            client.replicaof("127.0.0.1", str(free_port()))
+        server: Any = Redis(port=redis.port)
+        with server:
+            server.config_set("replica-serve-stale-data", stale)
+            server.replicaof("127.0.0.1", free_port())
         proxy.lead_to(heir.port)
         for call in (send(broker, 2), waiting):
             with pytest.raises(errors.BrokerUnavailable, match=r"replica|can't be reached"):
