@@ -67,7 +67,7 @@ upgrade:  ## move constraints.txt to the newest versions, then check and test ev
 	$(BIN)/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools; } >$(VENV)/new
 	mv $(VENV)/new constraints.txt
 	touch $(VENV)/.installed
-	$(MAKE) check test
+	$(MAKE) check test test-lowest
 
 secrets:  ## random passwords for docker-compose.yml, into secrets/; those that are there stay
 	@deploy/make-secrets
