@@ -14,16 +14,18 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
+import pymysql
 import pytest
 import redis
 
@@ -48,7 +50,6 @@ from tests.servers import (
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Callable, Generator, Iterator
 
 log = logging.getLogger(__name__)
@@ -205,7 +206,7 @@ class Chaos:
     wires: Wires
     bank: Service
     history: History
-    senders: list[Sender]
+    senders: list[Sender] = field(default_factory=list[Sender])
     processes: dict[str, list[subprocess.Popen[bytes]]] = field(
         default_factory=lambda: defaultdict(list)
     )
@@ -222,6 +223,27 @@ class Chaos:
     def broker_url(self) -> str:
         """The broker itself, not by the proxy."""
         return self.servers.broker_url(self.servers.broker.port)
+
+    def connected(self, sender: str) -> Outside:
+        """Connect a sender with the broker as it is now."""
+        if self.history.broker == "redis":
+            return RedisOutside(self.broker_url)
+        outside = RabbitOutside(self.broker_url)
+        outside.follow_replies("bank", sender)
+        return outside
+
+    def to_send_again(self, late: dict[str, float]) -> set[str]:
+        """Choose what the broker has lost by our doing, and what is decided: its reply is lost.
+
+        Anything else is only late, or the service has lost it.
+        """
+        loss = max(self.history.losses, default=0.0)
+        lost = {command_id for command_id, since in late.items() if since <= loss}
+        ids = ", ".join(f"'{command_id}'" for command_id in late)
+        sql = f"SELECT command_id FROM command_outcomes WHERE command_id IN ({ids})"  # noqa: S608
+        with suppress(pymysql.Error, subprocess.CalledProcessError):
+            return lost | {row["command_id"] for row in recorder.rows(self.store_url, sql)}
+        return lost
 
     def start(self, role: str) -> None:
         self.processes[role].append(self.bank.start(role))
@@ -373,27 +395,18 @@ def chaos(store: str, broker: str, folder: Path, seed: int) -> Generator[Chaos]:
         )
         (folder / "logs").mkdir()
         bank = stack.enter_context(service("worker.app:app", *urls, folder / "logs"))
-        senders = [
-            Sender(f"sender-{n}", seed + n, lambda name: _connected(made, name), "bank")
+        made = Chaos(servers, wires, bank, History(broker))
+        made.senders += [
+            Sender(f"sender-{n}", seed + n, "bank", made.connected, made.to_send_again)
             for n in range(SENDERS)
         ]
-        made = Chaos(servers, wires, bank, History(broker), senders)
         if broker == "amqp":
             recorder.bind_queue(made.broker_url, "bank", "subscriber")
         for role in ROLES * 2:
             made.start(role)
-        for sender in senders:
+        for sender in made.senders:
             sender.start()
         yield made
-
-
-def _connected(made: Chaos, sender: str) -> Outside:
-    """Connect a sender with the broker as it is now."""
-    if made.history.broker == "redis":
-        return RedisOutside(made.broker_url)
-    outside = RabbitOutside(made.broker_url)
-    outside.follow_replies("bank", sender)
-    return outside
 
 
 # --- The tests -------------------------------------------------------------------------

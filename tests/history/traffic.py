@@ -25,7 +25,7 @@ Json = dict[str, Any]
 ACCOUNTS = 40
 BATCH = 5  # commands that are sent at once
 IN_FLIGHT = 60  # commands of one sender
-PATIENCE_SECONDS = 8.0  # until what was not answered is sent again
+PATIENCE_SECONDS = 4.0  # until what was not answered may be sent again
 PAUSE_SECONDS = 0.02
 DAYS = [f"2026-11-{day:02}" for day in range(1, 10)]
 
@@ -70,12 +70,18 @@ class Sender(threading.Thread):
     """Another service: sends random commands, each again until it is answered, and notes it all.
 
     It has a bounded number in flight. A batch that was not confirmed is sent
-    again before anything else, and what is not answered for long in the order
-    in which it was first sent: so it keeps its side of the ordering promise.
+    again before anything else. Of what is not answered for long it sends again
+    only what `to_send_again` names, else it would cover up what is lost; in the
+    order in which that was first sent, so it keeps its side of the ordering promise.
     """
 
     def __init__(
-        self, name: str, seed: int, connect: Callable[[str], Outside], service: str
+        self,
+        name: str,
+        seed: int,
+        service: str,
+        connect: Callable[[str], Outside],
+        to_send_again: Callable[[dict[str, float]], set[str]],
     ) -> None:
         super().__init__(name=name, daemon=True)
         self.sent: list[Sent] = []
@@ -83,11 +89,13 @@ class Sender(threading.Thread):
         self.in_flight: dict[str, float] = {}
         self._messages: dict[str, Json] = {}
         self._sequences: dict[str, int] = {}
+        self._looked = 0.0
         self._told: set[bytes] = set()
         self._answered: dict[str, None] = {}
         self._unconfirmed: list[Json] = []
         self._rng = random.Random(seed)
         self._connect, self._service = connect, service
+        self._to_send_again = to_send_again
         self._outside: Outside | None = None
         self._ended = threading.Event()
 
@@ -127,7 +135,7 @@ class Sender(threading.Thread):
         began, accepted = time.monotonic(), None
         for message in batch:
             if message["id"] not in self._answered:
-                self.in_flight.setdefault(message["id"], began)
+                self.in_flight[message["id"]] = began
         try:
             if batch:
                 outside.send(self._service, batch)
@@ -137,12 +145,14 @@ class Sender(threading.Thread):
         self._unconfirmed = []
 
     def _late(self) -> list[Json]:
-        """Return all that is in flight when the first of it has been so for too long."""
+        """Return what is to be sent again, when anything is in flight for too long."""
         now = time.monotonic()
-        if not any(now - since > PATIENCE_SECONDS for since in self.in_flight.values()):
+        if now < self._looked + PATIENCE_SECONDS or not self.in_flight:
             return []
-        self.in_flight = dict.fromkeys(self.in_flight, now)
-        return [self._messages[command_id] for command_id in self.in_flight]
+        self._looked = now
+        late = {i: since for i, since in self.in_flight.items() if now - since > PATIENCE_SECONDS}
+        again = self._to_send_again(late) if late else set[str]()
+        return [self._messages[command_id] for command_id in late if command_id in again]
 
     def _new(self) -> list[Json]:
         if self._ended.is_set() or len(self.in_flight) > IN_FLIGHT - BATCH:
