@@ -456,7 +456,6 @@ def test_what_would_come_back_as_another_value_is_refused(
         Bag(colour=Colour.RED, size="m", rights=Rights.WRITE, options={"tip": D(1)}, pair=(1, "a")),
         Bag(raw=b"\x00\xff"),
     ],
-    ids=repr,
 )
 def test_what_is_written_comes_back_as_it_was(value: Bag) -> None:
     """Field by field, of the same types."""
