@@ -377,16 +377,23 @@ class RabbitServer:
         return int((self.folder / "pid").read_text())
 
 
-def start_rabbitmq(folder: Path, *settings: str) -> RabbitServer:
-    """Start a RabbitMQ of our own, configured as it is meant to be; `settings` override lines."""
+def start_rabbitmq(folder: Path, *settings: str, management: bool = False) -> RabbitServer:
+    """Start a RabbitMQ of our own, configured as it is meant to be; `settings` override lines.
+
+    Its management API, where wanted, has the port that it has by default: 10,000 above.
+    """
     name_server_port = free_port()
     name_server = subprocess.Popen(
         [installed("epmd"), "-port", str(name_server_port), "-address", "127.0.0.1"]
     )
-    (folder / "plugins").write_text("[].")
+    port = free_port()
+    while management and port >= 55_000:
+        port = free_port()
+    if management:
+        settings += (f"management.tcp.port = {port + 10_000}", "management.tcp.ip = 127.0.0.1")
+    (folder / "plugins").write_text("[rabbitmq_management]." if management else "[].")
     configuration = (CONFIG / "rabbitmq.conf").read_text()
     (folder / "rabbitmq.conf").write_text("\n".join([configuration, *settings, ""]))
-    port = free_port()
     environment = _rabbitmq_environment(folder, port, name_server_port)
     try:
         node = _launch_node(folder, port, environment)

@@ -126,7 +126,9 @@ class _Checks:
         await broker.open()
         await self._compare(await broker.topology(), durable=broker.durable)
         waiting = sum((await broker.queue_depth()).values())
-        return f"{masked(self._settings.broker_url)} answers; {waiting} commands wait"
+        seen = await broker.examine()
+        answers = f"{masked(self._settings.broker_url)} answers; {waiting} commands wait"
+        return f"{answers}; {seen}" if seen else answers
 
     async def _compare(self, topology: Topology | None, *, durable: bool) -> None:
         """Make sure that a server has the queues of as many partitions as the store."""

@@ -158,6 +158,14 @@ class Broker(ABC):
         """Why the server takes no messages for now, where it says so by itself; else None."""
         return None
 
+    async def examine(self) -> str:
+        """Look at what an operator has set on the server for our queues; say what was seen.
+
+        Raises `ConfigurationError` for what would lose commands; `trouble` says
+        so from then on, until a later look finds it mended.
+        """
+        return ""
+
     @abstractmethod
     async def open(self) -> None:
         """Connect. Raises `BrokerUnavailable` when that can't be done now."""

@@ -8,6 +8,7 @@ A look that fails leaves its figures out: none is better than an old one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Final
@@ -57,7 +58,9 @@ class Sampler:
             await asyncio.sleep(EVERY_SECONDS)
 
     async def look(self) -> None:
-        """Replace all figures by new ones."""
+        """Replace all figures by new ones; note what an operator has set on the broker."""
+        with contextlib.suppress(errors.CqrsError):  # it is among the broker's troubles then
+            await self._process.broker.examine()
         roles, held = self._supervisor.roles, self._supervisor.held
         self._readers = [
             position

@@ -10,9 +10,14 @@ import amqp
 import pytest
 
 from cqrs_es import errors
+from cqrs_es.application import Application
+from cqrs_es.brokers import broker_for
+from cqrs_es.brokers.amqp import broker as amqp_broker
 from cqrs_es.brokers.amqp import consumer, topic
 from cqrs_es.brokers.amqp import topology as topologies
+from cqrs_es.cli.checking import check_everything
 from cqrs_es.ports.broker import OutgoingCommand, OutgoingReply
+from cqrs_es.settings import Settings
 from tests.contract.brokers import (
     EPOCH,
     PARTITIONS,
@@ -26,10 +31,12 @@ from tests.contract.brokers import (
     serving,
     take,
 )
+from tests.servers import free_port, start_rabbitmq
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
 
     from cqrs_es.brokers.amqp.interfaces import Channel, IncomingMessage
     from cqrs_es.ports.broker import Broker
@@ -509,3 +516,80 @@ def test_headers_are_read_only_where_there_are_some() -> None:
     )
     flagged = consumer.Arrived(1, b"", "0", {}, flagged=True)
     assert [message.redelivered for message in (plain, counted, flagged)] == [False, True, True]
+
+
+# --- Policies of an operator ---------------------------------------------------
+
+
+@pytest.fixture
+def managed(tmp_path: Path) -> Iterator[RabbitServer]:
+    """Start a server whose management API can be asked."""
+    server = start_rabbitmq(tmp_path, management=True)
+    yield server
+    server.stop()
+
+
+async def test_a_policy_that_would_lose_commands(
+    managed: RabbitServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said with what it costs, by `check`, and until it is mended by the broker's trouble."""
+    monkeypatch.setattr(amqp_broker, "EXAMINE_SECONDS", 0.0)
+    broker = broker_for(managed.url, service="bank")
+    await broker.open()
+    await broker.declare(PARTITIONS, EPOCH)
+    await eventually(lambda: sees(broker, "no policy acts"), within_seconds=30)
+    assert not broker.trouble
+
+    catch_all = '{"message-ttl": 60000, "expires": 3600000}'
+    managed.control("set_policy", "catch-all", ".*", catch_all)
+    await eventually(lambda: sees(broker, "policy catch-all"), within_seconds=30)
+    assert broker.trouble
+    words = "message-ttl 60000 on bank.commands.0 and 4 more: commands that wait longer are lost"
+    assert words in broker.trouble
+    assert "expires 3600000" in broker.trouble
+    settings = Settings(store_url="memory://", broker_url=managed.url, service="bank")
+    finding = (await check_everything(Application("bank"), settings))[-1]
+    assert (finding.check, finding.code) == ("broker", 2)
+    assert words in finding.detail
+
+    own = ("--priority", "1", "own", "^bank.commands", '{"max-in-memory-length": 100000}')
+    managed.control("set_policy", *own)
+    await eventually(lambda: sees(broker, "no policy acts"), within_seconds=30)
+    assert not broker.trouble
+    await broker.close()
+
+
+async def sees(broker: Broker, words: str) -> bool:
+    """Tell whether a look at the policies finds this."""
+    try:
+        return words in await broker.examine()
+    except errors.ConfigurationError as exc:
+        return words in exc.message
+
+
+async def test_policies_that_can_not_be_seen(managed: RabbitServer) -> None:
+    """Without the management API, or the right to ask it, that is said and no trouble."""
+    managed.control("add_user", "plain", "secret")
+    refused = broker_for(managed.url.replace("guest:guest", "plain:secret"), service="bank")
+    assert "the user has no tag `management`" in await refused.examine()
+    nobody = broker_for(f"amqp://guest:guest@127.0.0.1:{free_port() - 10_000}/", service="bank")
+    assert "does not answer" in await nobody.examine()
+    assert refused.trouble is nobody.trouble is None
+
+
+async def test_only_rabbitmq_is_told_the_password() -> None:
+    """Somebody else may listen where its management API would be."""
+    heard: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as listener:
+        port = listener.sockets[0].getsockname()[1] - 10_000
+        broker = broker_for(f"amqp://guest:guest@127.0.0.1:{port}/", service="bank")
+        assert "is no management API" in await broker.examine()
+    assert len(heard) == 1
+    assert b"authorization" not in heard[0].lower()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -10,8 +11,8 @@ from amqp.exceptions import NotFound, PreconditionFailed
 
 from cqrs_es import errors
 from cqrs_es.brokers.amqp import commands as queues
+from cqrs_es.brokers.amqp import policies, topic, topology
 from cqrs_es.brokers.amqp import replies as inboxes
-from cqrs_es.brokers.amqp import topic, topology
 from cqrs_es.brokers.amqp.address import Address
 from cqrs_es.brokers.amqp.bridge import BLOCKED
 from cqrs_es.brokers.amqp.reconnecting import Connections
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     )
 
 
+EXAMINE_SECONDS: Final = 60.0
 LOOK_BEYOND: Final = 2  # queues behind one that is not there
 
 
@@ -52,6 +54,9 @@ class AmqpBroker(Broker):
         self._connections = Connections(address, service)
         self._intakes: dict[int, queues.AmqpIntake] = {}
         self._partitions: int | None = None
+        self._examined_at: float | None = None
+        self._policies_seen = ""
+        self._policy_trouble: str | None = None
 
     @property
     def durable(self) -> bool:
@@ -60,10 +65,33 @@ class AmqpBroker(Broker):
 
     @property
     def trouble(self) -> str | None:
-        """Why the server accepts no messages: it has no memory or disk left."""
+        """Why the server accepts no messages, or would lose them: see `examine`."""
         if not self._connections.blocked:
-            return None
+            return self._policy_trouble
         return f"RabbitMQ at {self._connections.address} {BLOCKED}; give it memory or disk"
+
+    async def examine(self) -> str:
+        """Look, at most once a minute, for policies that act on our queues."""
+        now = asyncio.get_running_loop().time()
+        if self._examined_at is None or now - self._examined_at >= EXAMINE_SECONDS:
+            self._examined_at = now
+            await self._find_policies()
+        if self._policy_trouble is not None:
+            raise errors.ConfigurationError(self._policy_trouble)
+        return self._policies_seen
+
+    async def _find_policies(self) -> None:
+        self._policy_trouble = None
+        try:
+            acting = await asyncio.to_thread(
+                policies.find_acting, self._connections.address, self._names
+            )
+        except policies.PoliciesUnseen as exc:
+            self._policies_seen = f"policies on its queues can't be seen: {exc.message}"
+        else:
+            self._policies_seen = "no policy acts on its queues"
+            if acting:
+                self._policy_trouble = "; ".join(map(str, acting))
 
     async def open(self) -> None:
         """Reach the server."""
