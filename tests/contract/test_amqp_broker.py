@@ -543,10 +543,9 @@ async def test_a_policy_that_would_lose_commands(
     catch_all = '{"message-ttl": 60000, "expires": 3600000}'
     managed.control("set_policy", "catch-all", ".*", catch_all)
     await eventually(lambda: sees(broker, "policy catch-all"), within_seconds=30)
-    assert broker.trouble
     words = "message-ttl 60000 on bank.commands.0 and 4 more: commands that wait longer are lost"
-    assert words in broker.trouble
-    assert "expires 3600000" in broker.trouble
+    assert words in str(broker.trouble)
+    assert "expires 3600000" in str(broker.trouble)
     settings = Settings(store_url="memory://", broker_url=managed.url, service="bank")
     finding = (await check_everything(Application("bank"), settings))[-1]
     assert (finding.check, finding.code) == ("broker", 2)
