@@ -88,7 +88,7 @@ class LeaseKeeper:
     has in hand and returns. It is cancelled when the lease is lost. When it
     raises, it is started again after a wait; `trouble` says why, until it notes
     progress. After `UnknownEvent` the member is unfit until its process is
-    replaced. `stuck` is an error on some partition that somebody has to mend, not
+    replaced. `stuck` is an error on some partition that somebody has to fix, not
     one that passes. What no partition can do without, `StoreUnusable`, ends the
     member. It has `joined` once it has announced itself to the others.
     """

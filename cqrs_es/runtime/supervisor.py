@@ -117,13 +117,13 @@ class Supervisor:
 
     @property
     def stuck(self) -> errors.CqrsError | None:
-        """What keeps some role from ever getting further, until somebody mends it."""
+        """What keeps some role from ever getting further, until somebody fixes it."""
         return next((keeper.stuck for keeper in self._keepers if keeper.stuck), None)
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Run every role until `stopping` is set; then finish what is in hand and leave.
 
-        Raises, in a group, what no waiting mends: see `LeaseKeeper.run`.
+        Raises, in a group, what no waiting fixes: see `LeaseKeeper.run`.
         """
         self._keepers = [self._keeper(self._roles[name]) for name in sorted(self._chosen)]
         async with asyncio.TaskGroup() as group:
