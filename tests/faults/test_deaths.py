@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.timeout(600)
 
-KILLS = 15
+KILLS = int(os.environ.get("CQRS_ES_TEST_KILLS", "6"))
 
 
 class Place:
@@ -87,7 +87,7 @@ def outside(servers: tuple[str, str]) -> Iterator[Outside]:
 @pytest.fixture
 def place(servers: tuple[str, str], outside: Outside, tmp_path: Path) -> Iterator[Place]:
     begun = tmp_path / "begun"
-    environment = {"CQRS_ES_LEASE_SECONDS": "1", "SLOW_BEGUN": str(begun)}
+    environment = {"CQRS_ES_LEASE_SECONDS": "2", "SLOW_BEGUN": str(begun)}
     with service("tests.apps.slow:app", *servers, tmp_path, **environment) as slow:
         yield Place(slow, outside, begun)
 
