@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -20,7 +21,6 @@ from tests.waiting import until
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -43,10 +43,11 @@ class Place:
     def count(self, table: str) -> int:
         return int(self.rows(f"SELECT COUNT(*) FROM {table}")[0])  # noqa: S608 - our own names
 
-    def send(self, seconds: float, *jobs: str) -> list[str]:
+    def send(self, seconds: float, *jobs: str, padding: str = "") -> list[str]:
         """Send a command to each of these aggregates; return the ids."""
         messages: list[dict[str, Any]] = [
-            message("Take", job, {"seconds": seconds}, aggregate_type="job") for job in jobs
+            message("Take", job, {"seconds": seconds, "padding": padding}, aggregate_type="job")
+            for job in jobs
         ]
         self.outside.send("slow", messages)
         return [str(each["id"]) for each in messages]
@@ -168,3 +169,16 @@ async def test_g9_lost_answers_count_no_attempt(place: Place) -> None:
         place.slow.store_url = direct
         await asyncio.to_thread(place.assert_all_accepted, ids)
         assert proxy.answers_to_lose == 0
+
+
+def test_g9_a_flood_of_large_messages_fits(place: Place) -> None:
+    """What a worker holds is bounded for all partitions together, below its manifest's limit."""
+    for start in range(0, 800, 50):
+        jobs = [f"J-{number}" for number in range(start, start + 50)]
+        place.send(0.01, *jobs, padding="x" * 200_000)
+    worker = place.started()
+    until(lambda: place.count("command_outcomes") == 800, "the flood does not get through")
+    status = Path(f"/proc/{worker.pid}/status").read_text()
+    (peak,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    assert int(peak) < 400 * 1024  # KiB
+    assert place.slow.stop(worker) == 0
