@@ -17,6 +17,7 @@ from cqrs_es.ports.clock import Clock, SystemClock
 from cqrs_es.registry import Registry
 from cqrs_es.runtime.log_watcher import LogWatcher
 from cqrs_es.runtime.process import Process, new_owner
+from cqrs_es.runtime.waiting import Recent
 from cqrs_es.settings import Settings
 from cqrs_es.stores import has_sql, storage_for
 from cqrs_es.telemetry import logs
@@ -173,6 +174,8 @@ class Application:
                 executor=executor,
                 watcher=watcher,
                 owner=new_owner(),
+                info=Recent(storage.info),
+                generations=Recent(storage.views.generations),
                 on_view_failure=on_view_failure,
                 meter=meter,
                 tracing=hooks.tracing,

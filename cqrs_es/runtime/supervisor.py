@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import structlog
 
 from cqrs_es.runtime.consumer import CommandWorker
-from cqrs_es.runtime.leases import LeaseKeeper, Membership
+from cqrs_es.runtime.leases import LeaseKeeper, Membership, Rounds
 from cqrs_es.runtime.projection_loop import ProjectorLoop
 from cqrs_es.runtime.relay_loop import Relay
-from cqrs_es.runtime.roles import Position, Role, check_roles, known_roles
+from cqrs_es.runtime.roles import WORKER, Position, Role, check_roles, known_roles
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -125,15 +125,20 @@ class Supervisor:
 
         Raises, in a group, what no waiting fixes: see `LeaseKeeper.run`.
         """
-        self._keepers = [self._keeper(self._roles[name]) for name in sorted(self._chosen)]
+        process = self._process
+        rounds = Rounds(process.storage.leases, process.owner, process.settings.lease_seconds)
+        roles = [self._roles[name] for name in sorted(self._chosen)]
+        self._keepers = [self._keeper(role, rounds) for role in roles]
+        follows_log = bool(self._chosen - {WORKER})
         async with asyncio.TaskGroup() as group:
-            watching = group.create_task(self._process.watcher.run())
+            watching = group.create_task(process.watcher.run()) if follows_log else None
             async with asyncio.TaskGroup() as keeping:
                 for keeper in self._keepers:
                     keeping.create_task(keeper.run(stopping))
-            watching.cancel()
+            if watching is not None:
+                watching.cancel()
 
-    def _keeper(self, role: Role) -> LeaseKeeper:
+    def _keeper(self, role: Role, rounds: Rounds) -> LeaseKeeper:
         process = self._process
         membership = Membership(
             role=role.name,
@@ -142,7 +147,9 @@ class Supervisor:
             lease_seconds=process.settings.lease_seconds,
         )
         leases = process.storage.leases
-        return LeaseKeeper(leases, process.clock, role.run_partition, membership, process.meter)
+        return LeaseKeeper(
+            leases, process.clock, role.run_partition, membership, process.meter, rounds
+        )
 
     # --- Progress ------------------------------------------------------------
 
