@@ -181,7 +181,8 @@ def test_a_broker_that_refuses_us(
     """As with a store, a wrong password or database is a wrong setting: exit code 2."""
     monkeypatch.setattr(amqp_bridge, "OPEN_SECONDS", 10.0)
     monkeypatch.setattr(redis_connection, "ANSWER_SECONDS", 10.0)
-    server = urlsplit(request.getfixturevalue(f"{scheme}_url"))
+    broker_url: str = request.getfixturevalue(f"{scheme}_url")
+    server = urlsplit(broker_url)
     if wrong == "password":
         netloc, path = f"guest:{PASSWORD}@{server.netloc.rpartition('@')[2]}", server.path
     else:
@@ -190,7 +191,7 @@ def test_a_broker_that_refuses_us(
     monkeypatch.setenv("CQRS_ES_BROKER_URL", url)
     result = bank(*verb)
     assert result.code == 2, result.err
-    assert server.hostname in result.out + result.err
+    assert f"{server.hostname}:{server.port}" in result.out + result.err
     assert PASSWORD not in result.out + result.err
 
 
