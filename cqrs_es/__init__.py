@@ -6,6 +6,7 @@ are in `cqrs_es.application`, test kits in `cqrs_es.testing`.
 
 from cqrs_es.aggregate import Aggregate
 from cqrs_es.errors import CqrsError, DomainError
+from cqrs_es.intents import Elapsed, Intent, cancel, later, send
 from cqrs_es.messages import (
     CommandContext,
     Envelope,
@@ -26,7 +27,9 @@ __all__ = [
     "CommandContext",
     "CqrsError",
     "DomainError",
+    "Elapsed",
     "Envelope",
+    "Intent",
     "Outcome",
     "OutcomeError",
     "OutcomeEvent",
@@ -34,9 +37,12 @@ __all__ = [
     "Upcaster",
     "Version",
     "View",
+    "cancel",
     "command",
     "drops",
     "event",
+    "later",
     "renames",
+    "send",
     "upcaster",
 ]

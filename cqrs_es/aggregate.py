@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeAlias, TypeVar
 
 from cqrs_es import errors
+from cqrs_es.intents import Intent
 from cqrs_es.types import NAME
 
 C = TypeVar("C")
 E = TypeVar("E")
 S = TypeVar("S")
 
-Handled: TypeAlias = AsyncIterator[E] | Iterable[E] | Awaitable[Iterable[E] | None] | None
+Handled: TypeAlias = (
+    AsyncIterator[E | Intent] | Iterable[E | Intent] | Awaitable[Iterable[E | Intent] | None] | None
+)
 
 
 class Aggregate(ABC, Generic[C, E, S]):

@@ -15,9 +15,9 @@ from cqrs_es.messages import NO_METADATA, Outcome, StoredEvent
 from cqrs_es.opened import OpenApplication
 from cqrs_es.ports.clock import Clock, SystemClock
 from cqrs_es.registry import Registry
+from cqrs_es.runtime.due import Timetable
 from cqrs_es.runtime.log_watcher import LogWatcher
 from cqrs_es.runtime.process import Process, new_owner
-from cqrs_es.runtime.waiting import Recent
 from cqrs_es.settings import Settings
 from cqrs_es.stores import has_sql, storage_for
 from cqrs_es.telemetry import logs
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cqrs_es.messages import CommandContext
     from cqrs_es.ports.broker import Broker
     from cqrs_es.ports.storage import Storage
+    from cqrs_es.ports.store import StoreInfo
     from cqrs_es.projector import Projector
     from cqrs_es.upcasting import Upcaster
     from cqrs_es.view import View
@@ -147,18 +148,21 @@ class Application:
             if reach_broker:
                 await broker.open()
             initialise = initialise or not storage.shared
-            partitions = await _partitions(storage, settings, may_be_new=initialise)
+            info = await _store_info(storage, settings, initialise=initialise)
             watcher = LogWatcher(storage.events)
+            timetable = Timetable(storage.events)
             hooks = Hooks(
                 on_failure=on_handler_failure,
                 on_commit=watcher.poke,
+                on_scheduled=timetable.poke,
                 meter=meter,
                 tracing=tracing_for(service, broker.system, self.registry.command_names),
             )
             executor = Executor(
                 registry,
                 storage.events,
-                partitions=partitions,
+                partitions=info.partitions,
+                secret=info.secret,
                 clock=clock,
                 policy=policy or execution_policy(settings),
                 hooks=hooks,
@@ -167,15 +171,14 @@ class Application:
                 registry=registry,
                 settings=settings,
                 service=service,
-                partitions=partitions,
+                partitions=info.partitions,
                 storage=storage,
                 broker=broker,
                 clock=clock,
                 executor=executor,
                 watcher=watcher,
+                timetable=timetable,
                 owner=new_owner(),
-                info=Recent(storage.info),
-                generations=Recent(storage.views.generations),
                 on_view_failure=on_view_failure,
                 meter=meter,
                 tracing=hooks.tracing,
@@ -238,21 +241,21 @@ def make_broker(settings: Settings, service: str) -> Broker:
     )
 
 
-async def _partitions(storage: Storage, settings: Settings, *, may_be_new: bool) -> int:
-    """Return how many partitions the store has; a setting that differs is an error."""
+async def _store_info(storage: Storage, settings: Settings, *, initialise: bool) -> StoreInfo:
+    """Read what the store is, made if it is to be; a setting that differs is an error."""
     try:
         info = await storage.info()
-    except errors.StoreNotInitialised:
-        if not may_be_new:
+    except errors.StoreNotInitialised as exc:
+        if not initialise:
             raise
-        return settings.partitions_or_default()
+        info = await storage.initialise(exc.partitions or settings.partitions_or_default())
     if settings.partitions not in {None, info.partitions}:
         message = (
             f"the store has {info.partitions} partitions, CQRS_ES_PARTITIONS says "
             f"{settings.partitions}: P is fixed when a store is created, so unset the setting"
         )
         raise errors.PartitionsMismatch(message)
-    return info.partitions
+    return info
 
 
 def execution_policy(

@@ -29,6 +29,8 @@ RESERVED_NAMES = frozenset(
         "dead_letters",
         "generations",
         "parked",
+        "outgoing_commands",
+        "unique_keys",
     }
 )
 

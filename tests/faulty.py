@@ -27,11 +27,13 @@ if TYPE_CHECKING:
         ChainResult,
         LoadedAggregate,
         LoadRequest,
+        ScheduledCommand,
         StoredEvent,
         StoredOutcome,
         StoreInfo,
     )
     from cqrs_es.ports.views import ParkedAggregate, SqlRow, SqlValue, ViewRow, ViewTransaction
+    from cqrs_es.types import AggregateKey
 
 R = TypeVar("R")
 
@@ -154,6 +156,26 @@ class FaultyEvents(EventStore):
 
     async def forget_attempts(self, command_ids: Collection[str]) -> None:
         await self._inner.forget_attempts(command_ids)
+
+    async def schedule(self, commands: Sequence[ScheduledCommand]) -> None:
+        await self._faults.around("schedule", lambda: self._inner.schedule(commands))
+
+    async def find_scheduled(self, command_ids: Collection[str]) -> dict[str, ScheduledCommand]:
+        return await self._inner.find_scheduled(command_ids)
+
+    async def due(self, partition: int, limit: int) -> list[ScheduledCommand]:
+        return await self._faults.around("due", lambda: self._inner.due(partition, limit))
+
+    async def next_due(self, partitions: Collection[int]) -> dict[int, float]:
+        return await self._inner.next_due(partitions)
+
+    async def unschedule(self, command_ids: Collection[str]) -> set[str]:
+        return await self._inner.unschedule(command_ids)
+
+    async def list_scheduled(
+        self, after: tuple[datetime, str] | None, limit: int, key: AggregateKey | None = None
+    ) -> list[ScheduledCommand]:
+        return await self._inner.list_scheduled(after, limit, key)
 
     async def read_log(self, partition: int, after: int, limit: int) -> list[StoredEvent]:
         return await self._faults.around(

@@ -23,9 +23,11 @@ import structlog
 from cqrs_es import errors
 from cqrs_es.codec import to_json
 from cqrs_es.execution.baselines import Baseline, freeze
+from cqrs_es.execution.causes import MOST_COMMANDS, Cause, Causes
 from cqrs_es.execution.policy import MAX_EVENTS_PER_COMMAND, NO_HOOKS, ExecutionPolicy, Hooks
 from cqrs_es.execution.report import ids_of
 from cqrs_es.execution.stages import Decided, Prepared, Submission
+from cqrs_es.intents import Cancel, Elapsed, Later, Send
 from cqrs_es.messages import (
     CommandContext,
     CommandMessage,
@@ -35,7 +37,7 @@ from cqrs_es.messages import (
     Status,
 )
 from cqrs_es.ports.dead_letters import DeadLetter
-from cqrs_es.ports.store import Chain, DecidedCommand, NewEvent, Snapshot
+from cqrs_es.ports.store import Chain, DecidedCommand, NewEvent, ScheduledCommand, Snapshot
 from cqrs_es.types import storable, text_of
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from cqrs_es.definitions import AggregateDefinition, AnyAggregate
-    from cqrs_es.types import AggregateKey
+    from cqrs_es.types import AggregateKey, JsonObject
 
 log = structlog.get_logger("cqrs_es.execution")
 
@@ -64,12 +66,14 @@ class Decider:
         policy: ExecutionPolicy,
         now: Callable[[], datetime],
         partitions: int,
+        causes: Causes,
         begin: Callable[[Submission], bool] = lambda _: True,
         hooks: Hooks = NO_HOOKS,
     ) -> None:
         self._policy = policy
         self._now = now
         self._partitions = partitions
+        self._causes = causes
         self._begin = begin
         self._hooks = hooks
         self.ending = False
@@ -83,6 +87,10 @@ class Decider:
         for index, submission in enumerate(prepared.submissions):
             if not self._begin(submission):
                 continue
+            if lineage is not None and _timer_of(submission) in lineage.ended_timers:
+                # It is looked up again when its end is committed.
+                later = _Later(submission, 0.0, prepared.submissions[index + 1 :])
+                break
             decided = await self._decide_until_settled(prepared, lineage, submission)
             if isinstance(decided, _Later):
                 later = replace(decided, behind=prepared.submissions[index + 1 :])
@@ -153,11 +161,11 @@ class Decider:
             reason = f"aggregate type {message.aggregate_type!r} is unknown here"
             return self._failed(submission, "unknown_aggregate_type", reason)
         codec = definition.commands.get(message.type)
-        if codec is None:
+        if codec is None or (codec.cls is Elapsed and submission.untrusted):
             reason = f"{message.aggregate_type} has no command {message.type!r}"
             return self._failed(submission, "unknown_command", reason)
         try:
-            command = codec.convert(message.payload)
+            command = codec.convert(self._payload(submission))
         except errors.InvalidCommand as exc:
             return _rejected(submission, "invalid_command", exc.message, None)
         if lineage is None:
@@ -166,6 +174,14 @@ class Decider:
                 submission, "internal_error", _said(failure), detail=text_of(failure)
             )
         return await self._handle(definition, lineage, submission, command)
+
+    def _payload(self, submission: Submission) -> JsonObject:
+        """Return the command's payload; a timer's is told when it was due, and the time."""
+        row, payload = submission.scheduled, submission.message.payload
+        if row is None or row.timer is None:
+            return payload
+        moments = {"due": row.moment.isoformat(), "now": self._now().isoformat()}
+        return payload | moments
 
     async def _handle(
         self,
@@ -181,22 +197,52 @@ class Decider:
                 f"the aggregate is at sequence {lineage.sequence}, not {message.expected_sequence}"
             )
             return _rejected(submission, "conflict", reason, lineage.sequence)
-        collected = _CollectedEvents(definition, message, self._policy.max_event_bytes)
+        yielded = _Yielded(definition, message, self._policy.max_event_bytes)
         try:
             with submission.span.handling():
                 await run_handler(
                     lineage.scratch(),
                     command,
                     definition.services(_context(message)),
-                    on_event=collected.add,
+                    on_yield=yielded.add,
                     seconds=definition.handler_timeout or self._policy.handler_timeout,
                 )
         except errors.DomainError as exc:
             return _rejected(submission, exc.code, exc.message, lineage.sequence)
         except errors.TooLarge as exc:
             return self._failed(submission, "internal_error", exc.message)
-        lineage.extend(collected.events)
-        return _accepted(submission, lineage.sequence, collected.events)
+        caused = self._caused(submission, lineage.sequence, yielded)
+        lineage.extend(yielded.events, ended_timers=yielded.ended_timers)
+        return replace(
+            _accepted(submission, lineage.sequence, yielded.events),
+            causes=caused,
+            cancels=tuple(yielded.cancelled),
+        )
+
+    def _caused(
+        self, submission: Submission, sequence: int, yielded: _Yielded
+    ) -> tuple[ScheduledCommand, ...]:
+        """Make the rows of what the handler wants to happen, each caused by the event before it."""
+        if not yielded.intents:
+            return ()
+        message, key = submission.message, submission.message.key
+        rows: list[ScheduledCommand] = []
+        for events_before, intent in yielded.intents:
+            if not yielded.events and isinstance(intent, Send):
+                name = yielded.definition.cls.__qualname__
+                text = f"{name} sends a command without an event: the log must say why; yield one"
+                raise errors.DefinitionError(text)
+            number = sequence + max(1, events_before)
+            cause_id = f"{key}/{number}" if yielded.events else message.id
+            cause = Cause(cause_id, message.id, message.metadata)
+            if isinstance(intent, Send):
+                rows.append(self._causes.sent(intent, cause))
+            else:
+                rows.append(self._causes.timer(intent, key, cause))
+        if len(rows) > MOST_COMMANDS:
+            text = f"the command causes {len(rows)} commands; at most {MOST_COMMANDS} are allowed"
+            raise errors.TooLarge(text)
+        return tuple(rows)
 
     def _failed(
         self, submission: Submission, code: str, reason: str, *, detail: str | None = None
@@ -239,6 +285,7 @@ class _Lineage:
         self.base = base
         self.baseline = base
         self.snapshot: Snapshot | None = None
+        self.ended_timers: set[str] = set()
 
     @classmethod
     def of(cls, prepared: Prepared) -> _Lineage | None:
@@ -256,13 +303,16 @@ class _Lineage:
         """Return a copy of the present state for a handler to work on."""
         return self.baseline.thaw(self._definition)
 
-    def extend(self, new: Sequence[NewEvent]) -> None:
+    def extend(self, new: Sequence[NewEvent], ended_timers: Iterable[str] = ()) -> None:
         """Apply accepted events, taking the snapshot that falls due among them.
 
         Raises, with the lineage unchanged, what decoding, `apply` or encoding raise.
         """
-        if not new:
-            return
+        if new:
+            self._apply(new)
+        self.ended_timers.update(ended_timers)
+
+    def _apply(self, new: Sequence[NewEvent]) -> None:
         due = self._snapshot_due(len(new))
         live, sequence, snapshot = self.scratch(), self.sequence, self.snapshot
         for event in new:
@@ -288,22 +338,53 @@ class _Lineage:
         return Snapshot(self._key, sequence, self.base.snapshot + 1, payload)
 
 
-class _CollectedEvents:
-    """The events one command yields, encoded as they come."""
+class _Yielded:
+    """What one command yields: events, encoded as they come, and what is to happen next.
+
+    Each intent is kept with the number of events before it.
+    """
 
     def __init__(
         self, definition: AggregateDefinition, message: CommandMessage, max_event_bytes: int
     ) -> None:
-        self._definition = definition
+        self.definition = definition
         self._metadata = to_json(dict(message.metadata))
         self._max_event_bytes = max_event_bytes
         self.events: list[NewEvent] = []
+        self.intents: list[tuple[int, Send | Later]] = []
+        self.cancelled: list[str] = []
 
-    def add(self, event: object) -> None:
+    @property
+    def ended_timers(self) -> list[str]:
+        """The timers that are cancelled or set anew."""
+        set_anew = [intent.name for _, intent in self.intents if isinstance(intent, Later)]
+        return [*self.cancelled, *set_anew]
+
+    def add(self, yielded: object) -> None:
+        """Take an event or an intent; raise `DefinitionError` for anything else."""
+        if isinstance(yielded, Send | Later):
+            self.intents.append((len(self.events), yielded))
+        elif isinstance(yielded, Cancel):
+            self._cancel(yielded.name)
+        else:
+            self._add_event(yielded)
+
+    def _cancel(self, name: str) -> None:
+        """End a timer; one that this very command has set is never written."""
+        self.intents = [
+            (events_before, intent)
+            for events_before, intent in self.intents
+            if not (isinstance(intent, Later) and intent.name == name)
+        ]
+        self.cancelled.append(name)
+
+    def _add_event(self, event: object) -> None:
         """Encode an event; raise `DefinitionError` for a foreign class, `TooLarge` over limits."""
-        known = self._definition.event_classes.get(type(event))
+        known = self.definition.event_classes.get(type(event))
         if known is None:
-            raise errors.DefinitionError(self._definition.foreign_event(event))
+            name = self.definition.cls.__qualname__
+            message = f"{name} yielded a {type(event).__qualname__}, which is not one of its events"
+            raise errors.DefinitionError(message)
         payload = known.codec.encode(event)
         if len(payload) > self._max_event_bytes:
             message = f"a {known.spec.name} of {len(payload)} bytes is over CQRS_ES_MAX_EVENT_BYTES"
@@ -313,6 +394,10 @@ class _CollectedEvents:
             raise errors.TooLarge(message)
         spec = known.spec
         self.events.append(NewEvent(spec.name, spec.version, payload, self._metadata))
+
+
+def _timer_of(submission: Submission) -> str | None:
+    return None if submission.scheduled is None else submission.scheduled.timer
 
 
 def _context(message: CommandMessage) -> CommandContext:
@@ -375,6 +460,7 @@ def _decided(
         dead_letter=dead_letter,
         replaces_failed=submission.retrying,
         attempted=submission.attempts > 0,
+        scheduled=submission.scheduled is not None,
     )
 
 
@@ -402,7 +488,7 @@ def _said(exc: BaseException | None) -> str:
 
 # --- Running a handler, whatever kind of function it is ----------------------
 
-OnEvent: TypeAlias = Callable[[object], None]
+OnYield: TypeAlias = Callable[[object], None]
 
 
 async def run_handler(
@@ -410,19 +496,20 @@ async def run_handler(
     command: object,
     services: object,
     *,
-    on_event: OnEvent,
+    on_yield: OnYield,
     seconds: float | None = None,
 ) -> None:
-    """Call `handle` and pass each event to `on_event`, then to `apply`, as soon as it comes.
+    """Call `handle`; pass what it yields to `on_yield`, then events to `apply`, as they come.
 
     A plain function or generator runs to its end without giving way to the
     event loop. Raises `HandlerTimeout` after `seconds`, and whatever the
     handler raises.
     """
 
-    def happen(event: object) -> None:
-        on_event(event)
-        aggregate.apply(event)
+    def happen(yielded: object) -> None:
+        on_yield(yielded)
+        if not isinstance(yielded, Send | Later | Cancel):
+            aggregate.apply(yielded)
 
     result = aggregate.handle(command, services)
     if isinstance(result, AsyncIterator) or inspect.isawaitable(result):
@@ -431,7 +518,7 @@ async def run_handler(
         _apply_all(result, happen)
 
 
-async def _drive(result: AsyncIterator[Any] | Awaitable[Any], happen: OnEvent) -> None:
+async def _drive(result: AsyncIterator[Any] | Awaitable[Any], happen: OnYield) -> None:
     if not isinstance(result, AsyncIterator):
         _apply_all(await result, happen)
         return
@@ -443,7 +530,7 @@ async def _drive(result: AsyncIterator[Any] | Awaitable[Any], happen: OnEvent) -
             await cast("AsyncGenerator[Any]", result).aclose()
 
 
-def _apply_all(result: object, happen: OnEvent) -> None:
+def _apply_all(result: object, happen: OnYield) -> None:
     if result is None:
         return
     if not isinstance(result, Iterable) or isinstance(result, str | bytes):

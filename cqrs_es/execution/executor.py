@@ -23,6 +23,7 @@ import structlog
 
 from cqrs_es import errors
 from cqrs_es.execution.baselines import BaselineCache, BaselineLoader
+from cqrs_es.execution.causes import Causes
 from cqrs_es.execution.decide import Decider
 from cqrs_es.execution.inbox import Inbox, known_outcome
 from cqrs_es.execution.policy import NO_HOOKS, ExecutionPolicy, Hooks
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from cqrs_es.execution.baselines import Found
     from cqrs_es.messages import CommandMessage
     from cqrs_es.ports.clock import Clock
-    from cqrs_es.ports.store import ChainResult, EventStore, StoredOutcome
+    from cqrs_es.ports.store import ChainResult, EventStore, ScheduledCommand, StoredOutcome
     from cqrs_es.registry import Registry
     from cqrs_es.types import AggregateKey
 
@@ -59,6 +60,7 @@ class Executor:
         *,
         partitions: int,
         clock: Clock,
+        secret: bytes = b"",
         policy: ExecutionPolicy | None = None,
         hooks: Hooks = NO_HOOKS,
     ) -> None:
@@ -74,7 +76,8 @@ class Executor:
         self._loader = BaselineLoader(events, self._baselines, self._reading)
         self._reporter = Reporter(clock.monotonic, hooks.meter)
         self._inbox = Inbox(policy.batch_size, self._reporter)
-        self._decider = Decider(policy, clock.now, partitions, self._inbox.begin, hooks)
+        causes = Causes(registry, partitions, secret, policy.max_message_bytes)
+        self._decider = Decider(policy, clock.now, partitions, causes, self._inbox.begin, hooks)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
@@ -109,6 +112,8 @@ class Executor:
         retrying: bool = False,
         attempts: int = 0,
         condemned: str | None = None,
+        scheduled: ScheduledCommand | None = None,
+        untrusted: bool = False,
         span: CommandSpan = NO_SPAN,
     ) -> Answer:
         """Take a command and return its outcome's future; never blocks.
@@ -116,7 +121,8 @@ class Executor:
         Commands for one aggregate are decided in the order in which they are
         submitted. The future raises `UnknownEvent` where newer code is needed,
         `Withdrawn` after `withdraw`, and `StoreUnavailable` or another `StoreError`
-        where the store refuses; the command may then be submitted again.
+        where the store refuses; the command may then be submitted again. That of a
+        `scheduled` command raises `ScheduleGone` where its row is there no more.
         """
         submission = Submission(
             message=message,
@@ -125,6 +131,8 @@ class Executor:
             attempts=attempts,
             retrying=retrying,
             condemned=condemned,
+            scheduled=scheduled,
+            untrusted=untrusted,
             span=span,
         )
         if span is not NO_SPAN:
@@ -193,21 +201,44 @@ class Executor:
         """
         ids = [each.message.id for submissions in taken for each in submissions]
         known = await self._reading.wait_out(lambda: self._events.find_outcomes(ids))
+        await self._fail_cancelled(taken, known)
         unknown: dict[AggregateKey, tuple[Submission, ...]] = {}
         for submissions in taken:
             key = submissions[0].message.key
-            left = self._unanswered(submissions, known) if known else submissions
+            left = self._unanswered(submissions, known)
             if left:
                 unknown[key] = left
             else:
                 self._inbox.release(key)
         return unknown
 
+    async def _fail_cancelled(
+        self, taken: Sequence[tuple[Submission, ...]], known: Mapping[str, StoredOutcome]
+    ) -> None:
+        """Give up scheduled commands that were cancelled; rows of those decided go."""
+        scheduled = {
+            each.message.id: each
+            for submissions in taken
+            for each in submissions
+            if each.scheduled is not None
+        }
+        if not scheduled:
+            return
+        if decided := scheduled.keys() & known.keys():
+            await self._reading.wait_out(lambda: self._events.unschedule(decided))
+        rows = await self._reading.wait_out(
+            lambda: self._events.find_scheduled(scheduled.keys() - decided)
+        )
+        for command_id in scheduled.keys() - decided - rows.keys():
+            self._inbox.fail(scheduled[command_id], errors.ScheduleGone())
+
     def _unanswered(
         self, submissions: Iterable[Submission], known: Mapping[str, StoredOutcome]
     ) -> tuple[Submission, ...]:
         left: list[Submission] = []
         for each in submissions:
+            if not self._inbox.holds(each):
+                continue
             outcome = known_outcome(each, known.get(each.message.id))
             if outcome is None:
                 left.append(each)
@@ -287,6 +318,8 @@ class Executor:
         self._reporter.committed([decided.submissions for decided in batch])
         if self._hooks.on_commit is not None:
             self._hooks.on_commit()
+        if self._hooks.on_scheduled is not None and (partitions := _scheduled_in(batch)):
+            self._hooks.on_scheduled(partitions)
 
     async def _commit_in_parts(self, batch: Sequence[Decided], exc: errors.CqrsError) -> None:
         """Find the aggregate, then the command, that the store can't take; the others commit."""
@@ -363,6 +396,16 @@ def _state_needed(submissions: Iterable[Submission], definition: AggregateDefini
 
 def _all_of(decided: Decided) -> tuple[Submission, ...]:
     return (*decided.submissions, *decided.waiting)
+
+
+def _scheduled_in(batch: Sequence[Decided]) -> set[int]:
+    """Return the partitions in which commands were scheduled."""
+    return {
+        caused.partition
+        for decided in batch
+        for command in decided.chain.commands
+        for caused in command.causes
+    }
 
 
 def _spans(batch: Sequence[Decided]) -> Iterator[CommandSpan]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -49,11 +49,13 @@ class Hooks:
     """Called on the hot path: they wait for nothing and raise nothing.
 
     `on_failure` is told of every exception that a handler raises unexpectedly;
-    `on_commit` is called after each commit that wrote events.
+    `on_commit` is called after each commit that wrote events, `on_scheduled` after each
+    that scheduled commands, with their partitions.
     """
 
     on_failure: OnHandlerFailure | None = None
     on_commit: Callable[[], None] | None = None
+    on_scheduled: Callable[[Collection[int]], None] | None = None
     meter: Meter = NO_METER
     tracing: Tracing = NO_TRACING
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cqrs_es.definitions import AggregateDefinition
     from cqrs_es.execution.baselines import Baseline
     from cqrs_es.messages import CommandMessage, Outcome
-    from cqrs_es.ports.store import Chain
+    from cqrs_es.ports.store import Chain, ScheduledCommand
     from cqrs_es.types import AggregateKey
 
 Answer: TypeAlias = "asyncio.Future[Outcome]"
@@ -34,7 +34,9 @@ class Submission:
     `condemned`: why it must fail without being tried again. `failures`: how
     often its handler failed here. `uncertain`: it was part of an append whose
     commit is unknown. `alone`: it was part of one that the store refused, so it
-    is decided and appended by itself.
+    is decided and appended by itself. `scheduled`: the row that it was taken from, whose
+    deletion is part of deciding it. `untrusted`: anybody may have sent it, so it can't be
+    one that only the framework sends.
     """
 
     message: CommandMessage
@@ -46,6 +48,8 @@ class Submission:
     failures: int = 0
     uncertain: bool = False
     alone: bool = False
+    scheduled: ScheduledCommand | None = None
+    untrusted: bool = False
     span: CommandSpan = NO_SPAN
 
 

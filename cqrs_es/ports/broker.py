@@ -24,6 +24,8 @@ from cqrs_es.errors import BrokerUnavailable
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+    from cqrs_es.ports.store import ScheduledCommand
+
 
 ANY_SIZE: Final = 2**62
 """What `receive` may take where nobody counts bytes."""
@@ -43,6 +45,7 @@ class Delivery:
     """A message as an intake got it; `tag` is the broker's own name for it.
 
     `queued_at`, in seconds since 1970, is when the broker got it, where it says so.
+    `scheduled` is the row that it was taken from, where it comes from no broker.
     """
 
     partition: int
@@ -51,6 +54,7 @@ class Delivery:
     redelivered: bool = False
     headers: Mapping[str, str] = field(default_factory=dict[str, str])
     queued_at: float | None = None
+    scheduled: ScheduledCommand | None = None
 
 
 @dataclass(frozen=True, slots=True)

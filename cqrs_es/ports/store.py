@@ -21,7 +21,8 @@ leaves the store usable; a cancelled `append` may have been committed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
 
 # Part of this port's vocabulary, so it can be had from here.
@@ -29,7 +30,7 @@ from cqrs_es.messages import StoredEvent as StoredEvent  # noqa: TC001
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
-    from datetime import datetime
+    from datetime import timedelta
 
     from cqrs_es.messages import Outcome
     from cqrs_es.ports.dead_letters import DeadLetter
@@ -101,12 +102,45 @@ class StoredOutcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledCommand:
+    """A row of `outgoing_commands`: a command that is to be decided at `due`, or at once.
+
+    `key` is its target, `partition` that of the target. `due` may be a span, which counts
+    from when the row is written; what is read has the moment. `body` is the command message.
+    `timer` is the name of a timer of the target; there is one of a name at a time.
+    """
+
+    command_id: str
+    key: AggregateKey
+    partition: int
+    due: datetime | timedelta
+    body: bytes
+    timer: str | None = None
+
+    @property
+    def moment(self) -> datetime:
+        """When it is due; only of a row that is to be written as it is, or was read."""
+        assert isinstance(self.due, datetime)  # noqa: S101 - see `append_plan`
+        return self.due
+
+
+SECRET_BYTES: Final = 32
+IMMEDIATELY: Final = datetime(1970, 1, 1, tzinfo=UTC)
+"""When a command is due that is to be decided at once: before any clock's time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecidedCommand:
     """A command's outcome (its `partition` and `offset` still None) and what goes with it.
 
     `replaces_failed`: a stored outcome `failed` does not stand in the way and
     is replaced, and its dead letter deleted. `dead_letter` is stored with a
     failed outcome. `attempted`: there are recorded attempts to delete.
+
+    `scheduled`: the command was taken from `outgoing_commands`: its row is deleted, and
+    where there is none any more the chain conflicts. `causes` are the rows to be added;
+    one that is a timer replaces the timer of its name. `cancels` are names of timers of
+    the aggregate that end.
     """
 
     outcome: Outcome
@@ -115,6 +149,9 @@ class DecidedCommand:
     dead_letter: DeadLetter | None = None
     replaces_failed: bool = False
     attempted: bool = False
+    scheduled: bool = False
+    causes: tuple[ScheduledCommand, ...] = ()
+    cancels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,11 +193,15 @@ ChainResult: TypeAlias = Committed | Conflicted
 
 @dataclass(frozen=True, slots=True)
 class StoreInfo:
-    """What `init` fixed: the number of partitions and the log's epoch, a UUID."""
+    """What `init` fixed: the number of partitions and the log's epoch, a UUID.
+
+    `secret` is the key of what the framework signs or derives; never shown or sent.
+    """
 
     partitions: int
     log_epoch: str
     schema_version: int
+    secret: bytes = field(default=b"", repr=False)
 
 
 class EventStore(ABC):
@@ -205,6 +246,43 @@ class EventStore(ABC):
     @abstractmethod
     async def forget_attempts(self, command_ids: Collection[str]) -> None:
         """Delete what was recorded; ids that were not attempted are no error."""
+
+    # --- Commands that events cause, and those for later ---------------------
+
+    @abstractmethod
+    async def schedule(self, commands: Sequence[ScheduledCommand]) -> None:
+        """Add rows; an id that has a row or an outcome already is passed over."""
+
+    @abstractmethod
+    async def find_scheduled(self, command_ids: Collection[str]) -> dict[str, ScheduledCommand]:
+        """Look up the rows of those ids that have one."""
+
+    @abstractmethod
+    async def due(self, partition: int, limit: int) -> list[ScheduledCommand]:
+        """Read up to `limit` rows of a partition that are due by the store's clock.
+
+        In the order of their moments, then of their ids.
+        """
+
+    @abstractmethod
+    async def next_due(self, partitions: Collection[int]) -> dict[int, float]:
+        """Return, for each partition that has rows, the seconds until the first is due.
+
+        Zero or less where one is due.
+        """
+
+    @abstractmethod
+    async def unschedule(self, command_ids: Collection[str]) -> set[str]:
+        """Delete rows, each under its partition's lock; return the ids of those there were."""
+
+    @abstractmethod
+    async def list_scheduled(
+        self, after: tuple[datetime, str] | None, limit: int, key: AggregateKey | None = None
+    ) -> list[ScheduledCommand]:
+        """Read up to `limit` rows in the order of `due`, of one target or of all.
+
+        `after` is the moment and the id of the last one read.
+        """
 
     @abstractmethod
     async def read_log(self, partition: int, after: int, limit: int) -> list[StoredEvent]:

@@ -27,6 +27,7 @@ from cqrs_es import errors, wire
 from cqrs_es.execution.retry import backoff
 from cqrs_es.ports.broker import OutgoingReply
 from cqrs_es.ports.dead_letters import DeadLetter
+from cqrs_es.runtime.due import DueIntake
 from cqrs_es.runtime.redelivery import Gate, Redelivered, Redelivery
 from cqrs_es.runtime.roles import WORKER, Role
 from cqrs_es.runtime.waiting import unless
@@ -74,18 +75,28 @@ class CommandWorker(Role):
 
     async def run_partition(self, assignment: Assignment) -> None:
         """Consume a partition until stopped, then settle what is in hand."""
-        lease = assignment.lease
-        intake = await self._process.broker.open_intake(lease.partition, lease.owner)
-        consumer = _Consumer(self, self._process, intake, assignment)
-        try:
-            await self._consume(consumer, assignment)
-        except* errors.CqrsError as several:
-            raise errors.innermost(several) from None
-        finally:
-            # It may be cancelled twice, by whoever stops and by what that makes fail.
-            consumer.abandon()
-            await asyncio.shield(consumer.redelivery.take_back())
-            await intake.close()
+        process, lease = self._process, assignment.lease
+        assignment.in_hand = 0
+        queue = await process.broker.open_intake(lease.partition, lease.owner)
+        with process.timetable.taking(lease.partition) as due:
+            most = BATCHES_IN_HAND * process.settings.batch_size
+            events, timetable = process.storage.events, process.timetable
+            intakes = [queue, DueIntake(events, timetable, due, assignment, most)]
+            consumers = [_Consumer(self, process, intake, assignment) for intake in intakes]
+            try:
+                await self._consume(consumers, assignment)
+            except* errors.CqrsError as several:
+                raise errors.innermost(several) from None
+            finally:
+                # It may be cancelled twice, by whoever stops and by what that makes fail.
+                for consumer in consumers:
+                    consumer.abandon()
+                    await asyncio.shield(consumer.redelivery.take_back())
+                await queue.close()
+
+    async def watch(self) -> None:
+        """Look when scheduled commands are due."""
+        await self._process.timetable.run()
 
     def backlog(self, assignment: Assignment) -> int:
         """Return how many commands are taken, or were in the queue at the last look."""
@@ -107,15 +118,16 @@ class CommandWorker(Role):
             figures.append(Reading(catalogue.DEAD_LETTERS, letters))
         return figures
 
-    async def _consume(self, consumer: _Consumer, assignment: Assignment) -> None:
+    async def _consume(self, consumers: Sequence[_Consumer], assignment: Assignment) -> None:
         with self.room.shared():
             async with asyncio.TaskGroup() as group:
+                settling = [consumer.settle_forever() for consumer in consumers]
                 beside = [
-                    group.create_task(work)
-                    for work in (consumer.settle_forever(), *self._chores(assignment))
+                    group.create_task(work) for work in (*settling, *self._chores(assignment))
                 ]
-                await unless(assignment.stopping, consumer.take_forever())
-                await consumer.drain()
+                async with asyncio.TaskGroup() as taking:
+                    for consumer in consumers:
+                        taking.create_task(consumer.take_until(assignment.stopping))
                 for task in beside:
                     task.cancel()
 
@@ -255,18 +267,19 @@ class _Held:
     @property
     def outcome(self) -> Outcome | None:
         """The outcome of an answered command, if it got one."""
-        if self.answer is None or self.trouble is not None:
+        if self.answer is None or self.answer.cancelled() or self.answer.exception():
             return None
         return self.answer.result()
 
     @property
     def trouble(self) -> BaseException | None:
-        """Why an answered command got no outcome; None when it got one."""
+        """Why an answered command got no outcome; None when it got one, or was cancelled."""
         if self.answer is None:
             return None
         if self.answer.cancelled():
             return errors.Withdrawn()
-        return self.answer.exception()
+        trouble = self.answer.exception()
+        return None if isinstance(trouble, errors.ScheduleGone) else trouble
 
     @property
     def reply(self) -> OutgoingReply | None:
@@ -287,7 +300,7 @@ class _Consumer:
         self._process = process
         self._intake = intake
         self._assignment = assignment
-        assignment.in_hand = 0
+        self._in_hand = 0
         self._most = BATCHES_IN_HAND * process.settings.batch_size
         self._bytes = 0
         self._answers: set[Answer] = set()
@@ -297,12 +310,17 @@ class _Consumer:
 
     # --- From the queue to the executor --------------------------------------
 
-    async def take_forever(self) -> None:
+    async def take_until(self, stopping: asyncio.Event) -> None:
+        """Receive and submit until told to stop; then wait until nothing is in hand."""
+        await unless(stopping, self._take_forever())
+        await self.drain()
+
+    async def _take_forever(self) -> None:
         """Receive and submit, in order, never more than the bounds at once."""
         while True:
             async with self._room.changed:
                 await self._room.changed.wait_for(self._has_room)
-            most = self._most - self._assignment.in_hand
+            most = self._most - self._in_hand
             received = await self._intake.receive(most, self._room.share)
             for redelivered, some in itertools.groupby(received, lambda it: it.redelivered):
                 if redelivered:
@@ -311,7 +329,7 @@ class _Consumer:
                     await self._take(some)
 
     def _has_room(self) -> bool:
-        return self._assignment.in_hand < self._most and self._room.allows(self._bytes)
+        return self._in_hand < self._most and self._room.allows(self._bytes)
 
     async def _take(self, deliveries: Iterable[Delivery]) -> None:
         for delivery in deliveries:
@@ -331,6 +349,8 @@ class _Consumer:
             return wire.parse_command(delivery.body, self._process.settings.max_message_bytes)
         except errors.InvalidMessage as exc:
             await self._worker.bury(delivery, exc.message)
+            if delivery.scheduled is not None:
+                await self._process.storage.events.unschedule([delivery.scheduled.command_id])
             buried = _Held(delivery)
             self._hold(buried)
             self._note_done(buried)
@@ -348,7 +368,12 @@ class _Consumer:
     ) -> Answer:
         span = self._process.tracing.processing(message, self._assignment.lease.partition)
         answer = self._process.executor.submit(
-            message, attempts=attempts, condemned=condemned, span=span
+            message,
+            attempts=attempts,
+            condemned=condemned,
+            scheduled=delivery.scheduled,
+            untrusted=delivery.scheduled is None,
+            span=span,
         )
         held = _Held(delivery, message, answer)
         self._hold(held)
@@ -406,8 +431,12 @@ class _Consumer:
     # --- What is in hand -----------------------------------------------------
 
     def _hold(self, held: _Held) -> None:
-        self._assignment.in_hand += 1
+        self._count(1)
         self._count_bytes(len(held.delivery.body))
+
+    def _count(self, more: int) -> None:
+        self._in_hand += more
+        self._assignment.in_hand += more
 
     def _count_bytes(self, size: int) -> None:
         self._bytes += size
@@ -430,7 +459,7 @@ class _Consumer:
 
     async def _let_go(self, done: Sequence[_Held]) -> None:
         async with self._room.changed:
-            self._assignment.in_hand -= len(done)
+            self._count(-len(done))
             self._count_bytes(-sum(len(held.delivery.body) for held in done))
             self._room.changed.notify_all()
 
@@ -440,7 +469,7 @@ class _Consumer:
         async with asyncio.TaskGroup() as group:
             limit = group.create_task(self._withdraw_every(seconds))
             async with self._room.changed:
-                await self._room.changed.wait_for(lambda: self._assignment.in_hand == 0)
+                await self._room.changed.wait_for(lambda: self._in_hand == 0)
             limit.cancel()
 
     async def _withdraw_every(self, seconds: float) -> None:

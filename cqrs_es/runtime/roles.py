@@ -71,6 +71,10 @@ class Role(ABC):
     def backlog(self, assignment: Assignment) -> int:
         """Return how much is known to be before the work on a partition."""
 
+    async def watch(self) -> None:
+        """Do what is done once for all partitions, for as long as the role is had."""
+        return
+
     async def reached(self) -> int | None:
         """Read the sum of all partitions' offsets done with; None for no reader of the log."""
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from cqrs_es import errors
@@ -16,11 +17,17 @@ from cqrs_es.messages import Outcome, Status
 from cqrs_es.ports.store import Committed, Conflicted, StoredEvent, StoredOutcome
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from datetime import datetime
+    from collections.abc import Collection, Mapping, Sequence
 
     from cqrs_es.ports.dead_letters import DeadLetter
-    from cqrs_es.ports.store import Chain, ChainResult, DecidedCommand, NewEvent, Snapshot
+    from cqrs_es.ports.store import (
+        Chain,
+        ChainResult,
+        DecidedCommand,
+        NewEvent,
+        ScheduledCommand,
+        Snapshot,
+    )
     from cqrs_es.types import AggregateKey
 
 
@@ -30,13 +37,16 @@ class AppendState:
 
     `heads`: of every locked partition. `versions`: the last sequence of each
     aggregate that has events. `snapshot_numbers`: of the aggregates in
-    `snapshot_keys` that have one.
+    `snapshot_keys` that have one. `scheduled`: those of `scheduled_ids` that have a
+    row. `now` is the store's time, needed where `counts_from_now`.
     """
 
     heads: Mapping[int, int]
     versions: Mapping[AggregateKey, int]
     outcomes: Mapping[str, StoredOutcome]
     snapshot_numbers: Mapping[AggregateKey, int]
+    scheduled: Collection[str] = ()
+    now: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +56,9 @@ class AppendPlan:
     Outcomes are sorted by command id: unsorted inserts deadlock. `new_heads`
     has only the partitions that grow. `settled_letters` and
     `settled_attempts` are command ids whose rows are to be deleted, before
-    `dead_letters` are added.
+    `dead_letters` are added. `consumed` are ids of rows of `outgoing_commands` to be
+    deleted, `ended_timers` timers whose rows are, if there are any, before
+    `scheduled` are added.
     """
 
     results: Sequence[ChainResult]
@@ -59,6 +71,9 @@ class AppendPlan:
     dead_letters: Sequence[DeadLetter]
     settled_letters: Sequence[str]
     settled_attempts: Sequence[str]
+    consumed: Sequence[str] = ()
+    ended_timers: Sequence[tuple[AggregateKey, str]] = ()
+    scheduled: Sequence[ScheduledCommand] = ()
 
     @property
     def writes(self) -> bool:
@@ -86,6 +101,21 @@ def command_ids(chains: Sequence[Chain]) -> list[str]:
     return sorted({c.outcome.command_id for chain in chains for c in chain.commands})
 
 
+def scheduled_ids(chains: Sequence[Chain]) -> list[str]:
+    """Return the command ids that an append takes from `outgoing_commands`, sorted."""
+    return sorted(c.outcome.command_id for chain in chains for c in chain.commands if c.scheduled)
+
+
+def counts_from_now(chains: Sequence[Chain]) -> bool:
+    """Tell whether an append has to know the store's time."""
+    return any(
+        isinstance(caused.due, timedelta)
+        for chain in chains
+        for command in chain.commands
+        for caused in command.causes
+    )
+
+
 def plan_append(chains: Sequence[Chain], state: AppendState, recorded_at: datetime) -> AppendPlan:
     """Decide which chains conflict, and give the others their sequences and offsets."""
     draft = _Draft(state, recorded_at, dict(state.heads))
@@ -108,6 +138,14 @@ class _Draft:
     dead_letters: list[DeadLetter] = field(default_factory=list["DeadLetter"])
     settled_letters: list[str] = field(default_factory=list[str])
     settled_attempts: list[str] = field(default_factory=list[str])
+    consumed: list[str] = field(default_factory=list[str])
+    ended_timers: set[tuple[AggregateKey, str]] = field(
+        default_factory=set["tuple[AggregateKey, str]"]
+    )
+    timers: dict[tuple[AggregateKey, str], ScheduledCommand] = field(
+        default_factory=dict["tuple[AggregateKey, str]", "ScheduledCommand"]
+    )
+    sent: list[ScheduledCommand] = field(default_factory=list["ScheduledCommand"])
 
     def settle(self, chain: Chain) -> ChainResult:
         """Add a chain whole, or answer that it conflicts and add nothing of it."""
@@ -132,6 +170,9 @@ class _Draft:
             dead_letters=self.dead_letters,
             settled_letters=sorted(self.settled_letters),
             settled_attempts=sorted(self.settled_attempts),
+            consumed=sorted(self.consumed),
+            ended_timers=sorted(self.ended_timers),
+            scheduled=[*self.sent, *self.timers.values()],
         )
 
     # --- Conflicts ---
@@ -141,6 +182,7 @@ class _Draft:
             self._version_differs(chain)
             or self._snapshot_differs(chain)
             or self._outcome_exists(chain)
+            or self._row_is_gone(chain)
         )
 
     def _actual(self, chain: Chain) -> int | None:
@@ -170,6 +212,13 @@ class _Draft:
             return False
         return not (command.replaces_failed and known.outcome.status is Status.FAILED)
 
+    def _row_is_gone(self, chain: Chain) -> bool:
+        """Whether a command of the chain was cancelled, or decided by another process."""
+        return any(
+            command.scheduled and command.outcome.command_id not in self.state.scheduled
+            for command in chain.commands
+        )
+
     # --- Additions ---
 
     def _add_commands(self, chain: Chain) -> list[Outcome]:
@@ -188,6 +237,7 @@ class _Draft:
         outcome = self._completed(chain, command)
         self._add_outcome(StoredOutcome(outcome, command.content_hash))
         self._add_cares(command)
+        self._add_causes(chain, command)
         return outcome
 
     def _add_events(self, chain: Chain, command: DecidedCommand, sequence: int) -> None:
@@ -235,6 +285,32 @@ class _Draft:
             self.dead_letters.append(command.dead_letter)
         elif command.replaces_failed:
             self.settled_letters.append(command_id)
+
+    def _add_causes(self, chain: Chain, command: DecidedCommand) -> None:
+        """Delete the row that the command came from, and its timers; add what it causes.
+
+        A timer that an earlier command of the chain set was never written.
+        """
+        if command.scheduled:
+            self.consumed.append(command.outcome.command_id)
+        for name in command.cancels:
+            self._end_timer(chain.key, name)
+        for caused in command.causes:
+            if caused.timer is None:
+                self.sent.append(self._at_its_moment(caused))
+            else:
+                self._end_timer(caused.key, caused.timer)
+                self.timers[caused.key, caused.timer] = self._at_its_moment(caused)
+
+    def _end_timer(self, key: AggregateKey, name: str) -> None:
+        self.ended_timers.add((key, name))
+        self.timers.pop((key, name), None)
+
+    def _at_its_moment(self, caused: ScheduledCommand) -> ScheduledCommand:
+        if not isinstance(caused.due, timedelta):
+            return caused
+        assert self.state.now is not None  # noqa: S101 - see `counts_from_now`
+        return dataclasses.replace(caused, due=self.state.now + caused.due)
 
 
 def _command_id(stored: StoredOutcome) -> str:

@@ -79,7 +79,7 @@ class Scenario(Generic[C, E, S]):
             after = after.extended([event])
 
         try:
-            await run_handler(aggregate, received, self._services, on_event=record)
+            await run_handler(aggregate, received, self._services, on_yield=record)
         except DomainError as exc:
             error = exc
         after.compare_states(after.fold(), aggregate, _UNEXPLAINED)

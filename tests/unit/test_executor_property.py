@@ -121,7 +121,7 @@ class OneByOne:
         yielded: list[object] = []
         try:
             account = self._accounts[sent.account]
-            await run_handler(account, sent.command, Services(), on_event=yielded.append)
+            await run_handler(account, sent.command, Services(), on_yield=yielded.append)
         except DomainError as exc:
             # None of the bank's commands is refused after its first event.
             return Answer(accepted=False, code=exc.code, duplicate=False)

@@ -33,7 +33,7 @@ class Waiting(Aggregate[Add, Added, Services], type="waiting"):
 async def handled(services: Services, times: int = 1, seconds: float | None = 5.0) -> list[object]:
     events: list[object] = []
     aggregate: Any = Waiting()
-    await run_handler(aggregate, Add(times), services, on_event=events.append, seconds=seconds)
+    await run_handler(aggregate, Add(times), services, on_yield=events.append, seconds=seconds)
     return events
 
 

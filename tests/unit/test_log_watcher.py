@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from cqrs_es.runtime.log_watcher import LogWatcher
 from cqrs_es.stores.memory.dead_letters import MemoryDeadLetters
 from cqrs_es.stores.memory.log import MemoryEvents
+from cqrs_es.types import utc_now
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Costly(Looked):
 
 
 def log_of(cls: type[Looked]) -> Looked:
-    log = cls(MemoryDeadLetters())
+    log = cls(MemoryDeadLetters(), utc_now)
     log.create_partitions(1)
     return log
 
@@ -41,27 +42,6 @@ async def looks(log: Looked, number: int) -> None:
         return log.looks >= number
 
     await eventually(reached)
-
-
-class Seldom(Looked):
-    """A log that is looked at every 10 ms while somebody waits."""
-
-    look_seconds: ClassVar[float] = 0.01
-
-
-async def test_nobody_who_waits_costs_looks() -> None:
-    """While no relay waits, the heads are looked at once in two seconds, for projectors."""
-    log = log_of(Seldom)
-    watcher = LogWatcher(log)
-    watching = asyncio.create_task(watcher.run())
-    await looks(log, 1)
-    await asyncio.sleep(0.2)  # twenty looks, if anybody waited
-    assert log.looks == 1
-    waiting = asyncio.create_task(watcher.wait_beyond(0, 0))
-    await looks(log, 2)  # at once, since the last look is an old one
-    waiting.cancel()
-    watching.cancel()
-    await asyncio.wait([waiting, watching])
 
 
 async def test_heads_are_looked_at_as_often_as_the_store_says() -> None:

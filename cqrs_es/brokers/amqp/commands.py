@@ -25,10 +25,9 @@ if TYPE_CHECKING:
     from cqrs_es.brokers.amqp.topology import Names
     from cqrs_es.ports.broker import OutgoingCommand
 
-# Messages out per partition. The server knows no bound in bytes: so many of 256 KiB for each of
-# 16 partitions are 200 MiB, which a worker has room for. It can't be changed while a queue is
-# consumed: another consumer that waits would be handed what follows the messages that are out.
-PREFETCH: Final = 50
+# Messages out per partition. They come marked as redelivered when the process
+# dies, so more is not better; fewer than a worker has in hand would starve it.
+PREFETCH: Final = 1_000
 _PERSISTENT: Final = 2
 _MOST_HEADERS: Final = 32
 _HEADER_CHARACTERS: Final = 200

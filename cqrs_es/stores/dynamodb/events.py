@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from cqrs_es import errors
 from cqrs_es.ports.store import EventStore, LoadedAggregate, page_size
@@ -17,9 +17,21 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from cqrs_es.messages import StoredEvent
-    from cqrs_es.ports.store import Chain, ChainResult, LoadRequest, Snapshot, StoredOutcome
+    from cqrs_es.ports.store import (
+        Chain,
+        ChainResult,
+        LoadRequest,
+        ScheduledCommand,
+        Snapshot,
+        StoredOutcome,
+    )
     from cqrs_es.stores.dynamodb.table import Table
     from cqrs_es.types import AggregateKey
+
+
+_NO_SCHEDULE: Final = errors.ConfigurationError(
+    "DynamoDB keeps no scheduled commands yet: use PostgreSQL, MySQL or SQLite"
+)
 
 
 class DynamoEvents(EventStore):
@@ -54,6 +66,8 @@ class DynamoEvents(EventStore):
         """Write what passes its checks, each chain in one transaction."""
         if not chains:
             return []
+        if any(command.causes or command.scheduled for c in chains for command in c.commands):
+            raise _NO_SCHEDULE
         return await self._appender.append(chains, recorded_at, await self._partitions())
 
     async def find_outcomes(self, command_ids: Collection[str]) -> dict[str, StoredOutcome]:
@@ -108,6 +122,40 @@ class DynamoEvents(EventStore):
     async def forget_attempts(self, command_ids: Collection[str]) -> None:
         """Delete what was counted."""
         await self._table.delete_many(map(places.attempts_key, command_ids))
+
+    # --- Scheduled commands --------------------------------------------------
+
+    async def schedule(self, commands: Sequence[ScheduledCommand]) -> None:
+        """Refuse."""
+        del commands
+        raise _NO_SCHEDULE
+
+    async def find_scheduled(self, command_ids: Collection[str]) -> dict[str, ScheduledCommand]:
+        """Return nothing."""
+        del command_ids
+        return {}
+
+    async def due(self, partition: int, limit: int) -> list[ScheduledCommand]:
+        """Return nothing."""
+        del partition, limit
+        return []
+
+    async def next_due(self, partitions: Collection[int]) -> dict[int, float]:
+        """Return nothing."""
+        del partitions
+        return {}
+
+    async def unschedule(self, command_ids: Collection[str]) -> set[str]:
+        """Return nothing."""
+        del command_ids
+        return set()
+
+    async def list_scheduled(
+        self, after: tuple[datetime, str] | None, limit: int, key: AggregateKey | None = None
+    ) -> list[ScheduledCommand]:
+        """Return nothing."""
+        del after, limit, key
+        return []
 
     # --- The log -------------------------------------------------------------
 

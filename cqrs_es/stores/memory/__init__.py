@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 import uuid
 
 from cqrs_es import errors
 from cqrs_es.ports.clock import Clock, SystemClock
 from cqrs_es.ports.storage import Storage
-from cqrs_es.ports.store import StoreInfo
+from cqrs_es.ports.store import SECRET_BYTES, StoreInfo
 from cqrs_es.stores.memory.dead_letters import MemoryDeadLetters
 from cqrs_es.stores.memory.leases import MemoryLeases
 from cqrs_es.stores.memory.log import MemoryEvents
@@ -29,7 +30,7 @@ class MemoryStorage(Storage):
         self.views = MemoryViews()
         self.leases = MemoryLeases(clock or SystemClock(), self.views)
         self.dead_letters = MemoryDeadLetters()
-        self._log = MemoryEvents(self.dead_letters)
+        self._log = MemoryEvents(self.dead_letters, (clock or SystemClock()).now)
         self.events = self._log
 
     @property
@@ -56,13 +57,13 @@ class MemoryStorage(Storage):
     async def initialise(self, partitions: int, *, new_epoch: bool = False) -> StoreInfo:
         """Fix the number of partitions and the log's epoch, idempotently."""
         if self._info is None:
-            self._info = _new_info(partitions)
+            self._info = _new_info(partitions, secrets.token_bytes(SECRET_BYTES))
             self._log.create_partitions(partitions)
         _check(self._info, partitions)
         if new_epoch:
             async with self.views.transaction() as transaction:
                 await transaction.forget(RELAY_MARK)
-            self._info = _new_info(partitions)
+            self._info = _new_info(partitions, self._info.secret)
         return self._info
 
     async def info(self) -> StoreInfo:
@@ -72,8 +73,8 @@ class MemoryStorage(Storage):
         return self._info
 
 
-def _new_info(partitions: int) -> StoreInfo:
-    return StoreInfo(partitions, str(uuid.uuid4()), SCHEMA_VERSION)
+def _new_info(partitions: int, secret: bytes) -> StoreInfo:
+    return StoreInfo(partitions, str(uuid.uuid4()), SCHEMA_VERSION, secret)
 
 
 def _check(info: StoreInfo, partitions: int) -> None:

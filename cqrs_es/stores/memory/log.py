@@ -13,6 +13,7 @@ from cqrs_es.ports.store import (
     EventStore,
     LoadedAggregate,
     LoadRequest,
+    ScheduledCommand,
     Snapshot,
     StoredEvent,
     StoredOutcome,
@@ -24,12 +25,13 @@ from cqrs_es.stores.append_plan import (
     command_ids,
     locked_partitions,
     plan_append,
+    scheduled_ids,
     snapshot_keys,
     versioned_keys,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
     from datetime import datetime
 
     from cqrs_es.stores.memory.dead_letters import MemoryDeadLetters
@@ -45,8 +47,10 @@ class _OutcomeRow:
 class MemoryEvents(EventStore):
     """The log, outcomes and snapshots of an in-memory store."""
 
-    def __init__(self, dead_letters: MemoryDeadLetters) -> None:
+    def __init__(self, dead_letters: MemoryDeadLetters, now: Callable[[], datetime]) -> None:
         self._dead_letters = dead_letters
+        self._now = now
+        self._scheduled: dict[str, ScheduledCommand] = {}
         self._log: list[list[StoredEvent]] = []
         self._streams: dict[AggregateKey, list[StoredEvent]] = {}
         self._snapshots: dict[AggregateKey, Snapshot] = {}
@@ -82,6 +86,8 @@ class MemoryEvents(EventStore):
             snapshot_numbers={
                 key: self._snapshots[key].number for key in snapshots if key in self._snapshots
             },
+            scheduled=self._scheduled.keys() & set(scheduled_ids(chains)),
+            now=self._now(),
         )
 
     def _write(self, plan: AppendPlan, recorded_at: datetime) -> None:
@@ -98,6 +104,68 @@ class MemoryEvents(EventStore):
             self._dead_letters.remove(command_id)
         for letter in plan.dead_letters:
             self._dead_letters.put(letter)
+        ended = set(plan.ended_timers)
+        for command_id, row in list(self._scheduled.items()) if ended else ():
+            if row.timer is not None and (row.key, row.timer) in ended:
+                del self._scheduled[command_id]
+        for command_id in plan.consumed:
+            self._scheduled.pop(command_id, None)
+        self.add_scheduled(plan.scheduled)
+
+    # --- Scheduled commands --------------------------------------------------
+
+    def add_scheduled(self, commands: Iterable[ScheduledCommand]) -> None:
+        """Add rows."""
+        self._scheduled |= {command.command_id: command for command in commands}
+
+    async def schedule(self, commands: Sequence[ScheduledCommand]) -> None:
+        """Add rows; an id that has a row or an outcome already is passed over."""
+        self.add_scheduled(
+            command
+            for command in commands
+            if command.command_id not in self._scheduled
+            and command.command_id not in self._outcomes
+        )
+
+    async def find_scheduled(self, command_ids: Collection[str]) -> dict[str, ScheduledCommand]:
+        """Look up the rows of those ids that have one."""
+        return {id_: self._scheduled[id_] for id_ in command_ids if id_ in self._scheduled}
+
+    async def due(self, partition: int, limit: int) -> list[ScheduledCommand]:
+        """Read up to `limit` rows of a partition that are due."""
+        now = self._now()
+        return [
+            row for row in self._in_order() if row.partition == partition and row.moment <= now
+        ][:limit]
+
+    async def next_due(self, partitions: Collection[int]) -> dict[int, float]:
+        """Return, for each partition that has rows, the seconds until the first is due."""
+        now = self._now()
+        firsts: dict[int, float] = {}
+        for row in self._in_order():
+            if row.partition in partitions:
+                firsts.setdefault(row.partition, (row.moment - now).total_seconds())
+        return firsts
+
+    async def unschedule(self, command_ids: Collection[str]) -> set[str]:
+        """Delete rows; return the ids of those there were."""
+        return {id_ for id_ in command_ids if self._scheduled.pop(id_, None) is not None}
+
+    async def list_scheduled(
+        self, after: tuple[datetime, str] | None, limit: int, key: AggregateKey | None = None
+    ) -> list[ScheduledCommand]:
+        """Read up to `limit` rows in the order of `due`."""
+        return [
+            row
+            for row in self._in_order()
+            if (after is None or (row.moment, row.command_id) > after)
+            and (key is None or row.key == key)
+        ][:limit]
+
+    def _in_order(self) -> list[ScheduledCommand]:
+        return sorted(self._scheduled.values(), key=lambda row: (row.moment, row.command_id))
+
+    # --- The log -------------------------------------------------------------
 
     def _partition(self, partition: int) -> list[StoredEvent]:
         if partition not in range(len(self._partitions())):

@@ -6,10 +6,10 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
 from cqrs_es import errors
-from cqrs_es.ports.store import EventStore, LoadedAggregate, page_size
+from cqrs_es.ports.store import IMMEDIATELY, EventStore, LoadedAggregate, page_size
 from cqrs_es.stores import append_plan
 from cqrs_es.stores.append_plan import AppendState
-from cqrs_es.stores.sql import dead_letters, outcomes
+from cqrs_es.stores.sql import dead_letters, outcomes, scheduled
 from cqrs_es.stores.sql.dialect import marks
 from cqrs_es.stores.sql.rows import event_of, event_row, snapshot_of, snapshot_row
 from cqrs_es.stores.sql.session import chunks
@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from cqrs_es.messages import StoredEvent
-    from cqrs_es.ports.store import Chain, ChainResult, LoadRequest, Snapshot, StoredOutcome
+    from cqrs_es.ports.store import (
+        Chain,
+        ChainResult,
+        LoadRequest,
+        ScheduledCommand,
+        Snapshot,
+        StoredOutcome,
+    )
     from cqrs_es.stores.append_plan import AppendPlan
     from cqrs_es.stores.sql.session import Database, Row, Session
 
@@ -93,6 +100,47 @@ class SqlEvents(EventStore):
         ids = sorted(command_ids)
         await self._database.run(lambda session: outcomes.forget_attempts(session, ids))
 
+    async def schedule(self, commands: Sequence[ScheduledCommand]) -> None:
+        """Add rows; an id that has a row or an outcome already is passed over."""
+
+        async def work(session: Session) -> None:
+            ids = [command.command_id for command in commands]
+            known = {*await scheduled.find(session, ids), *await outcomes.find(session, ids)}
+            await scheduled.add(session, [c for c in commands if c.command_id not in known])
+
+        await self._database.run(work)
+
+    async def find_scheduled(self, command_ids: Collection[str]) -> dict[str, ScheduledCommand]:
+        """Look up the rows of those ids that have one."""
+        return await self._database.read(lambda session: scheduled.find(session, command_ids))
+
+    async def due(self, partition: int, limit: int) -> list[ScheduledCommand]:
+        """Read up to `limit` rows of a partition that are due by the store's clock."""
+        return await self._database.read(lambda session: scheduled.due(session, partition, limit))
+
+    async def next_due(self, partitions: Collection[int]) -> dict[int, float]:
+        """Return, for each partition that has rows, the seconds until the first is due."""
+        return await self._database.read(lambda session: scheduled.next_due(session, partitions))
+
+    async def unschedule(self, command_ids: Collection[str]) -> set[str]:
+        """Delete rows, each under its partition's lock; return the ids of those there were."""
+
+        async def work(session: Session) -> set[str]:
+            found = await scheduled.find(session, command_ids)
+            await _lock_heads(session, sorted({row.partition for row in found.values()}))
+            still = await scheduled.find(session, found)
+            await scheduled.delete(session, sorted(still))
+            return set(still)
+
+        return await self._database.run(work)
+
+    async def list_scheduled(
+        self, after: tuple[datetime, str] | None, limit: int, key: AggregateKey | None = None
+    ) -> list[ScheduledCommand]:
+        """Read up to `limit` rows in the order of `due`."""
+        begin = after or (IMMEDIATELY, "")
+        return await self._database.read(lambda s: scheduled.page(s, begin, limit, key))
+
     async def read_log(self, partition: int, after: int, limit: int) -> list[StoredEvent]:
         """Read up to `limit` events of a partition above offset `after`, or `BrokenLog`."""
         return await self._database.read(
@@ -125,6 +173,8 @@ async def _lock_and_read(session: Session, chains: Sequence[Chain]) -> AppendSta
         snapshot_numbers=await _numbers(
             session, _SNAPSHOT_NUMBERS, append_plan.snapshot_keys(chains)
         ),
+        scheduled=await scheduled.find(session, append_plan.scheduled_ids(chains)),
+        now=await session.now() if append_plan.counts_from_now(chains) else None,
     )
 
 
@@ -157,6 +207,9 @@ async def _write(session: Session, plan: AppendPlan, recorded_at: datetime) -> N
     await outcomes.forget_attempts(session, plan.settled_attempts)
     await dead_letters.delete(session, plan.settled_letters)
     await dead_letters.add(session, plan.dead_letters)
+    await scheduled.delete(session, plan.consumed)
+    await scheduled.end_timers(session, plan.ended_timers)
+    await scheduled.add(session, plan.scheduled)
 
 
 async def _write_events(session: Session, plan: AppendPlan, recorded_at: datetime) -> None:

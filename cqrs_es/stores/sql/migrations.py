@@ -15,6 +15,8 @@ from cqrs_es import errors
 from cqrs_es.stores.sql.tables import STORE_INFO
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from cqrs_es.stores.sql.session import Session
 
 VIEW_COLUMNS: Final = """
@@ -250,27 +252,69 @@ MIGRATIONS: Final[tuple[tuple[Step, ...], ...]] = (
             PRIMARY KEY (projector, aggregate_type, aggregate_id)""",
         ),
     ),
+    (
+        CreateTable(
+            "outgoing_commands",
+            """
+            log_partition {integer} NOT NULL,
+            due_at {time} NOT NULL,
+            command_id {name} NOT NULL,
+            aggregate_type {name} NOT NULL,
+            aggregate_id {id} NOT NULL,
+            timer {id},
+            body {text} NOT NULL,
+            PRIMARY KEY (command_id)""",
+        ),
+        AddIndex("outgoing_commands", "outgoing_commands_due", "log_partition, due_at, command_id"),
+        AddIndex(
+            "outgoing_commands",
+            "outgoing_commands_target",
+            "aggregate_type, aggregate_id, timer",
+        ),
+        CreateTable(
+            "unique_keys",
+            """
+            aggregate_type {name} NOT NULL,
+            name {name} NOT NULL,
+            value_hash {name} NOT NULL,
+            aggregate_id {id} NOT NULL,
+            PRIMARY KEY (aggregate_type, name, value_hash)""",
+        ),
+    ),
 )
-SCHEMA_VERSION: Final = len(MIGRATIONS)
+SCHEMA_VERSION: Final = 1
+"""What code must know to use the store: raised by a migration that older code does not survive."""
 
 
 async def migrate(session: Session) -> None:
-    """Bring the schema up to date; raise `SchemaTooNew` where it is ahead of this code."""
-    done = await schema_version(session)
-    check_schema(done)
-    for version, steps in enumerate(MIGRATIONS[done:], start=done + 1):
+    """Bring the schema up to date; raise `SchemaTooNew` where it is ahead of this code.
+
+    Migrations of newer code that this code survives are left alone.
+    """
+    known = await _read_versions(session)
+    check_schema(known.get("schema_version", 0))
+    done = migrations_done(known)
+    for number, steps in enumerate(MIGRATIONS[done:], start=done + 1):
         for step in steps:
             await step.apply(session)
-        await _note_version(session, version)
+        rows = [("schema_version", str(SCHEMA_VERSION)), ("schema_migrations", str(number))]
+        await session.write(session.dialect.upsert(STORE_INFO), rows)
 
 
-async def schema_version(session: Session) -> int:
-    """Return the number of the last migration that was made; 0 before the first."""
+async def _read_versions(session: Session) -> dict[str, int]:
     try:
-        rows = await session.fetch("SELECT value FROM store_info WHERE name = 'schema_version'")
+        rows = await session.fetch(
+            "SELECT name, value FROM store_info"
+            " WHERE name IN ('schema_version', 'schema_migrations')"
+        )
     except errors.StoreNotInitialised:
-        return 0
-    return int(rows[0][0]) if rows else 0
+        return {}
+    return {name: int(value) for name, value in rows}
+
+
+def migrations_done(known: Mapping[str, int]) -> int:
+    """Return how many migrations were made; code that did not count them made the first."""
+    return known.get("schema_migrations", known.get("schema_version", 0))
 
 
 def check_schema(version: int) -> None:
@@ -281,8 +325,3 @@ def check_schema(version: int) -> None:
             " upgrade this program"
         )
         raise errors.SchemaTooNew(message)
-
-
-async def _note_version(session: Session, version: int) -> None:
-    upsert = session.dialect.upsert(STORE_INFO)
-    await session.write(upsert, [("schema_version", str(version))])

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import secrets
 import uuid
 from typing import TYPE_CHECKING, Final
 
 from cqrs_es import errors
 from cqrs_es.ports.storage import Storage
-from cqrs_es.ports.store import StoreInfo
+from cqrs_es.ports.store import SECRET_BYTES, StoreInfo
 from cqrs_es.stores.sql import checkpoints
 from cqrs_es.stores.sql.dead_letters import SqlDeadLetters
 from cqrs_es.stores.sql.events import SqlEvents
 from cqrs_es.stores.sql.leases import SqlLeases
-from cqrs_es.stores.sql.migrations import SCHEMA_VERSION, check_schema, migrate
+from cqrs_es.stores.sql.migrations import check_schema, migrate
 from cqrs_es.stores.sql.tables import LOG_PARTITIONS, STORE_INFO
 from cqrs_es.stores.sql.views import SqlViews
 
@@ -74,18 +75,21 @@ class SqlStorage(Storage):
         """Read what `initialise` fixed; raise `StoreNotInitialised`, `SchemaTooNew`."""
         info = await self._database.read(_read_info)
         check_schema(info.schema_version)
-        if info.schema_version < SCHEMA_VERSION:
+        if not info.secret:
             message = "the store's schema is older than this program: run `cqrs-es init`"
-            raise errors.StoreNotInitialised(message)
+            raise errors.StoreNotInitialised(message, partitions=info.partitions)
         return info
 
 
 async def _fix_once(session: Session, partitions: int) -> None:
     """Fix P and the log's epoch unless they are; raise `PartitionsMismatch` for another P."""
     known: dict[str, str] = dict(await session.fetch(_INFO))
+    insert = session.dialect.insert
+    if "secret" not in known:
+        secret = secrets.token_hex(SECRET_BYTES)
+        await session.write(insert(STORE_INFO), [("secret", secret)])
     if "partitions" in known:
         return _check_partitions(int(known["partitions"]), partitions)
-    insert = session.dialect.insert
     info = [("partitions", str(partitions)), ("logepoch", str(uuid.uuid4()))]
     await session.write(insert(STORE_INFO), info)
     await session.write(insert(LOG_PARTITIONS), [(number, 0) for number in range(partitions)])
@@ -112,6 +116,7 @@ async def _read_info(session: Session) -> StoreInfo:
             partitions=int(found["partitions"]),
             log_epoch=found["logepoch"],
             schema_version=int(found["schema_version"]),
+            secret=bytes.fromhex(found.get("secret", "")),
         )
     except KeyError as exc:
         raise errors.StoreNotInitialised from exc

@@ -95,6 +95,24 @@ PARKED: Final = Table(
     ),
     key=("projector", "aggregate_type", "aggregate_id"),
 )
+OUTGOING: Final = Table(
+    "outgoing_commands",
+    (
+        "log_partition",
+        "due_at",
+        "command_id",
+        "aggregate_type",
+        "aggregate_id",
+        "timer",
+        "body",
+    ),
+    key=("command_id",),
+)
+UNIQUE_KEYS: Final = Table(
+    "unique_keys",
+    ("aggregate_type", "name", "value_hash", "aggregate_id"),
+    key=("aggregate_type", "name", "value_hash"),
+)
 FRAMEWORK: Final = (
     EVENTS,
     SNAPSHOTS,
@@ -108,6 +126,8 @@ FRAMEWORK: Final = (
     DEAD_LETTERS,
     GENERATIONS,
     PARKED,
+    OUTGOING,
+    UNIQUE_KEYS,
 )
 FRAMEWORK_NAMES: Final = frozenset(table.name for table in FRAMEWORK)
 

@@ -1,0 +1,186 @@
+"""Making the commands that a command or an event causes, as rows of `outgoing_commands`.
+
+The framework writes where a caused command comes from into its metadata:
+`causation_id`, `hops`, and `process` where a process manager sent it. Senders
+may write the same keys; what is believed is signed, over the command's id, with
+the store's secret.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Final
+
+import orjson
+
+from cqrs_es import errors, wire
+from cqrs_es.intents import Elapsed, Later, Send
+from cqrs_es.messages import CommandMessage, spec_of
+from cqrs_es.ports.store import IMMEDIATELY, ScheduledCommand
+from cqrs_es.types import AggregateKey, check_aggregate_id, new_command_id, utc_now
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cqrs_es.definitions import AggregateDefinition
+    from cqrs_es.registry import Registry
+    from cqrs_es.types import JsonObject
+
+MOST_HOPS: Final = 16
+MOST_COMMANDS: Final = 100
+"""How many commands one event or command may cause."""
+MAX_AHEAD: Final = timedelta(days=3653)
+MAX_BEHIND: Final = timedelta(days=1)
+INHERITED: Final = ("correlation_id", "traceparent", "tracestate")
+ELAPSED: Final = spec_of(Elapsed).name
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """What causes commands: an event, or a command without one.
+
+    `id` is the event's CloudEvents id, or the command's id; `command_id` is that of the
+    command that gave rise to it, and `metadata` that command's. `process` is the
+    process manager that sends, if it is one.
+    """
+
+    id: str
+    command_id: str | None
+    metadata: Mapping[str, str]
+    process: AggregateKey | None = None
+
+
+class Causes:
+    """Turns intents into rows, and tells what of a command's origin is to be believed."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        partitions: int,
+        secret: bytes,
+        max_message_bytes: int = wire.MAX_MESSAGE_BYTES,
+    ) -> None:
+        self._registry = registry
+        self._partitions = partitions
+        self._secret = secret
+        self._max_message_bytes = max_message_bytes
+
+    # --- Rows ----------------------------------------------------------------
+
+    def sent(self, intent: Send, cause: Cause) -> ScheduledCommand:
+        """Make the row of a command to an aggregate.
+
+        Raises `DefinitionError` for a target or command that there is not, or that does not
+        fit its type.
+        """
+        definition = self._target(intent)
+        spec = spec_of(type(intent.command))
+        codec = definition.commands.get(spec.name)
+        if codec is None or codec.cls is not type(intent.command) or codec.cls is Elapsed:
+            name = definition.cls.__qualname__
+            message = f"send({name}, …, {spec.name}(…)): {name} has no such command"
+            raise errors.DefinitionError(message)
+        key = AggregateKey(definition.type, intent.aggregate_id)
+        due = IMMEDIATELY if intent.at is None else checked_moment(intent.at)
+        return self.row(key, spec.name, orjson.loads(codec.encode(intent.command)), cause, due)
+
+    def timer(self, intent: Later, key: AggregateKey, cause: Cause) -> ScheduledCommand:
+        """Make the row of a timer of an aggregate."""
+        commands = self._registry.aggregates[key.type].commands
+        if commands.get(ELAPSED) is None:
+            message = f"{key.type} sets a timer, but Elapsed is not among its commands: add it"
+            raise errors.DefinitionError(message)
+        due = intent.after if intent.at is None else checked_moment(intent.at)
+        assert due is not None  # noqa: S101 - `later` takes one of the two
+        return self.row(key, ELAPSED, {"name": intent.name}, cause, due, timer=intent.name)
+
+    def row(
+        self,
+        key: AggregateKey,
+        command_type: str,
+        payload: JsonObject,
+        cause: Cause,
+        due: datetime | timedelta = IMMEDIATELY,
+        *,
+        timer: str | None = None,
+    ) -> ScheduledCommand:
+        """Make a row with an id of its own; raise `TooManyHops` and `TooLarge`."""
+        command_id = new_command_id()
+        message = CommandMessage(
+            command_id,
+            command_type,
+            key.type,
+            key.id,
+            payload,
+            metadata=self._metadata(command_id, cause),
+        )
+        body = wire.encode_command(message)
+        if len(body) > self._max_message_bytes:
+            text = f"a {command_type} of {len(body)} bytes is over CQRS_ES_MAX_MESSAGE_BYTES"
+            raise errors.TooLarge(text)
+        partition = key.partition(self._partitions)
+        return ScheduledCommand(
+            command_id=command_id, key=key, partition=partition, due=due, body=body, timer=timer
+        )
+
+    def _target(self, intent: Send) -> AggregateDefinition:
+        if isinstance(intent.target, str):
+            message = f"there is no service for {intent.target!r}"
+            raise errors.DefinitionError(message)
+        check_aggregate_id(intent.aggregate_id)
+        return self._registry.aggregate_of(intent.target)
+
+    # --- Metadata ------------------------------------------------------------
+
+    def _metadata(self, command_id: str, cause: Cause) -> dict[str, str]:
+        hops = self.hops(cause.command_id, cause.metadata) + 1
+        if hops > MOST_HOPS:
+            message = (
+                f"{cause.id} would cause a command {hops} steps after the first one: what causes"
+                f" what must end after {MOST_HOPS}"
+            )
+            raise errors.TooManyHops(message)
+        inherited = {key: cause.metadata[key] for key in INHERITED if key in cause.metadata}
+        if cause.command_id is not None:
+            inherited.setdefault("correlation_id", cause.command_id)
+        written = {"causation_id": cause.id, "hops": str(hops)}
+        if cause.process is not None:
+            written["process"] = str(cause.process)
+        signature = self._signature(command_id, hops, written.get("process", ""))
+        return inherited | written | {"process_mac": signature}
+
+    def hops(self, command_id: str | None, metadata: Mapping[str, str]) -> int:
+        """Return how many commands lie between the first and this one; 0 where it is not signed."""
+        return int(metadata["hops"]) if self._believed(command_id, metadata) else 0
+
+    def process_of(
+        self, command_id: str | None, metadata: Mapping[str, str]
+    ) -> AggregateKey | None:
+        """Return the process manager that sent a command, None for any other command."""
+        if "process" not in metadata or not self._believed(command_id, metadata):
+            return None
+        process_type, _, process_id = metadata["process"].partition("/")
+        return AggregateKey(process_type, process_id)
+
+    def _believed(self, command_id: str | None, metadata: Mapping[str, str]) -> bool:
+        hops, signature = metadata.get("hops", ""), metadata.get("process_mac")
+        if command_id is None or signature is None or not hops.isascii() or not hops.isdigit():
+            return False
+        expected = self._signature(command_id, int(hops), metadata.get("process", ""))
+        return hmac.compare_digest(signature.encode(), expected.encode())
+
+    def _signature(self, command_id: str, hops: int, process: str) -> str:
+        text = f"{command_id}|{hops}|{process}".encode()
+        return hmac.new(self._secret, text, hashlib.sha256).hexdigest()
+
+
+def checked_moment(moment: datetime) -> datetime:
+    """Return a moment that a command may be due at; raise `DefinitionError` for another."""
+    now = utc_now()
+    if not now - MAX_BEHIND <= moment <= now + MAX_AHEAD:
+        message = f"{moment} is more than a day ago or ten years ahead"
+        raise errors.DefinitionError(message)
+    return moment.astimezone(UTC)

@@ -1,0 +1,146 @@
+"""Scheduled commands on their way to the executor: beside the queue, as a queue of their own.
+
+A row of `outgoing_commands` that is due is taken by whoever holds its partition, like a
+message; it is settled by the append that decides it, which deletes it. So rows
+need no broker, and nothing is lost or doubled between a row and its decision.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from cqrs_es import errors
+from cqrs_es.execution.retry import backoff
+from cqrs_es.ports.broker import ANY_SIZE, CommandIntake, Delivery
+from cqrs_es.runtime.waiting import within
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Generator, Sequence
+
+    from cqrs_es.ports.store import EventStore, ScheduledCommand
+    from cqrs_es.runtime.leases import Assignment
+
+log = structlog.get_logger("cqrs_es.worker")
+
+# What another process schedules is noticed within so many seconds.
+LOOK_SECONDS: Final = 1.0
+
+
+class Timetable:
+    """Knows when the next row of each partition that this process takes is due.
+
+    It looks once for all partitions, when the next row is due that it knows of, and now and then
+    for those of other processes; those of this process are told to it.
+    """
+
+    def __init__(self, events: EventStore) -> None:
+        self._events = events
+        self._due: dict[int, asyncio.Event] = {}
+        self._look_now = asyncio.Event()
+
+    def poke(self, partitions: Collection[int] | None = None) -> None:
+        """Wake who takes these partitions, or all: rows were added, or the clock was set."""
+        for partition in self._due if partitions is None else partitions:
+            if partition in self._due:
+                self._due[partition].set()
+
+    @contextmanager
+    def taking(self, partition: int) -> Generator[asyncio.Event]:
+        """Look after a partition during the block; give what is set when a row may be due."""
+        due = self._due[partition] = asyncio.Event()
+        try:
+            yield due
+        finally:
+            del self._due[partition]
+
+    def nothing_due(self) -> None:
+        """Note that some partition waits for its next row from now on."""
+        self._look_now.set()
+
+    async def run(self) -> None:
+        """Look for ever; meant to be cancelled. Raises `StoreUnusable`."""
+        failures = 0
+        while True:
+            self._look_now.clear()
+            try:
+                seconds = await self._look()
+                failures = 0
+            except errors.StoreUnusable:
+                raise
+            except errors.CqrsError as exc:
+                failures += 1
+                seconds = backoff(failures)
+                log.warning("due commands unreadable", error=exc.message)
+            await within(seconds, self._look_now.wait())
+
+    async def _look(self) -> float:
+        """Wake who has something due; return after how many seconds to look again."""
+        waiting = {number for number, due in self._due.items() if not due.is_set()}
+        if not waiting:
+            return LOOK_SECONDS
+        seconds = await self._events.next_due(waiting)
+        self.poke([number for number, left in seconds.items() if left <= 0])
+        return min([LOOK_SECONDS, *(left for left in seconds.values() if left > 0)])
+
+
+class DueIntake(CommandIntake):
+    """The due rows of one partition, as messages.
+
+    What was out when the partition's last holder ended is not known: where there was one, the
+    first rows are taken for delivered again, as many as it can have had in hand.
+    """
+
+    def __init__(
+        self,
+        events: EventStore,
+        timetable: Timetable,
+        due: asyncio.Event,
+        assignment: Assignment,
+        most: int,
+    ) -> None:
+        self._events = events
+        self._timetable = timetable
+        self._due = due
+        self._partition = assignment.lease.partition
+        self._suspects = most if assignment.lease.epoch > 1 else 0
+        self._in_hand: set[object] = set()
+
+    async def receive(self, limit: int, most_bytes: int = ANY_SIZE) -> list[Delivery]:
+        """Wait for rows that are due and not in hand; return at least one."""
+        while not (fresh := await self._fresh(limit)):
+            if self._in_hand:
+                # They are due too, so that the timetable can't tell of new ones.
+                await within(LOOK_SECONDS, self._due.wait())
+            else:
+                self._timetable.nothing_due()
+                await self._due.wait()
+            self._suspects = 0
+        received: list[Delivery] = []
+        for row in fresh:
+            most_bytes -= len(row.body)
+            if received and most_bytes < 0:
+                break
+            self._in_hand.add(row.command_id)
+            again = self._suspects > 0
+            self._suspects = max(0, self._suspects - 1)
+            received.append(
+                Delivery(self._partition, row.body, row.command_id, again, scheduled=row)
+            )
+        return received
+
+    async def _fresh(self, limit: int) -> list[ScheduledCommand]:
+        """Read rows that are due and not in hand."""
+        self._due.clear()
+        rows = await self._events.due(self._partition, len(self._in_hand) + limit)
+        return [row for row in rows if row.command_id not in self._in_hand][:limit]
+
+    async def settle(self, deliveries: Sequence[Delivery]) -> None:
+        """Let go of rows that are there no more: whatever settled them has deleted them."""
+        self._in_hand.difference_update(each.tag for each in deliveries)
+
+    async def close(self) -> None:
+        """Do nothing: rows that were not settled are still there."""

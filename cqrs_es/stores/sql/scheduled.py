@@ -1,0 +1,119 @@
+"""Commands that events cause, and those for later, as statements within a session.
+
+Rows are added by whoever causes them, in any partition. They are deleted only by
+who holds the lock of their partition's head: an append that decides or cancels
+them, and an operator.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from cqrs_es.ports.store import ScheduledCommand
+from cqrs_es.stores.sql.dialect import marks, utc_moment
+from cqrs_es.stores.sql.session import chunks
+from cqrs_es.stores.sql.tables import OUTGOING
+from cqrs_es.types import AggregateKey
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+    from datetime import datetime
+
+    from cqrs_es.stores.sql.dialect import Parameter
+    from cqrs_es.stores.sql.session import Row, Session
+
+_IN_ORDER: Final = " ORDER BY due_at, command_id LIMIT ?"
+_FIND: Final = f"{OUTGOING.select} WHERE command_id IN "
+_DUE: Final = f"{OUTGOING.select} WHERE log_partition = ? AND due_at <= ?{_IN_ORDER}"
+_NEXT: Final = """
+    SELECT log_partition, MIN(due_at) FROM outgoing_commands
+    WHERE log_partition IN {partitions} GROUP BY log_partition"""
+_LIST: Final = f"{OUTGOING.select} WHERE (due_at > ? OR (due_at = ? AND command_id > ?))"
+_DELETE: Final = "DELETE FROM outgoing_commands WHERE command_id IN "
+_END_TIMER: Final = (
+    "DELETE FROM outgoing_commands WHERE aggregate_type = ? AND aggregate_id = ? AND timer = ?"
+)
+
+
+async def add(session: Session, commands: Sequence[ScheduledCommand]) -> None:
+    """Add rows, in ascending id: two of these never deadlock."""
+    rows = [_row(session, each) for each in sorted(commands, key=lambda it: it.command_id)]
+    await session.write(session.dialect.insert(OUTGOING), rows)
+
+
+async def find(session: Session, command_ids: Collection[str]) -> dict[str, ScheduledCommand]:
+    """Read the rows of those ids that have one."""
+    found: dict[str, ScheduledCommand] = {}
+    for ids in chunks(sorted(command_ids)):
+        for row in await session.fetch(_FIND + marks(len(ids)), ids):
+            found[row[2]] = _scheduled_of(row)
+    return found
+
+
+async def due(session: Session, partition: int, limit: int) -> list[ScheduledCommand]:
+    """Read the first rows of a partition that are due."""
+    now = session.dialect.to_time(await session.now())
+    return [_scheduled_of(row) for row in await session.fetch(_DUE, (partition, now, limit))]
+
+
+async def next_due(session: Session, partitions: Collection[int]) -> dict[int, float]:
+    """Read how many seconds there are until the first row of each partition is due."""
+    if not partitions:
+        return {}
+    sql = _NEXT.format(partitions=marks(len(partitions)))
+    rows = await session.fetch(sql, sorted(partitions))
+    if not rows:
+        return {}
+    now = await session.now()
+    return {number: (utc_moment(first) - now).total_seconds() for number, first in rows}
+
+
+async def page(
+    session: Session, after: tuple[datetime, str], limit: int, key: AggregateKey | None
+) -> list[ScheduledCommand]:
+    """Read rows behind one, of one target or of all."""
+    moment = session.dialect.to_time(after[0])
+    sql: str = _LIST
+    values: list[Parameter] = [moment, moment, after[1]]
+    if key is not None:
+        sql, values = f"{sql} AND aggregate_type = ? AND aggregate_id = ?", [*values, *_ids(key)]
+    return [_scheduled_of(row) for row in await session.fetch(sql + _IN_ORDER, [*values, limit])]
+
+
+async def delete(session: Session, command_ids: Sequence[str]) -> None:
+    """Delete rows, in the order given."""
+    for ids in chunks(command_ids):
+        await session.execute(_DELETE + marks(len(ids)), ids)
+
+
+async def end_timers(session: Session, timers: Sequence[tuple[AggregateKey, str]]) -> None:
+    """Delete the rows of timers, where there are any."""
+    for key, name in timers:
+        await session.execute(_END_TIMER, (*_ids(key), name))
+
+
+def _ids(key: AggregateKey) -> tuple[str, str]:
+    return key.type, key.id
+
+
+def _row(session: Session, command: ScheduledCommand) -> tuple[Parameter, ...]:
+    return (
+        command.partition,
+        session.dialect.to_time(command.moment),
+        command.command_id,
+        *_ids(command.key),
+        command.timer,
+        command.body.decode(),
+    )
+
+
+def _scheduled_of(row: Row) -> ScheduledCommand:
+    partition, due_at, command_id, aggregate_type, aggregate_id, timer, body = row
+    return ScheduledCommand(
+        command_id=command_id,
+        key=AggregateKey(aggregate_type, aggregate_id),
+        partition=partition,
+        due=utc_moment(due_at),
+        body=body.encode() if isinstance(body, str) else body,
+        timer=timer,
+    )
