@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from datetime import date, datetime
+from decimal import Decimal
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
+from uuid import UUID
 
 from cqrs_es import errors
 from cqrs_es.types import VIEW_NAME
@@ -14,9 +17,11 @@ if TYPE_CHECKING:
     from cqrs_es.messages import Envelope
 
 E = TypeVar("E")
-SqlValue: TypeAlias = int | float | str | None
+SqlValue: TypeAlias = int | float | str | bytes | Decimal | date | datetime | UUID | None
+"""What a projector gives and gets; `bool` too, which is an `int`. A `datetime` is aware."""
 NO_CHANGES: Mapping[str, str] = MappingProxyType({})
-SqlRow: TypeAlias = tuple[SqlValue, ...]
+SqlRow: TypeAlias = tuple[Any, ...]
+"""A row of values of the types of `SqlValue`, as the columns have them."""
 
 
 class SqlSession(ABC):
@@ -51,7 +56,10 @@ class Projector(ABC, Generic[E]):
     """A view kept with SQL of its own, in the transaction that moves its checkpoint.
 
     `tables` maps each table's name to its column definitions, in SQL that all
-    stores understand; `init` creates them. A rebuild fills tables of the next
+    stores understand; `init` creates them. Values come back as they were given
+    from columns of these types: BIGINT, DOUBLE PRECISION, VARCHAR(n), TEXT,
+    BOOLEAN (bool), DATE (date), TIMESTAMP (datetime, in UTC), DECIMAL(p, s)
+    (Decimal), UUID (UUID), BLOB (bytes). A rebuild fills tables of the next
     generation beside the live ones, so write `self.table("name")`, never the
     name itself. Rows that events of several partitions touch are to be updated
     in ascending key order: that is what keeps projectors from deadlocking.

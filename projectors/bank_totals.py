@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from cqrs_es import Envelope
 
-# Whole cents, since SQLite has no exact decimals; BIGINT holds 92,000 deposits
+# Whole cents, since SUM adds decimals inexactly on SQLite; BIGINT holds 92,000 deposits
 # of the largest amount in one day.
 _COLUMNS: Final = """
     day VARCHAR(10) NOT NULL PRIMARY KEY,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 import orjson
@@ -24,9 +25,18 @@ WIDTH_OF_A_FILE: Final = 10_000
 
 def print_json(value: object) -> None:
     """Print one JSON value on a line of its own; bytes are JSON already."""
-    body = value if isinstance(value, bytes) else orjson.dumps(value)
+    body = value if isinstance(value, bytes) else orjson.dumps(value, default=_plain)
     sys.stdout.buffer.write(body + b"\n")
     sys.stdout.flush()
+
+
+def _plain(value: object) -> str:
+    """Return what JSON has no form for, and a projector's column may hold."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, Decimal):
+        return str(value)
+    raise TypeError(type(value).__name__)
 
 
 def print_text(text: str) -> None:

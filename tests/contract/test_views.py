@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from datetime import UTC, date, datetime, timedelta, timezone
+from decimal import Decimal
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 import orjson
 import pytest
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from cqrs_es.ports.storage import Storage
+    from cqrs_es.ports.views import SqlValue
     from cqrs_es.types import AggregateKey
 
 TABLE = "ledger__1"
@@ -204,6 +209,161 @@ async def test_columns_keep_the_type_of_their_values(storage: Storage) -> None:
     found = await storage.views.query("SELECT id, name, number, rate FROM mixed__1 ORDER BY id")
     assert [tuple(each) for each in found] == rows
     assert isinstance(found[3][3], float)
+
+
+COLUMNS = """
+    id BIGINT PRIMARY KEY, price DECIMAL(20, 2) NOT NULL, day DATE, at TIMESTAMP,
+    done BOOLEAN NOT NULL, body BLOB, key_ UUID, name VARCHAR(60), CHECK (id > 0)
+"""
+AT = datetime(2026, 3, 29, 1, 30, 0, 123456, tzinfo=UTC)
+TYPED: list[tuple[SqlValue, ...]] = [
+    (
+        1,
+        Decimal("12345678901234567.89"),
+        date(2026, 3, 29),
+        AT,
+        True,
+        b"\x00'\\\xff",
+        UUID(int=1),
+        "a",
+    ),
+    (
+        2,
+        Decimal("-0.01"),
+        date(1970, 1, 1),
+        AT - timedelta(days=20_000),
+        False,
+        b"",
+        UUID(int=2),
+        "",
+    ),
+    (3, Decimal("9.50"), None, None, False, None, None, None),
+]
+
+
+@pytest.fixture
+async def typed(storage: Storage) -> Storage:
+    """Write rows with values of every type, one by one and many at a time, and publish them."""
+    await storage.views.create_table("typed__1", COLUMNS)
+    names = ("id", "price", "day", "at", "done", "body", "key_", "name")
+    async with storage.views.transaction() as sql:
+        await sql.execute("INSERT INTO typed__1 VALUES (?, ?, ?, ?, ?, ?, ?, ?)", TYPED[0])
+        rows: list[dict[str, SqlValue]] = [dict(zip(names, row, strict=True)) for row in TYPED[1:]]
+        await sql.upsert("typed__1", ["id"], rows)
+    await storage.views.publish_table("typed", "typed__1")
+    return storage
+
+
+@on_sql
+async def test_values_come_back_as_they_went_in(typed: Storage) -> None:
+    """By value and by type, from the table and from what is published; conditions find them."""
+    for name in ("typed__1", "typed"):
+        found = await typed.views.query(f"SELECT * FROM {name} ORDER BY id")  # noqa: S608 - constants
+        assert [tuple(each) for each in found] == TYPED
+        for row, given in zip(found, TYPED, strict=True):
+            for value, original in zip(row, given, strict=True):
+                assert isinstance(value, type(original)), (value, original)
+    for column, value in {
+        "price": TYPED[0][1],
+        "day": TYPED[0][2],
+        "at": AT,
+        "key_": UUID(int=1),
+    }.items():
+        query = f"SELECT id FROM typed WHERE {column} = ?"  # noqa: S608 - constants
+        assert await typed.views.query(query, (value,)) == [(1,)], column
+    offset = AT.astimezone(timezone(timedelta(hours=2)))
+    assert await typed.views.query("SELECT at FROM typed WHERE at = ?", (offset,)) == [(AT,)]
+    assert await typed.views.query("SELECT id FROM typed WHERE done = ?", (True,)) == [(1,)]
+
+
+@on_sql
+async def test_decimals_compare_and_add_exactly(typed: Storage) -> None:
+    """In conditions, orders and upserts; never as text or floats."""
+    views = typed.views
+    assert await views.query("SELECT id FROM typed ORDER BY price") == [(2,), (3,), (1,)]
+    above = await views.query("SELECT id FROM typed WHERE price > ? ORDER BY id", (Decimal(10),))
+    assert above == [(1,)]
+    changes = {"price": "old.price + new.price - new.price + new.price"}
+    cent: dict[str, SqlValue] = {"id": 1, "price": Decimal("0.01"), "done": True}
+    async with views.transaction() as sql:
+        for _ in range(3):
+            await sql.upsert("typed__1", ["id"], [cent], changes)
+        ((price,),) = await sql.fetch("SELECT price FROM typed__1 WHERE id = 1")
+        assert price == Decimal("12345678901234567.92")
+        await sql.execute("UPDATE typed__1 SET price = ? WHERE id = 1", (price + Decimal("0.01"),))
+    assert await views.query("SELECT price FROM typed WHERE id = 1") == [
+        (Decimal("12345678901234567.93"),)
+    ]
+
+
+class Word(str):
+    """A kind of text."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "something else"
+
+
+@on_sql
+@pytest.mark.parametrize(
+    ("column", "value", "read"),
+    [
+        ("name", 7, "7"),
+        ("name", Word("word"), "word"),
+        ("name", True, "1"),
+        ("name", Decimal("1.50"), "1.50"),
+        ("name", date(2026, 3, 29), "2026-03-29"),
+        ("name", AT, "2026-03-29 01:30:00.123456"),
+        ("name", UUID(int=7), str(UUID(int=7))),
+        ("price", 7, Decimal(7)),
+        ("price", "7.50", Decimal("7.50")),
+        ("day", "2026-03-29", date(2026, 3, 29)),
+        ("day", AT, date(2026, 3, 29)),
+        ("at", "2026-03-29 01:30:00.123456", AT),
+        ("at", date(2026, 3, 29), datetime(2026, 3, 29, tzinfo=UTC)),
+        ("done", 1, True),
+        ("key_", str(UUID(int=7)), UUID(int=7)),
+    ],
+)
+async def test_values_of_other_types_are_taken_alike(
+    typed: Storage, column: str, value: SqlValue, read: SqlValue
+) -> None:
+    """What a column can be given beside its own type is the same on all stores."""
+    async with typed.views.transaction() as sql:
+        await sql.execute(f"UPDATE typed__1 SET {column} = ? WHERE id = 3", (value,))  # noqa: S608
+    [(found,)] = await typed.views.query(f"SELECT {column} FROM typed WHERE id = 3")  # noqa: S608
+    assert found == read
+    assert isinstance(found, type(read))
+
+
+@on_sql
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("id", 2**63),
+        ("price", math.nan),
+        ("price", Decimal("Infinity")),
+        ("price", "a lot"),
+        ("day", "yesterday"),
+        ("at", datetime(2026, 3, 29)),  # noqa: DTZ001 - the subject
+        ("at", "noon"),
+        ("done", 2),
+        ("key_", "seven"),
+        ("name", "a\0b"),
+        ("name", ["a"]),
+        ("name", timedelta(days=1)),
+    ],
+)
+async def test_what_one_store_refuses_all_refuse(
+    typed: Storage, column: str, value: SqlValue
+) -> None:
+    """By an error that parks the aggregate; nothing is stored in its place."""
+    with pytest.raises(errors.StoreError):
+        async with typed.views.transaction() as sql:
+            await sql.execute(f"UPDATE typed__1 SET {column} = ? WHERE id = 3", (value,))  # noqa: S608
+    found = await typed.views.query("SELECT * FROM typed WHERE id = 3")
+    assert [tuple(each) for each in found] == TYPED[2:]
 
 
 @on_sql

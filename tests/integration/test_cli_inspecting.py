@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import signal
+from datetime import date
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
+import orjson
 import pytest
 
+from cqrs_es.cli.output import print_json
 from cqrs_es.types import new_command_id
 from tests.command_line import EXAMPLE, message, running
 from tests.terminal import on_a_terminal, without_escapes
@@ -330,3 +335,18 @@ def test_no_such_outcome(bank: Here, command_id: str, code: int) -> None:
     """An unknown id is not found, what is no id is wrong usage."""
     result = bank("outcome", command_id)
     assert (result.code, result.out) == (code, "")
+
+
+def test_columns_of_every_type_are_printed_as_json(capfd: pytest.CaptureFixture[str]) -> None:
+    """A decimal keeps its digits, bytes are hexadecimal; days, moments and UUIDs are text."""
+    row = {
+        "price": Decimal("1.50"),
+        "body": b"\x00\xff",
+        "day": date(2026, 3, 29),
+        "key": UUID(int=1),
+    }
+    print_json(row)
+    printed = orjson.loads(capfd.readouterr().out)
+    assert printed == {
+        "price": "1.50", "body": "00ff", "day": "2026-03-29", "key": str(UUID(int=1))
+    }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,11 +68,11 @@ def test_values_become_literals(value: Parameter, written: str) -> None:
     assert literal(value) == written
 
 
-@pytest.mark.parametrize("value", [b"bytes", MOMENT])
-def test_values_that_have_to_be_given_as_text(value: Parameter) -> None:
-    """Bytes and moments are converted by the dialect first; forgetting it is an error."""
-    with pytest.raises(TypeError, match="as text"):
-        literal(value)
+def test_values_of_other_types_become_literals() -> None:
+    """Bytes as hexadecimal digits, moments in UTC, decimals without an exponent."""
+    assert literal(b"\x00'") == "X'0027'"
+    assert literal(MOMENT) == f"'{MOMENT.astimezone(UTC):%Y-%m-%d %H:%M:%S.%f}'"
+    assert literal(Decimal("1E+3")) == "1000"
 
 
 def test_decimals_are_numbers() -> None:

@@ -24,12 +24,14 @@ from cqrs_es.ports.views import (
     ViewStore,
     ViewTransaction,
 )
-from cqrs_es.stores.sql.upserting import upserting
-from cqrs_es.stores.sqlite.dialect import SQLITE
+from cqrs_es.stores.sql.own import own_columns, own_values, upserting
+from cqrs_es.stores.sqlite.dialect import READ_TYPES, SQLITE, add_decimals
 from cqrs_es.types import AggregateKey
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+
+    from cqrs_es.stores.sql.dialect import Parameter
 
 _SCHEMA = (
     """CREATE TABLE checkpoints (
@@ -83,10 +85,9 @@ class MemoryViews(ViewStore):
 
     async def create_table(self, table: str, columns: str | None = None) -> None:
         """Create a table unless it is there; columns are in SQLite's dialect."""
+        own = _VIEW_COLUMNS if columns is None else own_columns(SQLITE, columns)
         async with self._alone() as database:
-            database.run(
-                f"CREATE TABLE IF NOT EXISTS {_quoted(table)} ({columns or _VIEW_COLUMNS})"
-            )
+            database.run(f"CREATE TABLE IF NOT EXISTS {_quoted(table)} ({own})")
 
     async def columns(self, table: str) -> list[str]:
         """Return the names of a table's columns, in order; none where there is no such table."""
@@ -124,7 +125,7 @@ class MemoryViews(ViewStore):
     async def query(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
         """Run a query with `?` placeholders outside any transaction."""
         async with self._alone() as database:
-            return database.rows(sql, *parameters)
+            return database.rows(sql, *own_values(SQLITE, parameters))
 
     async def checkpoints(self, projector: str) -> dict[int, int]:
         """Return a projector's checkpoints by partition; those at 0 are absent."""
@@ -158,10 +159,10 @@ class _MemoryTransaction(ViewTransaction):
         return self._lent
 
     async def execute(self, sql: str, parameters: Sequence[SqlValue] = ()) -> int:
-        return self._database.run(sql, *parameters)
+        return self._database.run(sql, *own_values(SQLITE, parameters))
 
     async def fetch(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
-        return self._database.rows(sql, *parameters)
+        return self._database.rows(sql, *own_values(SQLITE, parameters))
 
     async def upsert(
         self,
@@ -257,21 +258,22 @@ class _Database:
     def __init__(self) -> None:
         # Without an isolation level the driver begins no transactions of its own.
         self._connection = sqlite3.connect(
-            ":memory:", isolation_level=None, check_same_thread=False
+            ":memory:", isolation_level=None, check_same_thread=False, detect_types=READ_TYPES
         )
+        add_decimals(self._connection)
         weakref.finalize(self, self._connection.close)
         for statement in _SCHEMA:
             self.run(statement)
 
-    def run(self, sql: str, *parameters: SqlValue) -> int:
+    def run(self, sql: str, *parameters: Parameter) -> int:
         """Run a statement; return how many rows it touched."""
         return max(0, self._execute(sql, parameters)[0])
 
-    def rows(self, sql: str, *parameters: SqlValue) -> list[Any]:
+    def rows(self, sql: str, *parameters: Parameter) -> list[Any]:
         """Run a query; return its rows."""
         return self._execute(sql, parameters)[1]
 
-    def _execute(self, sql: str, parameters: tuple[SqlValue, ...]) -> tuple[int, list[Any]]:
+    def _execute(self, sql: str, parameters: tuple[Parameter, ...]) -> tuple[int, list[Any]]:
         try:
             cursor = self._connection.execute(sql, parameters)
             return cursor.rowcount, cursor.fetchall()
@@ -284,7 +286,7 @@ class _Database:
         found = self.view_rows(table, "view_id = ?", view_id)
         return found[0] if found else None
 
-    def view_rows(self, table: str, condition: str, *parameters: SqlValue) -> list[ViewRow]:
+    def view_rows(self, table: str, condition: str, *parameters: Parameter) -> list[ViewRow]:
         """Read the rows of a view that meet a condition."""
         sql = f"SELECT view_id, version, payload FROM {_quoted(table)} WHERE {condition}"
         rows = self.rows(sql, *parameters)

@@ -6,12 +6,15 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
 
 from pymysql.constants import FIELD_TYPE
 
-from cqrs_es.stores.sql.dialect import Dialect
+from cqrs_es.stores.sql.dialect import Dialect, utc_moment
+from cqrs_es.stores.sql.own import own_text
 
 if TYPE_CHECKING:
     from cqrs_es.stores.sql.dialect import Parameter
@@ -49,6 +52,13 @@ MARIADB: Final = Dialect(
         SELECT table_collation FROM information_schema.tables
         WHERE table_schema = DATABASE() AND table_name = ?""",
     # Statements are text: bytes go in as hexadecimal digits.
+    own_types={
+        "BOOLEAN": "BOOLEAN{rest} CHECK ({column} IN (0, 1))",
+        "TIMESTAMP": "DATETIME(6)",
+        "UUID": "CHAR(36){rest} CHECK (CHAR_LENGTH({column}) = 36)",
+        "BLOB": "LONGBLOB",
+        "VARCHAR without size": "VARCHAR(255)",
+    },
     blob_placeholder="UNHEX(?)",
     to_blob=bytes.hex,
     to_time=_utc_datetime,
@@ -91,13 +101,16 @@ def literal(value: Parameter) -> str:
         return str(int(value))
     if isinstance(value, float):
         return repr(value)
-    message = f"give a {type(value).__name__} to MySQL as text"
-    raise TypeError(message)
+    if isinstance(value, Decimal):
+        return f"{value:f}"
+    if isinstance(value, bytes):
+        return f"X'{value.hex()}'"
+    return f"'{own_text(value)!s}'"
 
 
-def number(text: str) -> int | float:
-    """Return a DECIMAL as SQLite has it: whole, such as a SUM of integers, or a float."""
-    return float(text) if "." in text else int(text)
+def number(text: str) -> int | Decimal:
+    """Return a DECIMAL: whole where it has no decimals, such as a SUM of integers."""
+    return Decimal(text) if "." in text else int(text)
 
 
 DECODERS: Final[Mapping[int, Callable[[str], object]]] = {
@@ -111,8 +124,29 @@ DECODERS: Final[Mapping[int, Callable[[str], object]]] = {
     FIELD_TYPE.DOUBLE: float,
     FIELD_TYPE.DECIMAL: number,
     FIELD_TYPE.NEWDECIMAL: number,
+    FIELD_TYPE.DATE: date.fromisoformat,
+    FIELD_TYPE.DATETIME: utc_moment,
+    FIELD_TYPE.TIMESTAMP: utc_moment,
 }
-"""How columns are read. What is not here, times too, stays text, as on SQLite."""
+"""How columns are read, by their type alone; what is not here stays text, or bytes."""
+
+
+def own_reader(column: tuple[Any, ...]) -> Callable[[Any], object] | None:
+    """Return how a column is read further, by its type and length: as a bool or a UUID."""
+    match column[1], column[3]:
+        case FIELD_TYPE.TINY, 1:
+            return bool
+        case FIELD_TYPE.STRING, 144:  # CHAR(36), of four bytes each
+            return _uuid
+        case _:
+            return None
+
+
+def _uuid(value: object) -> object:
+    try:
+        return UUID(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 @functools.lru_cache(maxsize=1024)

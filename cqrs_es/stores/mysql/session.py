@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Final
 import aiomysql
 
 from cqrs_es import errors
-from cqrs_es.stores.mysql.dialect import literal, to_format
+from cqrs_es.stores.mysql.dialect import literal, own_reader, to_format
 from cqrs_es.stores.mysql.failures import mapped_errors
 from cqrs_es.stores.sql.dialect import utc_moment
 from cqrs_es.stores.sql.pool import CLOSE_SECONDS, ServerSession
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
     from datetime import datetime
 
@@ -114,6 +114,9 @@ class MysqlSession(ServerSession):
         async with self._answering(), self._connection.cursor() as cursor:
             count: int = await cursor.execute(text)
             rows: Sequence[Row] = await cursor.fetchall()
+            readers = [own_reader(column) for column in cursor.description or ()]
+        if any(readers):
+            return count, [_read(row, readers) for row in rows]
         return count, list(rows)
 
     def _mapped_errors(self) -> AbstractContextManager[None]:
@@ -149,3 +152,10 @@ class MysqlSession(ServerSession):
                 " yield fewer or smaller events"
             )
             raise errors.TooLarge(message)
+
+
+def _read(row: Row, readers: Sequence[Callable[[Any], object] | None]) -> Row:
+    return tuple(
+        value if read is None or value is None else read(value)
+        for value, read in zip(row, readers, strict=True)
+    )

@@ -61,6 +61,7 @@ POSTGRES: Final = Dialect(
     to_time=_itself,
     outcome_status="outcome ->> 'status'",
     remake_view=_REMAKE_VIEW,
+    own_types={"TIMESTAMP": "TIMESTAMPTZ", "BLOB": "BYTEA"},
     list_columns="""
         SELECT column_name FROM information_schema.columns
         WHERE table_schema = current_schema() AND table_name = ? ORDER BY ordinal_position""",

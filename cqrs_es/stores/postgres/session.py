@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from datetime import date, datetime
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -12,13 +14,13 @@ from cqrs_es import errors
 from cqrs_es.stores.postgres.dialect import POSTGRES, numbered
 from cqrs_es.stores.postgres.failures import mapped_errors
 from cqrs_es.stores.sql.dialect import utc_moment
+from cqrs_es.stores.sql.own import own_text
 from cqrs_es.stores.sql.pool import CLOSE_SECONDS, ServerSession
 from cqrs_es.stores.sql.session import chunks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
-    from datetime import datetime
 
     from cqrs_es.stores.sql.dialect import Dialect, Parameter, RowStatement
     from cqrs_es.stores.sql.session import Row
@@ -30,9 +32,10 @@ class PostgresSession(ServerSession):
     def __init__(self, connection: Any) -> None:
         super().__init__()
         self._connection = connection
+        self._types: dict[str, list[str]] = {}
 
     async def prepare(self) -> None:
-        """Read sums as whole numbers or floats, as the other databases give them."""
+        """Read sums as whole numbers or decimals, as the other databases give them."""
         async with self._answering():
             await self._connection.set_type_codec(
                 "numeric", schema="pg_catalog", encoder=str, decoder=_number, format="text"
@@ -68,6 +71,25 @@ class PostgresSession(ServerSession):
                 await self._connection.executemany(
                     text, [tuple(map(_readable, row)) for row in some]
                 )
+
+    async def fitted(
+        self, sql: str, rows: Sequence[Sequence[Parameter]]
+    ) -> Sequence[Sequence[Parameter]]:
+        """Ask once for the types of a statement's parameters: the driver converts nothing."""
+        text = numbered(sql)
+        if text not in self._types:
+            async with self._answering():
+                statement = await self._connection.prepare(text)
+            self._types[text] = [parameter.name for parameter in statement.get_parameters()]
+        types = self._types[text]
+        try:
+            return [
+                [_fit(value, type_) for value, type_ in zip(row, types, strict=True)]
+                for row in rows
+            ]
+        except ValueError as exc:
+            message = f"the database takes other values in this statement: {exc}"
+            raise errors.StoreError(message) from exc
 
     async def now(self) -> datetime:
         """Return the server's time."""
@@ -128,5 +150,30 @@ def _readable(value: Parameter) -> Parameter:
     return value.replace("\0", "\N{SYMBOL FOR NULL}") if isinstance(value, str) else value
 
 
-def _number(text: str) -> int | float:
-    return float(text) if "." in text else int(text)
+def _number(text: str) -> int | Decimal:
+    return Decimal(text) if "." in text else int(text)
+
+
+def _fit(value: Parameter, type_: str) -> Parameter:
+    """Return a value as a parameter of a type takes it, where the other databases would, too."""
+    if value is None or isinstance(value, bytes):
+        return value
+    match type_:
+        case "text" | "varchar" | "bpchar":
+            return str(own_text(value))
+        case "int2" | "int4" | "int8" if isinstance(value, bool | str):
+            return int(value)
+        case "bool" if value in (0, 1):
+            return bool(value)
+        case "float4" | "float8" if isinstance(value, str):
+            return float(value)
+        case "numeric":
+            return own_text(value)
+        case "date" if isinstance(value, str):
+            return date.fromisoformat(value)
+        case "date" if isinstance(value, datetime):
+            return value.date()
+        case "timestamptz" if isinstance(value, str | date) and not isinstance(value, datetime):
+            return utc_moment(str(value))
+        case _:
+            return value

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from typing import TYPE_CHECKING, TypeAlias
+from uuid import UUID
 
 from cqrs_es import errors
 
 if TYPE_CHECKING:
     from cqrs_es.stores.sql.tables import Table
 
-Parameter: TypeAlias = int | float | str | bytes | datetime | None
+Parameter: TypeAlias = int | float | str | bytes | Decimal | date | datetime | UUID | None
 
 _IDENTIFIER = re.compile(r"[A-Za-z$][A-Za-z0-9_]{0,63}")
 
@@ -30,12 +32,20 @@ class RowStatement:
         return f"{self.head} {self.row}{self.tail}"
 
 
+def _itself(value: Parameter) -> Parameter:
+    return value
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Dialect:
     """One database's way of saying what the statements of this package say.
 
     Statements are written with `?` placeholders; sessions translate them.
     `remake_view` is for where `replace_view` is refused, as other columns may be.
+
+    For projectors' own tables: `own_types` says what becomes of a column's type, in which
+    `{column}` is its name, `{size}` what stands in parentheses and `{rest}` what follows;
+    `own_value` what is stored of a value; `decimal_functions` what adds where `+` is inexact.
     """
 
     name: str
@@ -52,6 +62,9 @@ class Dialect:
     outcome_status: str
     replace_view: Sequence[str] = ("CREATE OR REPLACE VIEW {name} AS SELECT * FROM {table}",)
     remake_view: str | None = None
+    own_types: Mapping[str, str]
+    own_value: Callable[[Parameter], Parameter] = _itself
+    decimal_functions: Mapping[str, str] = field(default_factory=dict[str, str])
     list_columns: str
     list_indexes: str
     list_key: str | None = None

@@ -52,6 +52,13 @@ class Session(ABC):
     async def write(self, statement: RowStatement, rows: Sequence[Sequence[Parameter]]) -> None:
         """Run a statement for each of many rows, in order, in as few round trips as possible."""
 
+    async def fitted(
+        self, sql: str, rows: Sequence[Sequence[Parameter]]
+    ) -> Sequence[Sequence[Parameter]]:
+        """Return a projector's values as the parameters of its statement take them."""
+        del sql
+        return rows
+
     @abstractmethod
     async def now(self) -> datetime:
         """Return the time by which leases expire, the same for all users of the database."""

@@ -10,15 +10,16 @@ from cqrs_es.ports.views import NO_CHANGES, ViewStore, ViewTransaction
 from cqrs_es.stores.sql import checkpoints
 from cqrs_es.stores.sql.dialect import marks
 from cqrs_es.stores.sql.migrations import VIEW_COLUMNS, CreateTable
+from cqrs_es.stores.sql.own import own_columns, own_values, upserting
 from cqrs_es.stores.sql.rows import marker_of, marker_row, view_row_of
 from cqrs_es.stores.sql.session import DuplicateKey, chunks
 from cqrs_es.stores.sql.tables import GENERATIONS, PARKED, view_table
-from cqrs_es.stores.sql.upserting import upserting
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 
     from cqrs_es.ports.views import ParkedAggregate, SqlRow, SqlValue, ViewRow
+    from cqrs_es.stores.sql.dialect import Parameter
     from cqrs_es.stores.sql.session import Database, Row, Session
     from cqrs_es.types import AggregateKey
 
@@ -50,7 +51,8 @@ class SqlViews(ViewStore):
     async def create_table(self, table: str, columns: str | None = None) -> None:
         """Create a table unless it is there: a view's, or one with the given columns."""
         async with self._database.migration() as session:
-            await CreateTable(table, columns or VIEW_COLUMNS).apply(session)
+            own = VIEW_COLUMNS if columns is None else own_columns(session.dialect, columns)
+            await CreateTable(table, own).apply(session)
 
     async def columns(self, table: str) -> list[str]:
         """Return the names of a table's columns, in order; none where there is no such table."""
@@ -105,7 +107,7 @@ class SqlViews(ViewStore):
 
     async def query(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
         """Run a query with `?` placeholders outside any transaction."""
-        return await self._database.read(lambda session: session.fetch(sql, parameters))
+        return await self._database.read(lambda session: _fetch_own(session, sql, parameters))
 
     async def checkpoints(self, projector: str) -> dict[int, int]:
         """Return a projector's checkpoints by partition."""
@@ -141,10 +143,10 @@ class _SqlTransaction(ViewTransaction):
         return self._lent
 
     async def execute(self, sql: str, parameters: Sequence[SqlValue] = ()) -> int:
-        return await self._session.execute(sql, parameters)
+        return await self._session.execute(sql, await _fitted(self._session, sql, parameters))
 
     async def fetch(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
-        return await self._session.fetch(sql, parameters)
+        return await _fetch_own(self._session, sql, parameters)
 
     async def upsert(
         self,
@@ -155,7 +157,8 @@ class _SqlTransaction(ViewTransaction):
     ) -> None:
         if rows:
             statement, values = upserting(self._session.dialect, table, key, rows, changes)
-            await self._session.write(statement, values)
+            fitted = await self._session.fitted(str(statement), values)
+            await self._session.write(statement, fitted)
 
     async def checkpoint(self, projector: str, partition: int) -> int:
         return await checkpoints.lock(self._session, projector, partition)
@@ -239,6 +242,19 @@ class _SqlTransaction(ViewTransaction):
     async def _replace(self, table: str, rows: Sequence[ViewRow]) -> None:
         statement = self._session.dialect.upsert(view_table(table))
         await self._session.write(statement, _written(rows))
+
+
+async def _fetch_own(session: Session, sql: str, parameters: Sequence[SqlValue]) -> list[SqlRow]:
+    return await session.fetch(sql, await _fitted(session, sql, parameters))
+
+
+async def _fitted(
+    session: Session, sql: str, parameters: Sequence[SqlValue]
+) -> Sequence[Parameter]:
+    if not parameters:
+        return ()
+    [fitted] = await session.fitted(sql, [own_values(session.dialect, parameters)])
+    return fitted
 
 
 def _select(session: Session, table: str) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar, cast
 
 from cqrs_es import errors
 from cqrs_es.stores.sql.session import Session, Work, to_its_end
-from cqrs_es.stores.sqlite.dialect import SQLITE
+from cqrs_es.stores.sqlite.dialect import READ_TYPES, SQLITE, add_decimals
 from cqrs_es.stores.sqlite.failures import mapped_errors
 from cqrs_es.stores.sqlite.identity import FileIdentity
 from cqrs_es.stores.sqlite.session import LocalSession
@@ -72,8 +72,13 @@ class Connection:
         """Connect, on the thread."""
         target = self._target
         connection = sqlite3.connect(
-            target.uri, uri=True, timeout=target.timeout, isolation_level=None
+            target.uri,
+            uri=True,
+            timeout=target.timeout,
+            isolation_level=None,
+            detect_types=READ_TYPES,
         )
+        add_decimals(connection)
         self._session = LocalSession(connection, self._clock, FileIdentity(target.path))
 
     async def close(self) -> None:
