@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection, Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -26,7 +26,7 @@ from cqrs_es.projection.generations import live_name
 from cqrs_es.runtime.garbage import collect_less_often
 from cqrs_es.runtime.roles import known_roles
 from cqrs_es.runtime.signals import run_until_stopped, stop_on_signals
-from cqrs_es.runtime.waiting import unless
+from cqrs_es.runtime.waiting import unless, within
 from cqrs_es.runtime.watchdog import watched
 from cqrs_es.settings import masked
 from cqrs_es.telemetry import logs
@@ -45,6 +45,8 @@ T = TypeVar("T")
 log = structlog.get_logger("cqrs_es.cli")
 
 IDLE_POLL_SECONDS: Final = 0.02
+# How long the store may take for the summary; it may be away by then.
+SUMMARY_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,8 +184,12 @@ class Service:
                     await self._run_roles(opened, self._supervisor)
             finally:
                 self._ended = time.monotonic()
-            self._report.rows = await _count_rows(opened)
-            self._report.parked = len(await opened.parked())
+            with suppress(errors.Unavailable):  # it was a clean end all the same
+                await within(SUMMARY_SECONDS, self._sum_up(opened))
+
+    async def _sum_up(self, opened: OpenApplication) -> None:
+        self._report.rows = await _count_rows(opened)
+        self._report.parked = len(await opened.parked())
 
     def report(self, *, clean: bool) -> Report:
         """Say what was done so far, and with which exit code the process is to end."""

@@ -113,6 +113,7 @@ class LeaseKeeper:
         self._renewed_at = clock.monotonic()
         self._store_trouble: str | None = None
         self._draining = False
+        self._stop: asyncio.Task[object] | None = None
         self._overdue: asyncio.Task[None] | None = None
         self.joined = False
         self.unfit: str | None = None
@@ -148,12 +149,14 @@ class LeaseKeeper:
         `StoreLocked`.
         """
         async with self._tasks:
+            self._stop = asyncio.create_task(stopping.wait())
             try:
                 while not stopping.is_set():
                     await self._try_round()
                     await unless(stopping, self._clock.sleep(self._seconds / ROUNDS_PER_LEASE))
                 await self._drain()
             finally:
+                self._stop.cancel()
                 self._cancel_all()
         await self._leave()
 
@@ -212,8 +215,11 @@ class LeaseKeeper:
         try:
             while not turn.done():
                 seconds = max(0.0, self._seconds_left) if self._running else None
-                await asyncio.wait({turn}, timeout=seconds)
-                if self._running and self._seconds_left <= 0 and not turn.done():
+                ends = {turn} if self._running or self._stop is None else {turn, self._stop}
+                first = asyncio.FIRST_COMPLETED
+                done, _ = await asyncio.wait(ends, timeout=seconds, return_when=first)
+                late = self._running and self._seconds_left <= 0
+                if (late or self._stop in done) and not turn.done():
                     turn.cancel()
                     turn.add_done_callback(_look_at)
                     message = (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -131,6 +133,13 @@ def test_a_signal_ends_it_cleanly(number: signal.Signals, sqlite_url: str) -> No
         run.wait_for("partition taken")
         run.signal(number)
         assert run.end().code == 0
+
+
+def test_it_listens_for_signals_before_it_imports_anything() -> None:
+    """What takes time to import would leave a signal to Python, whose exit code is -15."""
+    slow = "{'asyncio', 'msgspec', 'orjson', 'structlog', 'typer'}"
+    code = f"import sys, cqrs_es.cli.entry; sys.exit(bool({slow} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_an_interrupted_until_idle_is_told_apart(sqlite_url: str) -> None:

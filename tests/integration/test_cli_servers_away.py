@@ -18,7 +18,7 @@ from cqrs_es.ports.dead_letters import DeadLetter
 from cqrs_es.stores import storage_for
 from cqrs_es.stores.sql import pool
 from cqrs_es.types import new_command_id
-from tests.command_line import message
+from tests.command_line import cqrs_es, message, running
 from tests.conftest import run_on
 from tests.contract.building import NOW
 from tests.servers import free_port, start_mariadb
@@ -208,6 +208,22 @@ def test_a_store_that_goes_away_during_a_retry(
     if number == signal.SIGSTOP:
         own_server.process.send_signal(signal.SIGCONT)
         assert len(here.done("--app", APP, "dead", "list", "--json").lines) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_told_to_stop_while_the_store_is_away(own_server: Server, number: signal.Signals) -> None:
+    """That is a clean stop, with nothing in hand: exit code 0, soon."""
+    root = f"mysql://root@127.0.0.1:{own_server.port}"
+    run_on(root, "CREATE DATABASE cutting")
+    url = f"{root}/cutting"
+    assert cqrs_es("init", CQRS_ES_STORE_URL=url).code == 0
+    with running("run", CQRS_ES_STORE_URL=url, CQRS_ES_LEASE_SECONDS="2") as process:
+        process.wait_for("partition taken")
+        own_server.process.send_signal(number)
+        process.wait_for("lease round failed")
+        process.signal(signal.SIGTERM)
+        ended = process.end()
+    assert ended.code == 0, ended.err
 
 
 async def _bury(store_url: str, body: bytes) -> None:
