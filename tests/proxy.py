@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -20,6 +20,12 @@ class Proxy:
         self._flowing.set()
         self._writers: set[asyncio.StreamWriter] = set()
         self.port = 0
+        self.answers_to_lose = 0
+        self._losing_of = b""
+
+    def lose_answers(self, statement: bytes, times: int) -> None:
+        """Hang up in place of the answer to a COMMIT that follows a statement."""
+        self._losing_of, self.answers_to_lose = statement, times
 
     def stall(self) -> None:
         """Keep what is sent from now on, both ways, without a word."""
@@ -50,16 +56,32 @@ class Proxy:
             writer.transport.abort()
             return
         self._writers |= {writer, there[1]}
+        seen = bytearray()
         try:
             async with asyncio.TaskGroup() as both_ways:
-                both_ways.create_task(self._pass_on(reader, there[1]))
-                both_ways.create_task(self._pass_on(there[0], writer))
+                both_ways.create_task(self._pass_on(reader, there[1], seen.extend))
+                both_ways.create_task(self._pass_on(there[0], writer, lambda _: self._lose(seen)))
         finally:
             self._writers -= {writer, there[1]}
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _lose(self, asked: bytearray) -> None:
+        """Raise in place of passing an answer on that is to be lost; forget what it answers."""
+        losing = self.answers_to_lose > 0 and self._losing_of in asked
+        if b"COMMIT" in asked:
+            asked.clear()
+            if losing:
+                self.answers_to_lose -= 1
+                raise ConnectionResetError
+
+    async def _pass_on(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        look: Callable[[bytes], None],
+    ) -> None:
         try:
             while received := await reader.read(65_536):
+                look(received)
                 await self._flowing.wait()
                 writer.write(received)
                 await writer.drain()

@@ -53,6 +53,7 @@ class AmqpBroker(Broker):
         self._names = topology.Names(service)
         self._connections = Connections(address, service)
         self._intakes: dict[int, queues.AmqpIntake] = {}
+        self._prefetch = queues.Prefetch()
         self._partitions: int | None = None
         self._examined_at: float | None = None
         self._policies_seen = ""
@@ -139,8 +140,9 @@ class AmqpBroker(Broker):
         before = self._intakes.pop(partition, None)
         if before is not None:
             await before.displace()
-        intake = await queues.open_intake(bridge, self._names, partition)
+        intake = await queues.open_intake(bridge, self._names, partition, self._prefetch)
         self._intakes[partition] = intake
+        self._prefetch.consumers = sum(not other.closed for other in self._intakes.values())
         return intake
 
     async def open_dead_intake(self, consumer: str) -> CommandIntake | None:

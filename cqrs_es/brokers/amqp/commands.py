@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # Messages out per partition. They come marked as redelivered when the process
 # dies, so more is not better; fewer than a worker has in hand would starve it.
 PREFETCH: Final = 1_000
+# Bytes of commands out of all partitions of a process together.
+MOST_BYTES_OUT: Final = 96 * 1024 * 1024
+LEAST_PREFETCH: Final = 4
 _PERSISTENT: Final = 2
 _MOST_HEADERS: Final = 32
 _HEADER_CHARACTERS: Final = 200
@@ -56,6 +59,32 @@ def outgoing(names: Names, command: OutgoingCommand) -> Outgoing:
     )
 
 
+class Prefetch:
+    """How many commands the server may push for each partition that a process consumes.
+
+    It knows no bound in bytes, and no other number for a consumer that there
+    is: ending that one with commands out would let another one that waits run
+    ahead. So where too many bytes are out the intake ends as if the connection
+    had, all goes back in order, and the next one begins with fewer.
+    """
+
+    def __init__(self, most_bytes: int = MOST_BYTES_OUT) -> None:
+        self._most_bytes = most_bytes
+        self.number = PREFETCH
+        self.consumers = 0
+
+    def check(self, consumer: Consumer) -> None:
+        """End a consumer that has more than its share of bytes out; ask for fewer from then on."""
+        share = self._most_bytes // max(1, self.consumers)
+        size, count = consumer.bytes_out, consumer.out
+        if size <= share or count <= LEAST_PREFETCH:
+            return
+        self.number = max(LEAST_PREFETCH, min(self.number, share * count // size))
+        message = f"{count} large commands were out; {self.number} are consumed at once from now on"
+        consumer.end(lambda: errors.BrokerUnavailable(message))
+        consumer.abandon()
+
+
 class AmqpIntake(CommandIntake):
     """The consumption of a queue of commands."""
 
@@ -63,7 +92,7 @@ class AmqpIntake(CommandIntake):
         self._consumer = consumer
         self._partition = partition
         self._serial = next(_serials)
-        self._unsettled: dict[int, None] = {}
+        self._unsettled: dict[int, int] = {}  # the size of each, by tag
 
     @property
     def held(self) -> int:
@@ -78,7 +107,7 @@ class AmqpIntake(CommandIntake):
     async def receive(self, limit: int, most_bytes: int = ANY_SIZE) -> list[Delivery]:
         """Wait for commands; raises `LeaseLost` when another was opened in this process."""
         arrived = await self._consumer.receive(limit, most_bytes)
-        self._unsettled |= dict.fromkeys(message.tag for message in arrived)
+        self._unsettled |= {message.tag: len(message.body) for message in arrived}
         return [self._delivery(message) for message in arrived]
 
     def _delivery(self, message: Arrived) -> Delivery:
@@ -101,8 +130,8 @@ class AmqpIntake(CommandIntake):
             return
         self._consumer.check()
         self._consumer.acknowledge(list(acknowledgements(self._unsettled, tags)))
-        for number in tags:
-            self._unsettled.pop(number, None)
+        for number in set(tags):
+            self._consumer.settled(self._unsettled.pop(number))
 
     def _own_tag(self, delivery: Delivery) -> Tag | None:
         tag = delivery.tag
@@ -137,16 +166,19 @@ class AmqpDeadIntake(AmqpIntake):
         return {"reason": _reason(message), **super()._headers(message)}
 
 
-async def open_intake(bridge: Bridge, names: Names, partition: int) -> AmqpIntake:
+async def open_intake(
+    bridge: Bridge, names: Names, partition: int, prefetch: Prefetch
+) -> AmqpIntake:
     """Begin to consume a partition's queue, when the server lets us."""
     prepare = partial(_existing, names.queue(partition))
-    return AmqpIntake(await Consumer.open(bridge, prepare, PREFETCH), partition)
+    opening = Consumer.open(bridge, prepare, prefetch.number, prefetch.check)
+    return AmqpIntake(await opening, partition)
 
 
 async def open_dead_intake(bridge: Bridge, names: Names) -> AmqpDeadIntake:
     """Begin to consume what was dead-lettered, or sent to no partition."""
     prepare = partial(_existing, names.dead)
-    return AmqpDeadIntake(await Consumer.open(bridge, prepare, PREFETCH), 0)
+    return AmqpDeadIntake(await Consumer.open(bridge, prepare, LEAST_PREFETCH), 0)
 
 
 def _existing(queue: str, channel: Channel) -> str:

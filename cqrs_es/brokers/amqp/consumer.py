@@ -47,8 +47,10 @@ class Arrived:
 class Consumer:
     """The consumption of a queue; unacknowledged messages go back when it ends, in order."""
 
-    def __init__(self, bridge: Bridge) -> None:
+    def __init__(self, bridge: Bridge, check: Callable[[Consumer], None] | None = None) -> None:
         self._bridge = bridge
+        self._check_bounds = check
+        self.out = self.bytes_out = 0
         self._channel: Channel | None = None
         self._buffer: deque[Arrived] = deque()
         self._changed = asyncio.Event()
@@ -56,9 +58,18 @@ class Consumer:
         bridge.when_ended(self._bridge_ended)
 
     @classmethod
-    async def open(cls, bridge: Bridge, prepare: PrepareQueue, prefetch: int) -> Consumer:
-        """Begin to consume; at most `prefetch` messages are out at any time."""
-        consumer = cls(bridge)
+    async def open(
+        cls,
+        bridge: Bridge,
+        prepare: PrepareQueue,
+        prefetch: int,
+        check: Callable[[Consumer], None] | None = None,
+    ) -> Consumer:
+        """Begin to consume; at most `prefetch` messages are out at any time.
+
+        `check` is called when some have arrived: it may end the consumption.
+        """
+        consumer = cls(bridge, check)
         try:
             await bridge.call(partial(consumer._begin, prepare, prefetch))
         except BaseException:
@@ -133,6 +144,15 @@ class Consumer:
         if not self.ended:
             self._buffer.append(arrived)
             self._changed.set()
+            self.out += 1
+            self.bytes_out += len(arrived.body)
+            if self._check_bounds is not None:
+                self._check_bounds(self)
+
+    def settled(self, size: int) -> None:
+        """Note that a message of such a size is no longer out."""
+        self.out -= 1
+        self.bytes_out -= size
 
     # --- The bridge's thread ---------------------------------------------------
 
