@@ -18,6 +18,7 @@ from cqrs_es.registry import Registry
 from cqrs_es.runtime.due import Timetable
 from cqrs_es.runtime.log_watcher import LogWatcher
 from cqrs_es.runtime.process import Process, new_owner
+from cqrs_es.runtime.waiting import Recent
 from cqrs_es.settings import Settings
 from cqrs_es.stores import has_sql, storage_for
 from cqrs_es.telemetry import logs
@@ -179,6 +180,8 @@ class Application:
                 watcher=watcher,
                 timetable=timetable,
                 owner=new_owner(),
+                info=Recent(storage.info),
+                generations=Recent(storage.views.generations),
                 on_view_failure=on_view_failure,
                 meter=meter,
                 tracing=hooks.tracing,

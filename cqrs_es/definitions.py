@@ -115,7 +115,7 @@ def undecodable(event: StoredEvent, reason: str) -> errors.UndecodableRow:
     """Make the error for a stored event that does not fit its type."""
     return errors.UndecodableRow(
         f"event {event.key}/{event.sequence} ({event.event_type} {event.event_version}) "
-        f"can't be decoded: {reason}; add an upcaster or mend the row",
+        f"can't be decoded: {reason}; add an upcaster or fix the row",
         type=event.event_type,
         sequence=event.sequence,
     )

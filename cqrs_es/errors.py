@@ -143,7 +143,7 @@ class CommandRejected(CqrsError):
 
 
 class CommandFailed(CqrsError):
-    """The command failed and is among the dead letters; mend the cause, then `dead retry`."""
+    """The command failed and is among the dead letters; fix the cause, then `dead retry`."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -166,7 +166,7 @@ class DefinitionError(ConfigurationError):
 
 
 class NotStorable(DefinitionError):
-    """A value would not be read back as it is; mend the code that makes it, or the field's type."""
+    """A value would not be read back as it is; fix the code that makes it, or the field's type."""
 
 
 class TooManyHops(DefinitionError):
@@ -196,7 +196,7 @@ class EventsGone(ConfigurationError):
     """The topic no longer holds events that were not read yet; read them from the store."""
 
 
-# --- The store refuses, and will until somebody mends it ---------------------
+# --- The store refuses, and will until somebody fixes it ---------------------
 
 
 class StoreError(CqrsError):
@@ -204,7 +204,7 @@ class StoreError(CqrsError):
 
 
 class StoreUnusable(StoreError):
-    """The event store can't be used until somebody mends it."""
+    """The event store can't be used until somebody fixes it."""
 
 
 class StoreFull(StoreUnusable):
@@ -227,11 +227,11 @@ class TooLarge(StoreError):
     """The result is larger than the store can take; yield fewer or smaller events."""
 
 
-# --- Report a bug, or mend the data ------------------------------------------
+# --- Report a bug, or fix the data ------------------------------------------
 
 
 class UndecodableRow(CqrsError):
-    """A stored row does not fit its type; add an upcaster or mend the row."""
+    """A stored row does not fit its type; add an upcaster or fix the row."""
 
     def __init__(
         self,
@@ -254,7 +254,7 @@ class BrokenLog(CqrsError):
 
 
 class ViewFailed(CqrsError):
-    """A view can't apply an event; mend the view and try again."""
+    """A view can't apply an event; fix the view and try again."""
 
 
 class ViewLost(CqrsError):
@@ -262,7 +262,7 @@ class ViewLost(CqrsError):
 
 
 class TooManyParked(CqrsError):
-    """A view fails on too many aggregates; mend the view, then start its projector again."""
+    """A view fails on too many aggregates; fix the view, then start its projector again."""
 
 
 class HandlerTimeout(CqrsError):

@@ -48,7 +48,7 @@ def retry_parked(
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Apply parked aggregates' events to a view again, in order, once the view is mended.
+    """Apply parked aggregates' events to a view again, in order, once the view is fixed.
 
     Exits 1 when any of them stays parked.
 

@@ -28,6 +28,8 @@ log = structlog.get_logger("cqrs_es.cli")
 
 LOG_SECONDS: Final = 1.0
 LIVE_SECONDS: Final = 0.25
+# Seconds between looks at the store for the lag, while there is none and this process does nothing.
+IDLE_SECONDS: Final = 30.0
 # Looks that a rate is taken over.
 RATE_LOOKS: Final = 9
 
@@ -51,6 +53,8 @@ class Display(ABC):
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
         self._looks: deque[Look] = deque(maxlen=RATE_LOOKS)
+        self._asked: tuple[int, float] = (-1, 0.0)
+        self._lag: int | None = None
 
     async def run(self) -> None:
         """Show for ever; meant to be cancelled."""
@@ -65,11 +69,21 @@ class Display(ABC):
         handled = counts.accepted + counts.rejected + counts.failed + counts.duplicate
         troubles = tuple(self._supervisor.troubles)
         try:
-            lag = (await self._supervisor.progress()).lag
+            lag = await self._find_lag(handled)
         except errors.CqrsError as exc:
             lag, troubles = None, (*troubles, exc.message)
         dead = self._supervisor.dead
         return Look(time.monotonic(), handled + dead, counts.events, lag, troubles)
+
+    async def _find_lag(self, handled: int) -> int | None:
+        """Return the lag: as it was, where nothing has happened since it was 0."""
+        done = handled + self._supervisor.published + self._supervisor.projected
+        (of, at), now = self._asked, time.monotonic()
+        if self._lag != 0 or done != of or now - at > IDLE_SECONDS:
+            self._lag = None
+            self._lag = (await self._supervisor.progress()).lag
+            self._asked = (done, now)
+        return self._lag
 
     def _rate(self) -> float:
         """Return commands per second over the last looks."""

@@ -64,7 +64,7 @@ class FileCursor:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as exc:
-            message = f"the cursor {self._path} can't be read ({exc}); mend it, or delete it"
+            message = f"the cursor {self._path} can't be read ({exc}); fix it, or delete it"
             raise errors.ConfigurationError(f"{message} to begin anew") from exc
 
     def _replace(self, body: bytes) -> None:

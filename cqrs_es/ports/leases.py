@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
     from datetime import datetime
 
 
@@ -37,8 +37,40 @@ class Lease:
     epoch: int
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a process does in one role: it is a member for so many seconds, 0 for no longer.
+
+    `held` are the partitions whose leases it goes on with.
+    """
+
+    role: str
+    fit: bool
+    seconds: float
+    held: Collection[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A role after a round: the leases that the process still holds, and all members."""
+
+    kept: list[Lease]
+    members: list[Member]
+
+
 class Leases(ABC):
     """The members and leases of a store."""
+
+    async def take_part(
+        self, owner: str, parts: Sequence[Part], seconds: float
+    ) -> dict[str, Standing]:
+        """Announce, renew and read the members, of several roles at once; return it by role."""
+        standings: dict[str, Standing] = {}
+        for part in parts:
+            await self.announce(part.role, owner, fit=part.fit, seconds=part.seconds)
+            kept = await self.renew(part.role, owner, part.held, seconds) if part.held else []
+            standings[part.role] = Standing(kept, await self.members(part.role))
+        return standings
 
     @abstractmethod
     async def announce(self, role: str, owner: str, *, fit: bool, seconds: float) -> None:

@@ -44,7 +44,7 @@ class ViewRow:
 
 @dataclass(frozen=True, slots=True)
 class ParkedAggregate:
-    """An aggregate whose events a projector does not apply until it is mended (G9)."""
+    """An aggregate whose events a projector does not apply until it is fixed (G9)."""
 
     projector: str
     key: AggregateKey

@@ -207,7 +207,7 @@ class Applier:
 def _view_failed(name: str, event: StoredEvent, exc: Exception) -> errors.ViewFailed:
     return errors.ViewFailed(
         f"{name} can't apply {event.event_type} {event.key}/{event.sequence} (partition "
-        f"{event.partition}, offset {event.offset}): {reason_of(exc)}; mend the view and try again"
+        f"{event.partition}, offset {event.offset}): {reason_of(exc)}; fix the view and try again"
     )
 
 

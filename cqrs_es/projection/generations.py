@@ -189,7 +189,7 @@ async def publish(views: ViewStore, definition: ProjectionDefinition) -> None:
         except (errors.StoreError, errors.SettingsError) as exc:
             message = (
                 f"generation {live} of {name} is live, but the name can't be made to show it:"
-                f" {' '.join(exc.message.split())}; mend that, then run `cqrs-es init` as the"
+                f" {' '.join(exc.message.split())}; fix that, then run `cqrs-es init` as the"
                 " owner of the tables"
             )
             raise errors.ConfigurationError(message) from exc

@@ -50,7 +50,7 @@ class ParkingBreaker:
     """Stops a projector whose parks come too fast; one for each projector and process.
 
     What it has stopped stays so until the process is started again, with a view
-    that is mended: trying again it would park as many every minute.
+    that is fixed: trying again it would park as many every minute.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -72,7 +72,7 @@ class ParkingBreaker:
         if len(self._parks) >= MOST_PARKS_PER_MINUTE:
             self._stopped = (
                 f"{name} failed on events of more than {MOST_PARKS_PER_MINUTE} aggregates within "
-                f"a minute, the last with {reason_of(exc)}: mend the view, then start it again"
+                f"a minute, the last with {reason_of(exc)}: fix the view, then start it again"
             )
             log.error(
                 "projector stopped",

@@ -11,6 +11,7 @@ import structlog
 
 from cqrs_es import errors
 from cqrs_es.execution.retry import backoff
+from cqrs_es.ports.leases import Part
 from cqrs_es.runtime.waiting import unless
 from cqrs_es.telemetry.meter import NO_METER, Meter
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from cqrs_es.ports.clock import Clock
-    from cqrs_es.ports.leases import Lease, Leases, Member
+    from cqrs_es.ports.leases import Lease, Leases, Member, Standing
 
 log = structlog.get_logger("cqrs_es.runtime")
 
@@ -81,6 +82,51 @@ class Membership:
     lease_seconds: float
 
 
+class Rounds:
+    """Makes one round for the store of those of a process's roles that come together.
+
+    They do, since all of them wait for the same moments: see `until_next`.
+    """
+
+    def __init__(self, leases: Leases, owner: str, lease_seconds: float) -> None:
+        self._leases = leases
+        self._owner = owner
+        self._seconds = lease_seconds
+        self._asked: list[tuple[Part, asyncio.Future[Standing]]] = []
+
+    def until_next(self, now: float) -> float:
+        """Return how long it is until the next round of all roles."""
+        every = self._seconds / ROUNDS_PER_LEASE
+        return every - now % every
+
+    async def take_part(self, part: Part) -> Standing:
+        """Take part in the round that is about to be made; who asks first makes it for all."""
+        standing: asyncio.Future[Standing] = asyncio.get_running_loop().create_future()
+        self._asked.append((part, standing))
+        if len(self._asked) == 1:
+            await self._make()
+        return await standing
+
+    async def _make(self) -> None:
+        try:
+            await asyncio.sleep(0)  # the other roles wake at the same moment
+        finally:
+            asked, self._asked = self._asked, []
+        try:
+            parts = [part for part, _ in asked]
+            standings = await self._leases.take_part(self._owner, parts, self._seconds)
+        except BaseException as exc:
+            cut_short = errors.StoreUnavailable("a lease round was cut short; the next will do")
+            error = exc if isinstance(exc, errors.CqrsError) else cut_short
+            for _, others in asked[1:]:
+                if not others.done():
+                    others.set_exception(error)
+            raise
+        for part, standing in asked:
+            if not standing.done():
+                standing.set_result(standings[part.role])
+
+
 class LeaseKeeper:
     """A member of one role: holds its share of the partitions and runs each of them.
 
@@ -88,7 +134,7 @@ class LeaseKeeper:
     has in hand and returns. It is cancelled when the lease is lost. When it
     raises, it is started again after a wait; `trouble` says why, until it notes
     progress. After `UnknownEvent` the member is unfit until its process is
-    replaced. `stuck` is an error on some partition that somebody has to mend, not
+    replaced. `stuck` is an error on some partition that somebody has to fix, not
     one that passes. What no partition can do without, `StoreUnusable`, ends the
     member. It has `joined` once it has announced itself to the others.
     """
@@ -100,6 +146,7 @@ class LeaseKeeper:
         run_partition: PartitionRunner,
         membership: Membership,
         meter: Meter = NO_METER,
+        rounds: Rounds | None = None,
     ) -> None:
         self._leases = leases
         self._clock = clock
@@ -108,6 +155,7 @@ class LeaseKeeper:
         self._partitions = membership.partitions
         self._seconds = membership.lease_seconds
         self._meter = meter
+        self._rounds = rounds or Rounds(leases, self._owner, self._seconds)
         self._running: dict[int, Assignment] = {}
         self._tasks = asyncio.TaskGroup()
         self._renewed_at = clock.monotonic()
@@ -153,7 +201,7 @@ class LeaseKeeper:
             try:
                 while not stopping.is_set():
                     await self._try_round()
-                    await unless(stopping, self._clock.sleep(self._seconds / ROUNDS_PER_LEASE))
+                    await unless(stopping, self._next_round())
                 await self._drain()
             finally:
                 self._stop.cancel()
@@ -174,9 +222,12 @@ class LeaseKeeper:
         settling = asyncio.gather(*works, return_exceptions=True)
         settling.add_done_callback(lambda _: settled.set())
         while not settled.is_set():
-            await unless(settled, self._clock.sleep(self._seconds / ROUNDS_PER_LEASE))
+            await unless(settled, self._next_round())
             if self._running:
                 await self._try_round()
+
+    async def _next_round(self) -> None:
+        await self._clock.sleep(self._rounds.until_next(self._clock.monotonic()))
 
     # --- A round -------------------------------------------------------------
 
@@ -236,25 +287,21 @@ class LeaseKeeper:
     async def _round(self) -> None:
         started = self._clock.monotonic()
         seconds = 0.0 if self._draining else self._seconds
-        await self._leases.announce(
-            self._role, self._owner, fit=self.unfit is None, seconds=seconds
-        )
-        await self._renew()
+        part = Part(self._role, self.unfit is None, seconds, tuple(self._running))
+        standing = await self._rounds.take_part(part)
+        self._lose_all_but(standing.kept)
         self._renewed_at = started
         if not self._draining:
-            await self._share_out()
+            await self._share_out(standing.members)
 
-    async def _share_out(self) -> None:
-        share = fair_share(await self._leases.members(self._role), self._owner, self._partitions)
+    async def _share_out(self, members: Sequence[Member]) -> None:
+        share = fair_share(members, self._owner, self._partitions)
         if len(self._running) > share:
             self._hand_over(len(self._running) - share)
         elif len(self._running) < share:
             await self._take(share - len(self._running))
 
-    async def _renew(self) -> None:
-        if not self._running:
-            return
-        held = await self._leases.renew(self._role, self._owner, list(self._running), self._seconds)
+    def _lose_all_but(self, held: Sequence[Lease]) -> None:
         kept = {lease.partition: lease.epoch for lease in held}
         for partition, running in list(self._running.items()):
             if kept.get(partition) != running.lease.epoch:

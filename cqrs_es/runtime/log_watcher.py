@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -19,15 +19,29 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("cqrs_es.runtime")
 
+# Seconds between looks for projectors, whom the topic tells of events sooner.
+SELDOM_SECONDS: Final = 2.0
+# The longest that a relay waits between looks when the log has not moved for a while, and
+# the part of that while which it may wait.
+QUIET_SECONDS: Final = 0.25
+QUIET_PART: Final = 0.05
+
 
 class LogWatcher:
-    """Knows the log's heads, and wakes whoever waits for one to move."""
+    """Knows the log's heads, and wakes whoever waits for one to move.
+
+    It looks as often as somebody needs it: for those who wait, each time the store
+    allows (`EventStore.look_seconds`), less often when nothing has come for seconds;
+    while nobody waits, every two seconds.
+    """
 
     def __init__(self, events: EventStore) -> None:
         self._events = events
         self._heads: Mapping[int, int] = {}
         self._poked = asyncio.Event()
         self._changed = asyncio.Condition()
+        self._waiting = 0
+        self._looked_at = self._moved_at = 0.0
 
     def poke(self) -> None:
         """Look at the heads now: something was committed."""
@@ -43,10 +57,21 @@ class LogWatcher:
             return 1
         return max(0, self.head(assignment.lease.partition) - assignment.position)
 
+    @property
+    def quiet(self) -> bool:
+        """Whether the log has not moved for so long that it is looked at less often."""
+        return (_now() - self._moved_at) * QUIET_PART >= QUIET_SECONDS
+
     async def wait_beyond(self, partition: int, offset: int) -> int:
         """Wait until a partition's head lies beyond an offset; return the head."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self.head(partition) > offset)
+        if not self._waiting and _now() - self._looked_at > self._events.look_seconds:
+            self.poke()
+        self._waiting += 1
+        try:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self.head(partition) > offset)
+        finally:
+            self._waiting -= 1
         return self.head(partition)
 
     async def run(self) -> None:
@@ -63,12 +88,25 @@ class LogWatcher:
                 log.warning("heads unreadable", error=exc.message)
                 await asyncio.sleep(backoff(failures))
             # Commits of this process are noticed at once.
-            await within(self._events.look_seconds, self._poked.wait())
+            await within(self._pause(), self._poked.wait())
             self._poked.clear()
+
+    def _pause(self) -> float:
+        least = self._events.look_seconds
+        if not self._waiting:
+            return max(least, SELDOM_SECONDS)
+        quiet = (_now() - self._moved_at) * QUIET_PART
+        return max(least, min(quiet, QUIET_SECONDS))
 
     async def _look(self) -> None:
         heads = await self._events.heads()
+        self._looked_at = _now()
         if heads != self._heads:
+            self._moved_at = self._looked_at
             async with self._changed:
                 self._heads = heads
                 self._changed.notify_all()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

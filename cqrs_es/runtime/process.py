@@ -13,16 +13,18 @@ from cqrs_es.telemetry.meter import NO_METER, Meter
 from cqrs_es.telemetry.tracing import NO_TRACING, Tracing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from cqrs_es.execution.executor import Executor
     from cqrs_es.messages import StoredEvent
     from cqrs_es.ports.broker import Broker
     from cqrs_es.ports.clock import Clock
     from cqrs_es.ports.storage import Storage
+    from cqrs_es.ports.store import StoreInfo
     from cqrs_es.registry import Registry
     from cqrs_es.runtime.due import Timetable
     from cqrs_es.runtime.log_watcher import LogWatcher
+    from cqrs_es.runtime.waiting import Recent
     from cqrs_es.settings import Settings
 
 
@@ -33,7 +35,10 @@ def new_owner() -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
-    """An application with its servers connected, as one member of each of its roles."""
+    """An application with its servers connected, as one member of each of its roles.
+
+    `info` and `generations` are for those who ask the store for them again and again.
+    """
 
     registry: Registry
     settings: Settings
@@ -46,6 +51,8 @@ class Process:
     watcher: LogWatcher
     timetable: Timetable
     owner: str
+    info: Recent[StoreInfo]
+    generations: Recent[Mapping[str, int]]
     on_view_failure: Callable[[StoredEvent, Exception], None] | None = None
     meter: Meter = NO_METER
     tracing: Tracing = NO_TRACING

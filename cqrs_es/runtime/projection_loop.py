@@ -14,7 +14,6 @@ from cqrs_es.projection.generations import (
     live_name,
     prepared_live,
     publish_if_needed,
-    read_generations,
 )
 from cqrs_es.projection.parking import ParkingBreaker
 from cqrs_es.runtime.roles import LagMetrics, Role, projector_role
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from cqrs_es.definitions import ProjectionDefinition
     from cqrs_es.messages import StoredEvent
     from cqrs_es.ports.broker import EventFeed, TopicEvent
-    from cqrs_es.ports.clock import Clock
-    from cqrs_es.ports.views import ViewStore
     from cqrs_es.projection.folding import Folding
     from cqrs_es.runtime.leases import Assignment
     from cqrs_es.runtime.process import Process
@@ -38,10 +35,10 @@ if TYPE_CHECKING:
 log = structlog.get_logger("cqrs_es.projection")
 
 BATCH: Final = 500
-# Seconds without an event after which the store is asked: the topic may have lost some.
+# Seconds without an event after which the log's head is looked at: the topic may have lost some.
 QUIET_SECONDS: Final = 2.0
-# Seconds between looks at which generation is live: a rebuild switches it.
-GENERATION_SECONDS: Final = 1.0
+# Seconds between looks at which generation is live, for all partitions: a rebuild switches it.
+GENERATION_SECONDS: Final = 1.5
 
 
 class Follower:
@@ -69,7 +66,9 @@ class Follower:
         partition, applier = self._assignment.lease.partition, self._applier
         self._assignment.position = await applier.read_checkpoint()
         await self._catch_up()
-        await topic_within_log(self._process.storage, self._process.broker, partition)
+        seen = self._process.watcher.head(partition)
+        storage, broker = self._process.storage, self._process.broker
+        await topic_within_log(storage, broker, partition, seen=seen)
         feed = await self._process.broker.subscribe({partition: applier.checkpoint})
         try:
             # What came after the look at the store and before the subscription passed us by.
@@ -81,11 +80,15 @@ class Follower:
 
     async def _follow(self, feed: EventFeed) -> None:
         epoch = (await self._process.storage.info()).log_epoch
-        stopping = self._assignment.stopping
+        stopping, partition = self._assignment.stopping, self._assignment.lease.partition
         while await self._goes_on():
             arrived = await unless(stopping, within(QUIET_SECONDS, feed.receive(BATCH)))
             events = _of_epoch(arrived or (), epoch)
-            gap = not events or events[0].offset > self._applier.checkpoint + 1
+            if events:
+                gap = events[0].offset > self._applier.checkpoint + 1
+            else:
+                head = self._process.watcher.head(partition)
+                gap = bool(arrived) or head != self._applier.checkpoint
             if gap and not await self._catch_up():
                 return
             await self._applier.offer(events)
@@ -119,7 +122,7 @@ class ProjectorLoop(Role):
         """Project a partition from its checkpoint on, until another generation is live."""
         self._breaker.check()
         folding = await self._live_folding(assignment.lease.partition)
-        live = _Live(self._storage.views, folding, self._process.clock)
+        live = _Live(self._process, folding)
         applier = self._applier(folding, assignment)
         await Follower(self._process, applier, assignment, live.still).run()
 
@@ -180,19 +183,19 @@ class ProjectorLoop(Role):
 class _Live:
     """Whether a generation is still the live one: looked up now and then."""
 
-    def __init__(self, views: ViewStore, folding: Folding, clock: Clock) -> None:
-        self._views = views
+    def __init__(self, process: Process, folding: Folding) -> None:
+        self._generations = process.generations
         self._folding = folding
-        self._clock = clock
-        self._looked_at = clock.monotonic()
+        self._clock = process.clock
+        self._looked_at = self._clock.monotonic()
         self._still = True
 
     async def still(self) -> bool:
         now = self._clock.monotonic()
         if self._still and now - self._looked_at >= GENERATION_SECONDS:
             self._looked_at = now
-            live = (await read_generations(self._views, self._folding.name)).live
-            self._still = live == self._folding.generation
+            numbers = await self._generations.get(GENERATION_SECONDS)
+            self._still = live_name(numbers, self._folding.name) == self._folding.key
         return self._still
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from cqrs_es.ports.broker import OutgoingEvent
     from cqrs_es.ports.leases import Lease
+    from cqrs_es.ports.store import StoreInfo
     from cqrs_es.runtime.leases import Assignment
     from cqrs_es.runtime.process import Process
 
@@ -41,6 +42,7 @@ class Relay(Role):
 
     def __init__(self, process: Process) -> None:
         self._storage = process.storage
+        self._info = process.info
         self._broker = process.broker
         self._watcher = process.watcher
         self._service = process.service
@@ -50,9 +52,10 @@ class Relay(Role):
     async def run_partition(self, assignment: Assignment) -> None:
         """Publish a partition until stopped, going on from its mark."""
         lease, stopping = assignment.lease, assignment.stopping
-        epoch = (await self._storage.info()).log_epoch
+        info = await self._storage.info()
+        epoch = info.log_epoch
         marks = await self._storage.views.checkpoints(RELAY_MARK)
-        mark = await self._look(lease.partition, marks.get(lease.partition, 0), epoch)
+        mark = await self._look(lease.partition, marks.get(lease.partition, 0), epoch, info)
         stored = marks.get(lease.partition, 0)
         assignment.position = mark
         while not stopping.is_set():
@@ -64,7 +67,8 @@ class Relay(Role):
                 stored = await self._advance(lease, stored, mark)
                 assignment.reached(mark)
             elif not stopping.is_set():
-                mark = await self._look(lease.partition, mark, epoch)
+                info = await self._info.get(QUIET_SECONDS)
+                mark = await self._look(lease.partition, mark, epoch, info)
 
     def backlog(self, assignment: Assignment) -> int:
         """Return how many events are committed and not published."""
@@ -74,18 +78,18 @@ class Relay(Role):
         """Read the sum of all marks."""
         return sum((await self._storage.views.checkpoints(RELAY_MARK)).values())
 
-    async def _look(self, partition: int, mark: int, epoch: str) -> int:
+    async def _look(self, partition: int, mark: int, epoch: str, info: StoreInfo) -> int:
         """Return the lesser of our mark and what the topic holds: a flushed one is filled again.
 
         Raises `LeaseLost` when the log has a new epoch: the mark was of the old one;
         `BrokenLog` when mark or topic are beyond the log's end.
         """
-        info = await self._storage.info()
         if info.log_epoch != epoch:
             message = f"the log has left epoch {epoch} for {info.log_epoch}"
             raise errors.LeaseLost(message)
         await self._broker.restore(info.partitions, epoch)
-        end = await topic_within_log(self._storage, self._broker, partition, mark)
+        seen = self._watcher.head(partition)
+        end = await topic_within_log(self._storage, self._broker, partition, mark=mark, seen=seen)
         return mark if end is None else min(mark, end)
 
     async def _publish_after(self, partition: int, mark: int, epoch: str) -> int:
@@ -98,7 +102,7 @@ class Relay(Role):
         last = events[-1].offset
         self._note(partition, mark, min(confirmed, last))
         if confirmed > last:  # another relay was here before us
-            return await self._look(partition, last, epoch)
+            return await self._look(partition, last, epoch, await self._storage.info())
         return confirmed
 
     async def _publish(self, partition: int, epoch: str, events: Sequence[OutgoingEvent]) -> int:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import structlog
 
 from cqrs_es.runtime.consumer import CommandWorker
-from cqrs_es.runtime.leases import LeaseKeeper, Membership
+from cqrs_es.runtime.leases import LeaseKeeper, Membership, Rounds
 from cqrs_es.runtime.projection_loop import ProjectorLoop
 from cqrs_es.runtime.relay_loop import Relay
-from cqrs_es.runtime.roles import Position, Role, check_roles, known_roles
+from cqrs_es.runtime.roles import WORKER, Position, Role, check_roles, known_roles
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -117,17 +117,23 @@ class Supervisor:
 
     @property
     def stuck(self) -> errors.CqrsError | None:
-        """What keeps some role from ever getting further, until somebody mends it."""
+        """What keeps some role from ever getting further, until somebody fixes it."""
         return next((keeper.stuck for keeper in self._keepers if keeper.stuck), None)
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Run every role until `stopping` is set; then finish what is in hand and leave.
 
-        Raises, in a group, what no waiting mends: see `LeaseKeeper.run`.
+        Raises, in a group, what no waiting fixes: see `LeaseKeeper.run`.
         """
-        self._keepers = [self._keeper(self._roles[name]) for name in sorted(self._chosen)]
+        process = self._process
+        rounds = Rounds(process.storage.leases, process.owner, process.settings.lease_seconds)
+        roles = [self._roles[name] for name in sorted(self._chosen)]
+        self._keepers = [self._keeper(role, rounds) for role in roles]
+        follows_log = bool(self._chosen - {WORKER})
         async with asyncio.TaskGroup() as group:
-            watches = [self._process.watcher.run(), *(self._roles[n].watch() for n in self._chosen)]
+            watches = [self._roles[name].watch() for name in sorted(self._chosen)]
+            if follows_log:
+                watches.append(process.watcher.run())
             watching = [group.create_task(watch) for watch in watches]
             async with asyncio.TaskGroup() as keeping:
                 for keeper in self._keepers:
@@ -135,7 +141,7 @@ class Supervisor:
             for watch in watching:
                 watch.cancel()
 
-    def _keeper(self, role: Role) -> LeaseKeeper:
+    def _keeper(self, role: Role, rounds: Rounds) -> LeaseKeeper:
         process = self._process
         membership = Membership(
             role=role.name,
@@ -144,7 +150,9 @@ class Supervisor:
             lease_seconds=process.settings.lease_seconds,
         )
         leases = process.storage.leases
-        return LeaseKeeper(leases, process.clock, role.run_partition, membership, process.meter)
+        return LeaseKeeper(
+            leases, process.clock, role.run_partition, membership, process.meter, rounds
+        )
 
     # --- Progress ------------------------------------------------------------
 

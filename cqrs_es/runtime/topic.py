@@ -31,14 +31,18 @@ def topic_events(events: Iterable[StoredEvent], service: str, epoch: str) -> lis
 
 
 async def topic_within_log(
-    storage: Storage, broker: Broker, partition: int, mark: int = 0
+    storage: Storage, broker: Broker, partition: int, *, mark: int = 0, seen: int = 0
 ) -> int | None:
     """Return the last offset of the topic, None where it keeps nothing.
+
+    The store is asked where the head that was last `seen` does not prove it.
 
     Raises `BrokenLog` when that or `mark` is beyond the log's end: then the store was put
     back to an earlier state, and the next events would be taken for those already published.
     """
     end = await broker.topic_end(partition)
+    if max(mark, end or 0) <= seen:
+        return end
     head = (await storage.events.heads()).get(partition, 0)
     for what, offset in (("the relay's mark", mark), ("the topic", end or 0)):
         if offset > head:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Generic, TypeVar
 
 from cqrs_es import errors
 
@@ -35,6 +35,23 @@ class Home:
         else:
             return
         raise errors.ConfigurationError(f"{self._what} {remedy}")
+
+
+class Recent(Generic[T]):
+    """What was read a while ago at most: one read serves all who ask meanwhile."""
+
+    def __init__(self, read: Callable[[], Awaitable[T]]) -> None:
+        self._read = read
+        self._reading = asyncio.Lock()
+        self._last: tuple[T, float] | None = None
+
+    async def get(self, seconds: float) -> T:
+        """Return what was read at most so many seconds ago, by a new read if need be."""
+        async with self._reading:
+            now = asyncio.get_running_loop().time()
+            if self._last is None or now - self._last[1] >= seconds:
+                self._last = await self._read(), now
+            return self._last[0]
 
 
 async def unless(stopping: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:

@@ -185,7 +185,7 @@ async def test_b20_a_stale_cache_never_decides(store_url: str) -> None:
 
 
 async def test_g9_an_event_that_fails_parks_its_aggregate(store_url: str) -> None:
-    """The other aggregates' rows go on; after mending, a retry makes the parked one right."""
+    """The other aggregates' rows go on; after fixing, a retry makes the parked one right."""
     broken = {"b"}
 
     @dataclass

@@ -70,6 +70,27 @@ async def test_the_meta_hash_tells_partitions_and_epoch(
     assert meta == {b"partitions": b"4", b"logepoch": EPOCH.encode()}
 
 
+@pytest.mark.parametrize("partitions", ["banana", "0", "-1", "9" * 5_000])
+async def test_a_meta_hash_that_another_program_wrote(
+    server: AnyRedisServer, broker: Broker, partitions: str
+) -> None:
+    """It is named, with what to do, by whoever asks for the topology or the queues."""
+    await server.raw.hset("bank:meta", "partitions", partitions)
+    for asking in (broker.topology, broker.queue_depth):
+        with pytest.raises(errors.ConfigurationError, match=r"bank:meta .* `cqrs-es init`"):
+            await asking()
+
+
+async def test_a_key_that_another_program_has(server: AnyRedisServer, broker: Broker) -> None:
+    """What is no hash and no stream of ours is no outage, which would be waited for."""
+    await server.raw.set("bank:commands:1", "theirs")
+    await server.raw.delete("bank:meta")
+    await server.raw.set("bank:meta", "theirs")
+    for asking in (broker.topology, broker.queue_depth, lambda: send(broker, "{}", partition=1)):
+        with pytest.raises(errors.ConfigurationError, match="give the service another name"):
+            await asking()
+
+
 async def test_any_client_can_send_a_command(server: AnyRedisServer, broker: Broker) -> None:
     """A plain XADD of the field `command` is all it takes."""
     intake = await broker.open_intake(3, "a")

@@ -69,7 +69,7 @@ pytestmark = pytest.mark.timeout(SECONDS + 400)
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something that goes wrong for a time, and then is mended."""
+    """Something that goes wrong for a time, and then is fixed."""
 
     kind: str
     role: str
@@ -249,7 +249,7 @@ class Chaos:
         self.processes[role].append(self.bank.start(role))
 
     def suffer(self, fault: Fault) -> None:
-        """Let a fault happen and be mended; wait until all that was sent before has its effect."""
+        """Let a fault happen and be fixed; wait until all that was sent before has its effect."""
         getattr(self, f"_{fault.kind}")(fault)
         healed = time.monotonic()
         waiting = [(sender, sender.unanswered()) for sender in self.senders]
@@ -413,7 +413,7 @@ def chaos(store: str, broker: str, folder: Path, seed: int) -> Generator[Chaos]:
 
 
 def live_through(store: str, broker: str, folder: Path, seconds: float, faults: float) -> None:
-    """Run the plan of a seed for a time or for a number of faults, mend everything, judge."""
+    """Run the plan of a seed for a time or for a number of faults, fix everything, judge."""
     seed = int(os.environ.get("CQRS_ES_TEST_SEED", random.randrange(2**32)))
     log.warning("CQRS_ES_TEST_SEED=%s on %s and %s", seed, store, broker)
     with chaos(store, broker, folder, seed) as made:

@@ -184,11 +184,23 @@ async def test_a_password_opens_and_is_never_shown(tmp_path: Path) -> None:
             f"redis://127.0.0.1:{server.port}",
         ):
             refused = _broker(wrong)
-            with pytest.raises(errors.BrokerUnavailable, match="check user and pass") as refusal:
+            with pytest.raises(errors.SettingsError, match="check user and pass") as refusal:
                 await refused.open()
             assert "wr0ng" not in str(refusal.value)
             await refused.close()
     finally:
+        server.stop()
+
+
+async def test_a_node_of_a_cluster_is_refused(tmp_path: Path) -> None:
+    """A service's keys are in many slots, and a script may use those of one: said at once."""
+    server = start_redis(tmp_path, "--cluster-enabled", "yes")
+    broker = _broker(f"redis://127.0.0.1:{server.port}")
+    try:
+        with pytest.raises(errors.SettingsError, match="is a node of a cluster"):
+            await broker.open()
+    finally:
+        await broker.close()
         server.stop()
 
 

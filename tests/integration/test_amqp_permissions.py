@@ -141,7 +141,7 @@ async def test_a_user_without_permissions_is_told_so(users: Users) -> None:
     """A virtual host that a user may not enter, or that is not there, is said to be that."""
     for role, vhost in (("nobody", ""), ("worker", "nowhere")):
         broker = broker_for(users.url(role) + vhost, service=users.service)
-        with pytest.raises(errors.BrokerUnavailable, match=r"NOT_ALLOWED.*vhost.*rabbitmqctl"):
+        with pytest.raises(errors.SettingsError, match=r"NOT_ALLOWED.*vhost.*rabbitmqctl"):
             await broker.open()
         await broker.close()
 

@@ -264,7 +264,7 @@ def test_a_view_that_is_wrong_does_not_keep_until_idle_waiting(
     )  # fmt: skip
     assert result.code == 1
     assert "broken failed on events" in result.complaint
-    assert "mend the view" in result.complaint
+    assert "fix the view" in result.complaint
 
 
 def test_progress_is_shown_every_second(sqlite_url: str) -> None:

@@ -58,6 +58,8 @@ ON_BOTH = {
     "check": ("check",),
 }
 EVERY = ON_THE_STORE | ON_BOTH
+LONG_RUNNING = {"worker": ("worker",), "relay": ("relay",), "run": ("run", "--until-idle")}
+REACHING_THE_BROKER = ON_BOTH | LONG_RUNNING
 NOWHERE = ["nobody listens", "nobody answers"]
 
 
@@ -163,6 +165,34 @@ def test_a_store_that_refuses_us(
     assert result.code == 2, result.err
     assert "CQRS_ES_STORE_URL" in result.out + result.err
     assert "secret" not in result.out + result.err
+
+
+@pytest.mark.parametrize("verb", REACHING_THE_BROKER.values(), ids=REACHING_THE_BROKER)
+@pytest.mark.parametrize("scheme", ["redis", "amqp"])
+@pytest.mark.parametrize("wrong", ["password", "database"])
+def test_a_broker_that_refuses_us(
+    bank: Here,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    verb: tuple[str],
+    scheme: str,
+    wrong: str,
+) -> None:
+    """As with a store, a wrong password or database is a wrong setting: exit code 2."""
+    monkeypatch.setattr(amqp_bridge, "OPEN_SECONDS", 10.0)
+    monkeypatch.setattr(redis_connection, "ANSWER_SECONDS", 10.0)
+    broker_url: str = request.getfixturevalue(f"{scheme}_url")
+    server = urlsplit(broker_url)
+    if wrong == "password":
+        netloc, path = f"guest:{PASSWORD}@{server.netloc.rpartition('@')[2]}", server.path
+    else:
+        netloc, path = server.netloc, "/99"  # neither such a virtual host nor such a number
+    url = server._replace(netloc=netloc, path=path).geturl()
+    monkeypatch.setenv("CQRS_ES_BROKER_URL", url)
+    result = bank(*verb)
+    assert result.code == 2, result.err
+    assert f"{server.hostname}:{server.port}" in result.out + result.err
+    assert PASSWORD not in result.out + result.err
 
 
 @pytest.mark.parametrize("setting", ["STORE", "BROKER"])

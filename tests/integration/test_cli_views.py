@@ -90,7 +90,7 @@ def test_rebuild_of_a_view_that_fails(bank: Here, monkeypatch: pytest.MonkeyPatc
     result = bank(*FRAGILE, "rebuild", "fragile")
     assert result.code == 1
     assert "account/ada/3" in result.complaint
-    assert "LookupError: no such column; mend the view" in result.complaint
+    assert "LookupError: no such column; fix the view" in result.complaint
     assert bank.done(*FRAGILE, "view", "fragile", "--json").out == before
     assert bank.done(*FRAGILE, "parked", "list").out.splitlines()[1:] == []
 
@@ -148,7 +148,7 @@ def test_retry_of_what_still_fails(parked: Here) -> None:
 
 
 def test_retry_of_what_is_mended(parked: Here, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each mended account catches up by itself; in the end the view is that of a sound bank."""
+    """Each fixed account catches up by itself; in the end the view is that of a sound bank."""
     monkeypatch.setenv("BROKEN", "chloe")
     one = parked(*FRAGILE, "parked", "retry", "fragile", "--aggregate", "account", "ada")
     assert (one.code, one.out) == (0, "account/ada has caught up\n")

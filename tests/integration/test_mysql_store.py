@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import orjson
 import pytest
@@ -11,6 +13,7 @@ from cqrs_es import errors
 from cqrs_es.ports.store import NewEvent
 from cqrs_es.stores import storage_for
 from cqrs_es.stores.mysql import session as mysql_session
+from tests.conftest import run_on
 from tests.contract.building import (
     NOW,
     PARTITIONS,
@@ -62,6 +65,26 @@ async def test_sessions_are_set_up(storage: Storage, *, on_mariadb: bool) -> Non
         f"SELECT @@{isolation_name}, @@innodb_lock_wait_timeout, @@{idle_name}, @@time_zone"
     )
     assert (isolation, lock_wait, idle, zone) == ("READ-COMMITTED", 5, 7, "+00:00")
+
+
+async def test_an_account_that_logs_in_in_an_unknown_way(
+    mysql_server: str, mysql_url: str, *, on_mariadb: bool
+) -> None:
+    """It is a wrong setting, which no waiting mends."""
+    if not on_mariadb:
+        pytest.skip("only MariaDB has ed25519")
+    user = f"ed_{uuid.uuid4().hex[:8]}"
+    run_on(mysql_server, "INSTALL SONAME 'auth_ed25519'")
+    run_on(mysql_server, f"CREATE USER {user} IDENTIFIED VIA ed25519 USING PASSWORD('secret')")
+    url = urlsplit(mysql_url)
+    where = f"{url.hostname}:{url.port}{url.path}"
+    storage = storage_for(f"mysql://{user}:secret@{where}")
+    try:
+        with pytest.raises(errors.SettingsError, match=r"client_ed25519.*give it mysql_native"):
+            await storage.open()
+    finally:
+        run_on(mysql_server, f"DROP USER {user}")
+        run_on(mysql_server, "UNINSTALL SONAME 'auth_ed25519'")
 
 
 # --- Sizes ---------------------------------------------------------------------

@@ -80,7 +80,7 @@ async def until_idle(supervisor: Supervisor) -> None:
 
 @on_sql
 async def test_one_bad_account_of_591(store_url: str) -> None:
-    """590 accounts are right beside the parked one; mended and retried, all 591 are."""
+    """590 accounts are right beside the parked one; fixed and retried, all 591 are."""
     folder = bank_folder()
     oracle = bank_balances(folder)
     bodies = (folder / "commands.jsonl").read_bytes().splitlines()

@@ -153,7 +153,7 @@ async def test_g9_too_many_parks_stop_the_projector(store_url: str) -> None:
             assert "fragile failed on events of more than 20 aggregates" in str(supervisor.stuck)
             assert len(await t.parked()) == 20
             assert await t.view(Totals, names[-1]) == Totals(1, 1), "the other view goes on"
-            assert any("mend the view" in trouble for trouble in supervisor.troubles)
+            assert any("fix the view" in trouble for trouble in supervisor.troubles)
 
 
 async def test_g9_a_failure_of_one_place_has_its_traceback_logged_once() -> None:

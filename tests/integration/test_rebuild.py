@@ -169,7 +169,7 @@ async def test_progress_is_told(store_url: str) -> None:
 
 @on_sql
 async def test_a_view_that_fails_on_an_old_event(store_url: str) -> None:
-    """The live generation is untouched and nothing is parked; mended, the rebuild goes on."""
+    """The live generation is untouched and nothing is parked; fixed, the rebuild goes on."""
     Fragile.bad = ""
     async with opened_on(store_url, fragile_app()) as opened:
         await project(opened)
@@ -187,7 +187,7 @@ async def test_a_view_that_fails_on_an_old_event(store_url: str) -> None:
 
 @on_sql
 async def test_a_parked_aggregate_and_a_rebuild(store_url: str) -> None:
-    """Not mended, the rebuild fails too and the marker stays; mended, it needs no marker."""
+    """Not fixed, the rebuild fails too and the marker stays; fixed, it needs no marker."""
     Fragile.bad = "b"
     async with opened_on(store_url, fragile_app()) as opened:
         await project(opened)

@@ -417,7 +417,7 @@ async def test_a_server_without_a_place_for_us(writable: Writable) -> None:
 
 
 async def goes_on_when_mended(
-    url: str, refuse: Callable[[], None], mend: Callable[[], None]
+    url: str, refuse: Callable[[], None], fix: Callable[[], None]
 ) -> None:
     """Check that every role waits for a store that refuses, says so, and then goes on."""
     app = Application("tests")
@@ -438,7 +438,7 @@ async def goes_on_when_mended(
         refuse()
         pending = asyncio.create_task(opened.execute(Counter, "c", Add(2)))
         await eventually(in_trouble, within_seconds=30)
-        mend()
+        fix()
         assert (await pending).status == "accepted"
         await eventually(well, within_seconds=30)
         assert await opened.view(Totals, "c") == Totals(3, 2)

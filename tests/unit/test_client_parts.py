@@ -115,7 +115,7 @@ async def test_a_file_that_is_no_cursor(tmp_path: Path, content: bytes) -> None:
     """It is not taken for a new one: everything would come again."""
     path = tmp_path / "cursor.json"
     path.write_bytes(content)
-    with pytest.raises(errors.ConfigurationError, match="mend it, or delete it to begin anew"):
+    with pytest.raises(errors.ConfigurationError, match="fix it, or delete it to begin anew"):
         await FileCursor(path).load()
     assert path.read_bytes() == content
 

@@ -439,7 +439,7 @@ class Bag:
 def test_what_would_come_back_as_another_value_is_refused(
     field_name: str, value: Any, expected: str
 ) -> None:
-    """When it is written, with the way to it: what is stored can't be mended later."""
+    """When it is written, with the way to it: what is stored can't be fixed later."""
     with pytest.raises(errors.NotStorable, match=r"^Bag\." + expected):
         Codec(Bag).encode(dataclasses.replace(Bag(), **{field_name: value}))
 

@@ -44,6 +44,27 @@ async def looks(log: Looked, number: int) -> None:
     await eventually(reached)
 
 
+class Seldom(Looked):
+    """A log that is looked at every 10 ms while somebody waits."""
+
+    look_seconds: ClassVar[float] = 0.01
+
+
+async def test_nobody_who_waits_costs_looks() -> None:
+    """While no relay waits, the heads are looked at once in two seconds, for projectors."""
+    log = log_of(Seldom)
+    watcher = LogWatcher(log)
+    watching = asyncio.create_task(watcher.run())
+    await looks(log, 1)
+    await asyncio.sleep(0.2)  # twenty looks, if anybody waited
+    assert log.looks == 1
+    waiting = asyncio.create_task(watcher.wait_beyond(0, 0))
+    await looks(log, 2)  # at once, since the last look is an old one
+    waiting.cancel()
+    watching.cancel()
+    await asyncio.wait([waiting, watching])
+
+
 async def test_heads_are_looked_at_as_often_as_the_store_says() -> None:
     """Where looking is cheap it is done again and again; where it is billed, when poked."""
     cheap, costly = log_of(Looked), log_of(Costly)

@@ -182,6 +182,21 @@ def test_mysql_urls_that_name_no_database(url: str) -> None:
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mysql://u:secret@localhost/bank?unix_socket=/run/mysqld/mysqld.sock",
+        "mysql://u:secret@/bank?unix_socket=/run/mysqld/mysqld.sock",
+        "postgresql://u:secret@/bank?host=/run/postgresql",
+    ],
+)
+def test_urls_that_name_a_socket_file(url: str) -> None:
+    """They are refused with what to do instead."""
+    with pytest.raises(errors.SettingsError, match="by TCP") as caught:
+        storage_for(url)
+    assert "secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("lease", "lock_wait", "idle"), [(10, 5, 7), (3, 1, 2), (0.5, 1, 1)])
 def test_sessions_end_before_a_lease_does(lease: float, lock_wait: int, idle: int) -> None:
     """In whole seconds, which is what the server takes, and at least one."""

@@ -16,6 +16,7 @@ from cqrs_es.brokers.amqp import replies as inboxes
 from cqrs_es.brokers.amqp.address import Address
 from cqrs_es.brokers.amqp.bridge import BLOCKED
 from cqrs_es.brokers.amqp.reconnecting import Connections
+from cqrs_es.brokers.amqp.remedies import refused_login
 from cqrs_es.ports.broker import Broker, Topology
 
 if TYPE_CHECKING:
@@ -95,10 +96,15 @@ class AmqpBroker(Broker):
                 self._policy_trouble = "; ".join(map(str, acting))
 
     async def open(self) -> None:
-        """Reach the server."""
+        """Reach the server; raise `SettingsError` where it is there, but not for us."""
         self._connections.allow()
-        await self._connections.consuming()
-        await self._connections.publishing()
+        try:
+            await self._connections.consuming()
+            await self._connections.publishing()
+        except errors.BrokerUnavailable as exc:
+            if refused_login(exc.__cause__):
+                raise errors.SettingsError(exc.message) from exc.__cause__
+            raise
 
     async def close(self) -> None:
         """Drop both connections; intakes, feeds and inboxes end with `BrokerUnavailable`."""

@@ -37,3 +37,10 @@ def remedy_for(cause: BaseException | None) -> str:
         if isinstance(cause, kind) and words in str(cause):
             return remedy
     return _ANYTHING_ELSE
+
+
+def refused_login(cause: BaseException | None) -> bool:
+    """Tell a wrong password or virtual host from a limit, or a server that is away."""
+    if isinstance(cause, AccessRefused):
+        return "Login" in str(cause)
+    return isinstance(cause, NotAllowed) and "vhost" in str(cause) and "limit" not in str(cause)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Final
 
 from cqrs_es import errors
 from cqrs_es.brokers.redis import commands as queues
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
         ReadLog,
         ReplyInbox,
     )
+
+
+_COUNT: Final = re.compile(rb"[1-9][0-9]{0,3}")
+"""How many partitions there are; anybody can write to the hash."""
 
 
 def connect(url: str, *, service: str, event_retention: int) -> RedisBroker:
@@ -73,7 +78,7 @@ class RedisBroker(Broker):
         partitions, log_epoch = fields
         if partitions is None or log_epoch is None:
             return None
-        if not partitions.isdigit():
+        if not _COUNT.fullmatch(partitions):
             message = f"{self._names.meta} says partitions {shown(partitions)}: run `cqrs-es init`"
             raise errors.ConfigurationError(message)
         return Topology(int(partitions), log_epoch.decode(errors="replace"))
@@ -126,10 +131,10 @@ class RedisBroker(Broker):
 
     async def queue_depth(self) -> Mapping[int, int]:
         """Return the lengths of the command streams: what is not settled."""
-        declared = await self._connection.run("HGET", self._names.meta, "partitions")
-        partitions = range(int(declared or 0))
-        if not partitions:
+        topology = await self.topology()
+        if topology is None:
             return {}
+        partitions = range(topology.partitions)
         lengths = await self._connection.run_together(
             [("XLEN", self._names.commands(partition)) for partition in partitions]
         )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
@@ -36,6 +37,16 @@ BLOCK_MS = 2_000  # what a blocking read asks for; well below ANSWER_SECONDS
 HEALTH_CHECK_SECONDS = 15
 COMMAND_CONNECTIONS = 8  # callers beyond these wait for one
 READ_CONNECTIONS = 4_096  # one for each intake, feed and inbox: as good as no limit
+
+
+_WRONG_MODES: Final = {
+    b"cluster": "is a node of a cluster, over which a service's keys can't be spread: set"
+    " CQRS_ES_BROKER_URL to a Redis of its own, with replicas if need be",
+    b"sentinel": "is a Sentinel, which keeps nothing: set CQRS_ES_BROKER_URL to the Redis itself",
+}
+
+
+_WRONG_TYPE: Final = re.compile(r"^WRONGTYPE|caused error: \('WRONGTYPE")  # alone, or in a pipeline
 
 
 class Script(Protocol):
@@ -75,9 +86,25 @@ class RedisConnection:
         return cls(Redis.from_pool(commands), Redis.from_pool(reads), address)
 
     async def open(self) -> None:
-        """Reach the server."""
+        """Reach the server; raise `SettingsError` where it is there, but not for us."""
         self._closed = False
-        await self.run("PING")
+        try:
+            await self.run("PING")
+        except errors.BrokerUnavailable as exc:
+            if _is_refusal(exc.__cause__):
+                raise errors.SettingsError(exc.message) from exc.__cause__
+            raise
+        await self._check_mode()
+
+    async def _check_mode(self) -> None:
+        """Refuse what answers, but keeps no streams of ours: a cluster's node, a Sentinel."""
+        try:
+            said: Sequence[object] = await self.run("HELLO")
+        except errors.BrokerUnavailable:  # it is older, or we may not ask
+            return
+        for mode, what_it_is in _WRONG_MODES.items():
+            if mode in said:
+                raise errors.SettingsError(f"Redis at {self._address} {what_it_is}")
 
     async def close(self) -> None:
         """Drop every connection, also those that are reading."""
@@ -129,6 +156,10 @@ class RedisConnection:
             async with asyncio.timeout(ANSWER_SECONDS):
                 yield
         except (RedisError, OSError, TimeoutError) as exc:
+            if _WRONG_TYPE.search(str(exc)):
+                message = f"Redis at {self._address} has something else under a key of the service"
+                remedy = "give the service another name or database"
+                raise errors.ConfigurationError(f"{message} ({exc}); {remedy}") from exc
             message = f"Redis at {self._address} {_what_it_did(exc)}"
             if _said(exc, _NOT_THIS_SERVER):
                 await self._drop_connections()
@@ -177,6 +208,11 @@ def _what_it_did(exc: Exception) -> str:
     if isinstance(exc, NotConnected | OSError) and not isinstance(exc, TimeoutError):
         return f"can't be reached {said}; {remedy}, then try again"
     return f"did not do as asked {said}; {remedy}, then try again"
+
+
+def _is_refusal(cause: BaseException | None) -> bool:
+    """Tell a wrong password or database from a server that is away for a while."""
+    return isinstance(cause, AuthenticationError) or "DB index" in str(cause)
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,7 @@ def _event_moment(fields: Mapping[str, Any]) -> datetime:
         return moment_of(fields["recorded_at"])
     except ValueError as exc:
         name, sequence = fields["event_type"], fields["sequence"]
-        message = f"{name} #{sequence} was recorded at {fields['recorded_at']!r}: mend the item"
+        message = f"{name} #{sequence} was recorded at {fields['recorded_at']!r}: fix the item"
         raise errors.UndecodableRow(message, type=name, sequence=sequence) from exc
 
 

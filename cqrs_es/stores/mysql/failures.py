@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _NO_SUCH_TABLE: Final = 1146
 _CHECK_FAILED: Final = 4025  # on MariaDB a JSON column is text with a check
 _NESTED_TOO_DEEP: Final = 3157  # MySQL says so itself
+_UNKNOWN_LOGIN: Final = 2059
+_LOGINS: Final = "give it mysql_native_password or caching_sha2_password"
 _CLIENT_CODES: Final = range(2000, 3000)  # raised by the driver, not sent by the server
 
 _ERRORS: Final[Mapping[int, type[errors.CqrsError]]] = {
@@ -89,7 +91,7 @@ _SETTINGS: Final = {
     1044: "the user may not use the database",
     1045: "the user or the password is wrong",
     1049: "there is no such database",
-    1698: "the user may not connect with a password",
+    1698: "the user may connect from the server's own machine only, without a password",
 }
 _TABLE: Final = re.compile(r"Table '[^']*?\.(\w+)' doesn't exist")
 _JSON_COLUMN: Final = re.compile(r"\.(payload|metadata|outcome|headers)`")
@@ -108,6 +110,10 @@ def mapped_errors() -> Generator[None]:
 
 def _error_for(exc: pymysql.MySQLError) -> errors.CqrsError:
     code, text = _code_and_text(exc)
+    if code == _UNKNOWN_LOGIN:
+        return errors.SettingsError(
+            f"the user logs in in a way that is not supported ({text}): {_LOGINS}"
+        )
     if code in _CLIENT_CODES or code == 0:
         return unreachable(f"{text}: {exc.__cause__}" if _is_tls(exc.__cause__) else text)
     if code in _SETTINGS:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from cqrs_es import errors
 
 T = TypeVar("T")
+
+_SOCKET: Final = re.compile(r"[?&](unix_socket|socket|host)=")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,8 @@ def read_target(
         options = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
         tls = tls_of(options)
     except ValueError:
+        if _SOCKET.search(url):
+            form = f"a socket file can't be given; connect to the server by TCP: {form}"
         raise errors.SettingsError(form) from None  # its text may hold the password
     database = unquote(parts.path.removeprefix("/"))
     if not (parts.hostname and parts.username and database) or "/" in database:

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from cqrs_es import errors
-from cqrs_es.ports.leases import Lease, Leases, Member
+from cqrs_es.ports.leases import Lease, Leases, Member, Part, Standing
 from cqrs_es.stores.sql import checkpoints
 from cqrs_es.stores.sql.dialect import marks, utc_moment
 from cqrs_es.stores.sql.tables import LEASES, MEMBERS
@@ -31,12 +31,38 @@ class SqlLeases(Leases):
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    async def take_part(
+        self, owner: str, parts: Sequence[Part], seconds: float
+    ) -> dict[str, Standing]:
+        """Announce, renew and read the members of several roles, each by one statement."""
+        roles = [part.role for part in parts]
+
+        async def work(session: Session) -> dict[str, Standing]:
+            now, to_time = await session.now(), session.dialect.to_time
+            rows: list[Sequence[Parameter]] = []
+            for part in sorted(parts, key=lambda part: part.role):
+                until = to_time(now + timedelta(seconds=part.seconds))
+                rows.append((part.role, owner, int(part.fit), until))
+            await session.write(session.dialect.upsert(MEMBERS), rows)
+            kept = await _extend(session, owner, parts, now + timedelta(seconds=seconds))
+            where = f"WHERE expires_at > ? AND role IN {marks(len(roles))} ORDER BY role, owner"
+            live = await session.fetch(f"{MEMBERS.select} {where}", (to_time(now), *roles))
+            members = _members(live)
+            return {
+                role: Standing(
+                    [lease for lease in kept if lease.role == role],
+                    [member for member in members if member.role == role],
+                )
+                for role in roles
+            }
+
+        return await self._database.run(work)
+
     async def announce(self, role: str, owner: str, *, fit: bool, seconds: float) -> None:
         """Be a member of a role for so many seconds from now."""
 
         async def work(session: Session) -> None:
             now, to_time = await session.now(), session.dialect.to_time
-            await session.execute(_DELETE_EXPIRED, (role, to_time(now - _MEMBER_KEPT)))
             row = (role, owner, int(fit), to_time(now + timedelta(seconds=seconds)))
             await session.write(session.dialect.upsert(MEMBERS), [row])
 
@@ -53,10 +79,7 @@ class SqlLeases(Leases):
 
     async def members(self, role: str | None = None) -> list[Member]:
         """Return the members that have not expired, by role and owner."""
-        return [
-            Member(of, owner, bool(fit), utc_moment(expires_at))
-            for of, owner, fit, expires_at in await self._live(MEMBERS.select, "owner", role)
-        ]
+        return _members(await self._live(MEMBERS.select, "owner", role))
 
     async def acquire(
         self, role: str, owner: str, partitions: Collection[int], seconds: float
@@ -65,6 +88,8 @@ class SqlLeases(Leases):
 
         async def work(session: Session) -> list[Lease]:
             now = await session.now()
+            kept_since = session.dialect.to_time(now - _MEMBER_KEPT)
+            await session.execute(_DELETE_EXPIRED, (role, kept_since))
             claims = await _lock(session, role, partitions)
             free = [p for p in sorted(partitions) if _is_free(claims.get(p), owner, now)]
             leases = [_taken(claims.get(p), role, p, owner) for p in free]
@@ -150,6 +175,33 @@ async def _lock(session: Session, role: str, partitions: Collection[int]) -> dic
         partition: _Claim(owner, epoch, utc_moment(expires_at))
         for _, partition, owner, epoch, expires_at in rows
     }
+
+
+def _members(rows: Sequence[Row]) -> list[Member]:
+    return [
+        Member(role, owner, bool(fit), utc_moment(expires_at))
+        for role, owner, fit, expires_at in rows
+    ]
+
+
+async def _extend(
+    session: Session, owner: str, parts: Sequence[Part], until: datetime
+) -> list[Lease]:
+    """Extend the leases of several roles; return those that are still the owner's."""
+    held = [part for part in parts if part.held]
+    if not held:
+        return []
+    those = " OR ".join(f"(role = ? AND log_partition IN {marks(len(p.held))})" for p in held)
+    keys: list[Parameter] = []
+    for part in held:
+        keys += (part.role, *sorted(part.held))
+    where = f"WHERE owner = ? AND ({those})"
+    await session.execute(
+        f"UPDATE leases SET expires_at = ? {where}",  # noqa: S608 - placeholders only
+        (session.dialect.to_time(until), owner, *keys),
+    )
+    rows = await session.fetch(f"{LEASES.select} {where}", (owner, *keys))
+    return [Lease(role, partition, by, epoch) for role, partition, by, epoch, _ in rows]
 
 
 def _is_free(claim: _Claim | None, owner: str, now: datetime) -> bool:

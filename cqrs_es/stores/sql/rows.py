@@ -155,5 +155,5 @@ def _moment(value: object, event_type: str, sequence: int) -> datetime:
     try:
         return utc_moment(value)
     except ValueError as exc:
-        message = f"{event_type} #{sequence} was recorded at {value!r}: mend the row"
+        message = f"{event_type} #{sequence} was recorded at {value!r}: fix the row"
         raise errors.UndecodableRow(message, type=event_type, sequence=sequence) from exc

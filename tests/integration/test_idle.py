@@ -1,0 +1,65 @@
+"""What a service with nothing to do costs its store, by the server's own count."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cqrs_es.brokers.memory import MemoryBroker
+from cqrs_es.settings import Settings
+from tests.conftest import run_on
+from tests.servers import psql
+from tests.tallies import tallying_app
+from tests.waiting import eventually
+
+if TYPE_CHECKING:
+    from cqrs_es.opened import OpenApplication
+    from cqrs_es.runtime.supervisor import Supervisor
+
+ROLES = ({"worker"}, {"relay"}, {"projector:totals", "projector:sums"})
+SECONDS = 5.0  # two rounds of the leases
+
+
+def statements(store_url: str) -> int:
+    """Return how many statements (on PostgreSQL: transactions) the server has counted."""
+    if store_url.startswith("mysql"):
+        [(_, count)] = run_on(store_url, "SHOW GLOBAL STATUS LIKE 'Questions'")
+        return int(str(count))
+    name = store_url.rpartition("/")[2]
+    of_database = f"FROM pg_stat_database WHERE datname = '{name}'"
+    return int(psql(store_url, f"SELECT xact_commit {of_database}"))
+
+
+async def works(opened: OpenApplication, supervisor: Supervisor, partitions: int) -> bool:
+    """Tell whether all partitions are held, and all readers know where they are."""
+    positions = supervisor.positions()
+    known = all(each.role == "worker" or each.offset is not None for each in positions)
+    held = all(len(held) == partitions for held in supervisor.held.values())
+    return held and known and opened.process.watcher.quiet
+
+
+@pytest.mark.parametrize("store_url", ["mysql", "postgres"], indirect=True)
+@pytest.mark.parametrize("partitions", [16, 256])
+async def test_nothing_to_do_costs_little(store_url: str, partitions: int) -> None:
+    """Three processes ask a few statements a second, however many partitions there are."""
+    broker = MemoryBroker(event_retention=100)
+    settings = Settings(store_url=store_url, partitions=partitions)
+    async with AsyncExitStack() as stack:
+        for roles in ROLES:
+            opening = tallying_app().open(settings, broker=broker, initialise=True)
+            opened = await stack.enter_async_context(opening)
+            supervisor = await stack.enter_async_context(opened.running(roles))
+            await eventually(lambda: works(opened, supervisor, partitions), within_seconds=60)  # noqa: B023 - awaited here
+        # What is prepared and then run counts twice on PostgreSQL.
+        most = 15 if store_url.startswith("mysql") else 30
+
+        async def asks_little() -> bool:
+            before = await asyncio.to_thread(statements, store_url)
+            await asyncio.sleep(SECONDS)  # a rate is of a time
+            after = await asyncio.to_thread(statements, store_url)
+            return after - before <= most * SECONDS
+
+        await eventually(asks_little, within_seconds=60)
