@@ -54,7 +54,7 @@ async def test_nothing_to_do_costs_little(store_url: str, partitions: int) -> No
             supervisor = await stack.enter_async_context(opened.running(roles))
             await eventually(lambda: works(opened, supervisor, partitions), within_seconds=60)  # noqa: B023 - awaited here
         # What is prepared and then run counts twice on PostgreSQL.
-        most = 15 if store_url.startswith("mysql") else 30
+        most = 17 if store_url.startswith("mysql") else 34
 
         async def asks_little() -> bool:
             before = await asyncio.to_thread(statements, store_url)
