@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from cqrs_es import errors
 from cqrs_es.brokers import broker_for
 from cqrs_es.definitions import define_aggregate, define_projector, define_view, needs_services
 from cqrs_es.execution.executor import Executor
-from cqrs_es.execution.policy import ExecutionPolicy, Hooks, OnHandlerFailure
+from cqrs_es.execution.policy import ExecutionPolicy as ExecutionPolicy  # for `policy`
+from cqrs_es.execution.policy import Hooks, OnHandlerFailure
 from cqrs_es.messages import NO_METADATA, Outcome, StoredEvent
 from cqrs_es.opened import OpenApplication
 from cqrs_es.ports.clock import Clock, SystemClock
@@ -51,11 +53,13 @@ OnViewFailure = Callable[[StoredEvent, Exception], None]
 class Application:
     """A service's aggregates, views and projectors, under the service's name."""
 
-    def __init__(self, service: str) -> None:
+    def __init__(self, service: str, *, policy: ExecutionPolicy | None = None) -> None:
+        """Begin an application; of `policy` what is no setting of an operator's holds."""
         if not NAME.fullmatch(service):
             message = f"service name {service!r} must match {NAME.pattern}"
             raise errors.DefinitionError(message)
         self.service = service
+        self.policy = policy or ExecutionPolicy()
         self.registry = Registry()
         self._opened: OpenApplication | None = None
 
@@ -106,7 +110,7 @@ class Application:
         """
         if has_sql(settings.store_url or ""):
             return self
-        suited = Application(self.service)
+        suited = Application(self.service, policy=self.policy)
         suited.registry = self.registry.without_sql()
         return suited
 
@@ -165,7 +169,7 @@ class Application:
                 partitions=info.partitions,
                 secret=info.secret,
                 clock=clock,
-                policy=policy or execution_policy(settings),
+                policy=policy or execution_policy(settings, self.policy),
                 hooks=hooks,
             )
             process = Process(
@@ -262,10 +266,11 @@ async def _store_info(storage: Storage, settings: Settings, *, initialise: bool)
 
 
 def execution_policy(
-    settings: Settings, *, patience: float | None = PATIENCE_SECONDS
+    settings: Settings, policy: ExecutionPolicy, *, patience: float | None = PATIENCE_SECONDS
 ) -> ExecutionPolicy:
-    """Return the numbers that the settings ask for; `patience` is that with a store's absence."""
-    return ExecutionPolicy(
+    """Return a policy as the settings have it; `patience` is that with a store's absence."""
+    return replace(
+        policy,
         batch_size=settings.batch_size,
         handler_timeout=settings.handler_timeout,
         max_event_bytes=settings.max_event_bytes,

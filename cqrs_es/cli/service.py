@@ -271,7 +271,7 @@ async def open_patiently(
     """
     failures = 0
     patience = PATIENCE_SECONDS if settings.embedded else None
-    policy = execution_policy(settings, patience=patience)
+    policy = execution_policy(settings, app.policy, patience=patience)
     while True:
         try:
             meter = NO_METER if probes is None else probes.meter

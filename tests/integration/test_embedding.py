@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cqrs_es import Envelope, View, errors
+from cqrs_es import CommandContext, Envelope, View, errors
+from cqrs_es.application import Application, ExecutionPolicy, execution_policy
 from cqrs_es.client import Client
 from cqrs_es.settings import Settings
 from tests.contract.brokers import PARTITIONS, SERVICE, serving
-from tests.samples import Add, Added, Counter, Totals, counting_app
+from tests.samples import Add, Added, AddThenCrash, Counter, Services, Totals, counting_app
 from tests.stores import on_sql
 from tests.tallies import tallying_app
 
@@ -102,6 +103,28 @@ async def test_a_client_in_another_event_loop(name: str, request: pytest.Fixture
         async with Client(broker=broker, service=SERVICE, partitions=PARTITIONS) as client:
             with pytest.raises(errors.ConfigurationError, match="run_coroutine_threadsafe"):
                 await elsewhere(client.send(Counter, "a", Add(1)))
+
+
+# --- Policies -----------------------------------------------------------------
+
+
+async def test_an_applications_own_policy() -> None:
+    """Its ladder of attempts holds, together with what the operator set."""
+    policy = ExecutionPolicy(retry_delays=(), batch_size=7)
+    app, attempts = Application("tests", policy=policy), 0
+
+    def services_for(_: CommandContext) -> Services:
+        nonlocal attempts
+        attempts += 1
+        return Services()
+
+    app.aggregate(Counter, services=services_for)
+    settings = Settings(store_url="memory://", max_event_bytes=2000)
+    async with app.on_store_of(settings).open(settings) as opened_so:
+        outcome = await opened_so.execute(Counter, "a", AddThenCrash(1))
+    assert (outcome.status, attempts) == ("failed", 1)
+    applied = execution_policy(settings, policy)
+    assert (applied.max_event_bytes, applied.batch_size) == (2000, settings.batch_size)
 
 
 # --- Reading views ------------------------------------------------------------
