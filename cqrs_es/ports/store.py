@@ -141,6 +141,9 @@ class DecidedCommand:
     where there is none any more the chain conflicts. `causes` are the rows to be added;
     one that is a timer replaces the timer of its name. `cancels` are names of timers of
     the aggregate that end.
+
+    `holds_back`: while the command stands as failed, no row whose target is the aggregate is
+    found or due. That ends when its outcome is replaced.
     """
 
     outcome: Outcome
@@ -152,6 +155,7 @@ class DecidedCommand:
     scheduled: bool = False
     causes: tuple[ScheduledCommand, ...] = ()
     cancels: tuple[str, ...] = ()
+    holds_back: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,20 +259,20 @@ class EventStore(ABC):
 
     @abstractmethod
     async def find_scheduled(self, command_ids: Collection[str]) -> dict[str, ScheduledCommand]:
-        """Look up the rows of those ids that have one."""
+        """Look up the rows of those ids that have one, but for those that are held back."""
 
     @abstractmethod
     async def due(self, partition: int, limit: int) -> list[ScheduledCommand]:
         """Read up to `limit` rows of a partition that are due by the store's clock.
 
-        In the order of their moments, then of their ids.
+        In the order of their moments, then of their ids; without those that are held back.
         """
 
     @abstractmethod
     async def next_due(self, partitions: Collection[int]) -> dict[int, float]:
         """Return, for each partition that has rows, the seconds until the first is due.
 
-        Zero or less where one is due.
+        Zero or less where one is due. Rows that are held back do not count.
         """
 
     @abstractmethod

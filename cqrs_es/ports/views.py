@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
+    from cqrs_es.ports.store import ScheduledCommand
     from cqrs_es.types import AggregateKey
 
 
@@ -99,6 +100,10 @@ class ViewTransaction(SqlSession):
     @abstractmethod
     async def forget(self, projector: str) -> None:
         """Delete a projector's checkpoints and parked markers."""
+
+    @abstractmethod
+    async def schedule(self, commands: Sequence[ScheduledCommand]) -> None:
+        """Add rows to `outgoing_commands`, under ids that no row or outcome has."""
 
     @abstractmethod
     async def generations(self) -> dict[str, int]:

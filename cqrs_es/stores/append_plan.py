@@ -58,7 +58,8 @@ class AppendPlan:
     `settled_attempts` are command ids whose rows are to be deleted, before
     `dead_letters` are added. `consumed` are ids of rows of `outgoing_commands` to be
     deleted, `ended_timers` timers whose rows are, if there are any, before
-    `scheduled` are added.
+    `scheduled` are added. Rows for the targets `held_back` are held back from now on, those for
+    the targets `let_go` no longer.
     """
 
     results: Sequence[ChainResult]
@@ -74,6 +75,8 @@ class AppendPlan:
     consumed: Sequence[str] = ()
     ended_timers: Sequence[tuple[AggregateKey, str]] = ()
     scheduled: Sequence[ScheduledCommand] = ()
+    held_back: Sequence[AggregateKey] = ()
+    let_go: Sequence[AggregateKey] = ()
 
     @property
     def writes(self) -> bool:
@@ -146,6 +149,8 @@ class _Draft:
         default_factory=dict["tuple[AggregateKey, str]", "ScheduledCommand"]
     )
     sent: list[ScheduledCommand] = field(default_factory=list["ScheduledCommand"])
+    held_back: set[AggregateKey] = field(default_factory=set["AggregateKey"])
+    let_go: set[AggregateKey] = field(default_factory=set["AggregateKey"])
 
     def settle(self, chain: Chain) -> ChainResult:
         """Add a chain whole, or answer that it conflicts and add nothing of it."""
@@ -173,6 +178,8 @@ class _Draft:
             consumed=sorted(self.consumed),
             ended_timers=sorted(self.ended_timers),
             scheduled=[*self.sent, *self.timers.values()],
+            held_back=sorted(self.held_back),
+            let_go=sorted(self.let_go - self.held_back),
         )
 
     # --- Conflicts ---
@@ -293,6 +300,10 @@ class _Draft:
         """
         if command.scheduled:
             self.consumed.append(command.outcome.command_id)
+        if command.holds_back and command.dead_letter is not None:
+            self.held_back.add(chain.key)
+        elif command.holds_back and command.replaces_failed:
+            self.let_go.add(chain.key)
         for name in command.cancels:
             self._end_timer(chain.key, name)
         for caused in command.causes:

@@ -30,6 +30,7 @@ from cqrs_es.stores.dynamodb.failures import ConditionFailed
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
+    from cqrs_es.ports.store import ScheduledCommand
     from cqrs_es.ports.views import ParkedAggregate, SqlRow, SqlValue, ViewRow
     from cqrs_es.stores.dynamodb.actions import Action, Condition
     from cqrs_es.stores.dynamodb.table import Table
@@ -182,6 +183,12 @@ class DynamoTransaction(ViewTransaction):
                 self._set(found_key(fields), None)
 
     # --- Generations ---------------------------------------------------------
+
+    async def schedule(self, commands: Sequence[ScheduledCommand]) -> None:
+        """Refuse."""
+        del commands
+        message = "DynamoDB keeps no scheduled commands yet: use PostgreSQL, MySQL or SQLite"
+        raise errors.ConfigurationError(message)
 
     async def generations(self) -> dict[str, int]:
         """Return the live generation of each view and projector, which must stay so."""

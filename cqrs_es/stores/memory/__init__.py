@@ -27,11 +27,11 @@ class MemoryStorage(Storage):
 
     def __init__(self, clock: Clock | None = None) -> None:
         self._info: StoreInfo | None = None
-        self.views = MemoryViews()
-        self.leases = MemoryLeases(clock or SystemClock(), self.views)
         self.dead_letters = MemoryDeadLetters()
         self._log = MemoryEvents(self.dead_letters, (clock or SystemClock()).now)
         self.events = self._log
+        self.views = MemoryViews(self._log.add_scheduled)
+        self.leases = MemoryLeases(clock or SystemClock(), self.views)
 
     @property
     def durable(self) -> bool:

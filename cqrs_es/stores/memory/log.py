@@ -51,6 +51,7 @@ class MemoryEvents(EventStore):
         self._dead_letters = dead_letters
         self._now = now
         self._scheduled: dict[str, ScheduledCommand] = {}
+        self._held_back: set[AggregateKey] = set()
         self._log: list[list[StoredEvent]] = []
         self._streams: dict[AggregateKey, list[StoredEvent]] = {}
         self._snapshots: dict[AggregateKey, Snapshot] = {}
@@ -86,7 +87,7 @@ class MemoryEvents(EventStore):
             snapshot_numbers={
                 key: self._snapshots[key].number for key in snapshots if key in self._snapshots
             },
-            scheduled=self._scheduled.keys() & set(scheduled_ids(chains)),
+            scheduled=[i for i in scheduled_ids(chains) if self._is_there(i)],
             now=self._now(),
         )
 
@@ -111,6 +112,8 @@ class MemoryEvents(EventStore):
         for command_id in plan.consumed:
             self._scheduled.pop(command_id, None)
         self.add_scheduled(plan.scheduled)
+        self._held_back |= set(plan.held_back)
+        self._held_back -= set(plan.let_go)
 
     # --- Scheduled commands --------------------------------------------------
 
@@ -128,14 +131,20 @@ class MemoryEvents(EventStore):
         )
 
     async def find_scheduled(self, command_ids: Collection[str]) -> dict[str, ScheduledCommand]:
-        """Look up the rows of those ids that have one."""
-        return {id_: self._scheduled[id_] for id_ in command_ids if id_ in self._scheduled}
+        """Look up the rows of those ids that have one, but for those that are held back."""
+        return {id_: self._scheduled[id_] for id_ in command_ids if self._is_there(id_)}
+
+    def _is_there(self, command_id: str) -> bool:
+        row = self._scheduled.get(command_id)
+        return row is not None and row.key not in self._held_back
 
     async def due(self, partition: int, limit: int) -> list[ScheduledCommand]:
         """Read up to `limit` rows of a partition that are due."""
         now = self._now()
         return [
-            row for row in self._in_order() if row.partition == partition and row.moment <= now
+            row
+            for row in self._in_order()
+            if row.partition == partition and row.moment <= now and self._is_there(row.command_id)
         ][:limit]
 
     async def next_due(self, partitions: Collection[int]) -> dict[int, float]:
@@ -143,7 +152,7 @@ class MemoryEvents(EventStore):
         now = self._now()
         firsts: dict[int, float] = {}
         for row in self._in_order():
-            if row.partition in partitions:
+            if row.partition in partitions and self._is_there(row.command_id):
                 firsts.setdefault(row.partition, (row.moment - now).total_seconds())
         return firsts
 

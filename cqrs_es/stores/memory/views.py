@@ -29,8 +29,9 @@ from cqrs_es.stores.sqlite.dialect import READ_TYPES, SQLITE, add_decimals
 from cqrs_es.types import AggregateKey
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 
+    from cqrs_es.ports.store import ScheduledCommand
     from cqrs_es.stores.sql.dialect import Parameter
 
 _SCHEMA = (
@@ -50,7 +51,9 @@ _VIEW_COLUMNS = "view_id TEXT PRIMARY KEY, version INTEGER NOT NULL, payload TEX
 class MemoryViews(ViewStore):
     """The views of an in-memory store."""
 
-    def __init__(self) -> None:
+    def __init__(self, schedule: Callable[[Sequence[ScheduledCommand]], None]) -> None:
+        """Commands that a transaction schedules are given to `schedule` when it commits."""
+        self._schedule = schedule
         self._database = _Database()
         self._lock = asyncio.Lock()
         self._holder: asyncio.Task[Any] | None = None
@@ -69,6 +72,7 @@ class MemoryViews(ViewStore):
             finally:
                 transaction.end()
             database.run("COMMIT")
+            self._schedule(transaction.scheduled)
 
     @asynccontextmanager
     async def _alone(self) -> AsyncGenerator[_Database]:
@@ -147,6 +151,7 @@ class MemoryViews(ViewStore):
 class _MemoryTransaction(ViewTransaction):
     def __init__(self, database: _Database) -> None:
         self._lent: _Database | None = database
+        self.scheduled: list[ScheduledCommand] = []
 
     def end(self) -> None:
         """Refuse what a task that nobody waited for still wants."""
@@ -244,6 +249,9 @@ class _MemoryTransaction(ViewTransaction):
     async def forget(self, projector: str) -> None:
         self._database.run("DELETE FROM checkpoints WHERE projector = ?", projector)
         self._database.run("DELETE FROM parked WHERE projector = ?", projector)
+
+    async def schedule(self, commands: Sequence[ScheduledCommand]) -> None:
+        self.scheduled += commands
 
     async def generations(self) -> dict[str, int]:
         return self._database.generations()

@@ -111,8 +111,10 @@ class SqlEvents(EventStore):
         await self._database.run(work)
 
     async def find_scheduled(self, command_ids: Collection[str]) -> dict[str, ScheduledCommand]:
-        """Look up the rows of those ids that have one."""
-        return await self._database.read(lambda session: scheduled.find(session, command_ids))
+        """Look up the rows of those ids that have one, but for those that are held back."""
+        return await self._database.read(
+            lambda session: scheduled.find(session, command_ids, free=True)
+        )
 
     async def due(self, partition: int, limit: int) -> list[ScheduledCommand]:
         """Read up to `limit` rows of a partition that are due by the store's clock."""
@@ -173,7 +175,7 @@ async def _lock_and_read(session: Session, chains: Sequence[Chain]) -> AppendSta
         snapshot_numbers=await _numbers(
             session, _SNAPSHOT_NUMBERS, append_plan.snapshot_keys(chains)
         ),
-        scheduled=await scheduled.find(session, append_plan.scheduled_ids(chains)),
+        scheduled=await scheduled.find(session, append_plan.scheduled_ids(chains), free=True),
         now=await session.now() if append_plan.counts_from_now(chains) else None,
     )
 
@@ -210,6 +212,8 @@ async def _write(session: Session, plan: AppendPlan, recorded_at: datetime) -> N
     await scheduled.delete(session, plan.consumed)
     await scheduled.end_timers(session, plan.ended_timers)
     await scheduled.add(session, plan.scheduled)
+    await scheduled.hold_back(session, plan.held_back)
+    await scheduled.let_go(session, plan.let_go)
 
 
 async def _write_events(session: Session, plan: AppendPlan, recorded_at: datetime) -> None:

@@ -3,7 +3,11 @@
 Rows are added by whoever causes them, in any partition. They are deleted only by
 who holds the lock of their partition's head: an append that decides or cancels
 them, and an operator.
+
+Rows are held back while their target is parked for `HELD_BACK`: then an earlier
+command of it has failed.
 """
+# ruff: noqa: S608 - nothing goes into SQL text but constants
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from cqrs_es.ports.store import ScheduledCommand
 from cqrs_es.stores.sql.dialect import marks, utc_moment
 from cqrs_es.stores.sql.session import chunks
-from cqrs_es.stores.sql.tables import OUTGOING
+from cqrs_es.stores.sql.tables import OUTGOING, PARKED
 from cqrs_es.types import AggregateKey
 
 if TYPE_CHECKING:
@@ -23,15 +27,30 @@ if TYPE_CHECKING:
     from cqrs_es.stores.sql.session import Row, Session
 
 _IN_ORDER: Final = " ORDER BY due_at, command_id LIMIT ?"
+HELD_BACK: Final = "$held_back"
+_FREE: Final = f"""
+    NOT EXISTS (
+        SELECT 1 FROM parked WHERE projector = '{HELD_BACK}'
+        AND parked.aggregate_type = outgoing_commands.aggregate_type
+        AND parked.aggregate_id = outgoing_commands.aggregate_id)"""
 _FIND: Final = f"{OUTGOING.select} WHERE command_id IN "
-_DUE: Final = f"{OUTGOING.select} WHERE log_partition = ? AND due_at <= ?{_IN_ORDER}"
-_NEXT: Final = """
-    SELECT log_partition, MIN(due_at) FROM outgoing_commands
-    WHERE log_partition IN {partitions} GROUP BY log_partition"""
+_FIND_FREE: Final = f"{OUTGOING.select} WHERE {_FREE} AND command_id IN "
+_DUE: Final = f"{OUTGOING.select} WHERE log_partition = ? AND due_at <= ? AND {_FREE}{_IN_ORDER}"
+# By the index, up to the first row that is not held back: MIN would look at every row.
+_NEXT: Final = f"""
+    SELECT log_partition, (
+        SELECT due_at FROM outgoing_commands
+        WHERE outgoing_commands.log_partition = log_partitions.log_partition AND {_FREE}
+        ORDER BY due_at, command_id LIMIT 1)
+    FROM log_partitions WHERE log_partition IN {{partitions}}"""
 _LIST: Final = f"{OUTGOING.select} WHERE (due_at > ? OR (due_at = ? AND command_id > ?))"
 _DELETE: Final = "DELETE FROM outgoing_commands WHERE command_id IN "
 _END_TIMER: Final = (
     "DELETE FROM outgoing_commands WHERE aggregate_type = ? AND aggregate_id = ? AND timer = ?"
+)
+
+_LET_GO: Final = (
+    "DELETE FROM parked WHERE projector = ? AND aggregate_type = ? AND aggregate_id = ?"
 )
 
 
@@ -41,11 +60,14 @@ async def add(session: Session, commands: Sequence[ScheduledCommand]) -> None:
     await session.write(session.dialect.insert(OUTGOING), rows)
 
 
-async def find(session: Session, command_ids: Collection[str]) -> dict[str, ScheduledCommand]:
-    """Read the rows of those ids that have one."""
+async def find(
+    session: Session, command_ids: Collection[str], *, free: bool = False
+) -> dict[str, ScheduledCommand]:
+    """Read the rows of those ids that have one; with `free` only those not held back."""
     found: dict[str, ScheduledCommand] = {}
     for ids in chunks(sorted(command_ids)):
-        for row in await session.fetch(_FIND + marks(len(ids)), ids):
+        sql = (_FIND_FREE if free else _FIND) + marks(len(ids))
+        for row in await session.fetch(sql, ids):
             found[row[2]] = _scheduled_of(row)
     return found
 
@@ -61,7 +83,7 @@ async def next_due(session: Session, partitions: Collection[int]) -> dict[int, f
     if not partitions:
         return {}
     sql = _NEXT.format(partitions=marks(len(partitions)))
-    rows = await session.fetch(sql, sorted(partitions))
+    rows = [row for row in await session.fetch(sql, sorted(partitions)) if row[1] is not None]
     if not rows:
         return {}
     now = await session.now()
@@ -90,6 +112,18 @@ async def end_timers(session: Session, timers: Sequence[tuple[AggregateKey, str]
     """Delete the rows of timers, where there are any."""
     for key, name in timers:
         await session.execute(_END_TIMER, (*_ids(key), name))
+
+
+async def hold_back(session: Session, targets: Sequence[AggregateKey]) -> None:
+    """Hold back the rows of targets, those that are added later too."""
+    rows = [(HELD_BACK, key.type, key.id, 0, 0, "an earlier input failed", 1) for key in targets]
+    await session.write(session.dialect.upsert(PARKED), rows)
+
+
+async def let_go(session: Session, targets: Sequence[AggregateKey]) -> None:
+    """Hold the rows of targets back no longer."""
+    for key in targets:
+        await session.execute(_LET_GO, (HELD_BACK, *_ids(key)))
 
 
 def _ids(key: AggregateKey) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from cqrs_es import errors
 from cqrs_es.ports.views import NO_CHANGES, ViewStore, ViewTransaction
-from cqrs_es.stores.sql import checkpoints
+from cqrs_es.stores.sql import checkpoints, scheduled
 from cqrs_es.stores.sql.dialect import marks
 from cqrs_es.stores.sql.migrations import VIEW_COLUMNS, CreateTable
 from cqrs_es.stores.sql.own import own_columns, own_values, upserting
@@ -18,6 +18,7 @@ from cqrs_es.stores.sql.tables import GENERATIONS, PARKED, view_table
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 
+    from cqrs_es.ports.store import ScheduledCommand
     from cqrs_es.ports.views import ParkedAggregate, SqlRow, SqlValue, ViewRow
     from cqrs_es.stores.sql.dialect import Parameter
     from cqrs_es.stores.sql.session import Database, Row, Session
@@ -208,6 +209,9 @@ class _SqlTransaction(ViewTransaction):
     async def forget(self, projector: str) -> None:
         await checkpoints.forget(self._session, projector)
         await self._session.execute(_FORGET_MARKERS, (projector,))
+
+    async def schedule(self, commands: Sequence[ScheduledCommand]) -> None:
+        await scheduled.add(self._session, commands)
 
     async def generations(self) -> dict[str, int]:
         return dict(await self._session.fetch(_GENERATIONS, lock=True))
