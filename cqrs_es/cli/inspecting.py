@@ -10,7 +10,6 @@ from cqrs_es import errors
 from cqrs_es.cli.invocation import with_application
 from cqrs_es.cli.output import Coloured, JsonFlag, print_json, print_table, print_text
 from cqrs_es.cli.showing import event_writer, print_outcome
-from cqrs_es.projection.generations import read_generations
 from cqrs_es.projection.replay import stored_stream
 from cqrs_es.runtime.roles import known_roles
 from cqrs_es.types import AggregateKey
@@ -67,6 +66,8 @@ async def _view(
     opened: OpenApplication, name: str, heads: dict[int, int], offsets: dict[int, int]
 ) -> dict[str, Any]:
     """Say how a view is: `behind` counts events, `building` is a generation being rebuilt."""
+    from cqrs_es.projection.generations import read_generations
+
     now = await read_generations(opened.storage.views, name)
     return {
         "view": name,

@@ -12,7 +12,6 @@ from cqrs_es import errors
 from cqrs_es.cli.invocation import with_application
 from cqrs_es.cli.output import JsonFlag, print_json, print_table, print_text
 from cqrs_es.definitions import ProjectorDefinition
-from cqrs_es.projection.generations import read_generations
 from cqrs_es.projection.seen import wait_for_outcome
 from cqrs_es.projector import physical_name
 
@@ -135,6 +134,8 @@ async def _print_tables(
     if page.after:
         raise errors.ConfigurationError(f"{definition.name} has no ids to go on after: use --limit")
     views = opened.storage.views
+    from cqrs_es.projection.generations import read_generations
+
     live = (await read_generations(views, definition.name)).live
     for name in definition.cls.tables:
         table = physical_name(name, live)
