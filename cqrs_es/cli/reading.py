@@ -12,7 +12,6 @@ from cqrs_es import errors
 from cqrs_es.cli.invocation import with_application
 from cqrs_es.cli.output import JsonFlag, print_json, print_table, print_text
 from cqrs_es.definitions import ProjectorDefinition
-from cqrs_es.projection.seen import wait_for_outcome
 from cqrs_es.projector import physical_name
 
 if TYPE_CHECKING:
@@ -75,6 +74,8 @@ class Page:
 
 async def _wait_for(opened: OpenApplication, name: str, command_id: str) -> None:
     """Wait until a command has an outcome, then until the view has seen it."""
+    from cqrs_es.projection.seen import wait_for_outcome
+
     looking = wait_for_outcome(lambda: opened.outcome(command_id), command_id, PATIENCE_SECONDS)
     await opened.wait_for(name, await looking, PATIENCE_SECONDS)
 

@@ -166,7 +166,7 @@ class Broker(ABC):
         """Look at what an operator has set on the server for our queues; say what was seen.
 
         Raises `ConfigurationError` for what would lose commands; `trouble` says
-        so from then on, until a later look finds it mended.
+        so from then on, until a later look finds it fixed.
         """
         return ""
 

@@ -532,7 +532,7 @@ def managed(tmp_path: Path) -> Iterator[RabbitServer]:
 async def test_a_policy_that_would_lose_commands(
     managed: RabbitServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is said with what it costs, by `check`, and until it is mended by the broker's trouble."""
+    """It is said with what it costs, by `check`, and until it is fixed by the broker's trouble."""
     monkeypatch.setattr(amqp_broker, "EXAMINE_SECONDS", 0.0)
     broker = broker_for(managed.url, service="bank")
     await broker.open()

@@ -70,7 +70,7 @@ async def test_sessions_are_set_up(storage: Storage, *, on_mariadb: bool) -> Non
 async def test_an_account_that_logs_in_in_an_unknown_way(
     mysql_server: str, mysql_url: str, *, on_mariadb: bool
 ) -> None:
-    """It is a wrong setting, which no waiting mends."""
+    """It is a wrong setting, which no waiting fixes."""
     if not on_mariadb:
         pytest.skip("only MariaDB has ed25519")
     user = f"ed_{uuid.uuid4().hex[:8]}"
