@@ -16,6 +16,7 @@ from cqrs_es.execution.policy import Hooks, OnHandlerFailure
 from cqrs_es.messages import NO_METADATA, Outcome, StoredEvent
 from cqrs_es.opened import OpenApplication
 from cqrs_es.ports.clock import Clock, SystemClock
+from cqrs_es.ports.storage import check_service
 from cqrs_es.registry import Registry
 from cqrs_es.runtime.due import Timetable
 from cqrs_es.runtime.log_watcher import LogWatcher
@@ -125,7 +126,7 @@ class Application:
         broker: Broker | None = None,
         clock: Clock | None = None,
         policy: ExecutionPolicy | None = None,
-        initialise: bool = False,
+        initialise: bool | None = None,
         reach_broker: bool = True,
         on_handler_failure: OnHandlerFailure | None = None,
         on_view_failure: OnViewFailure | None = None,
@@ -135,9 +136,10 @@ class Application:
 
         Settings come from the environment unless given; a store or broker that
         is given stays open afterwards. An embedded store (SQLite, memory) is
-        initialised, with `initialise` a server store too. Without `reach_broker`
-        nothing is asked of the broker, which may be away: for work on the store
-        alone. Raises `StoreNotInitialised` for a server store without tables,
+        initialised, with `initialise=True` a server store too, with False neither
+        file nor server. Without `reach_broker` nothing is asked of the broker, which
+        may be away: for work on the store alone. Raises `StoreNotInitialised` for a
+        store without tables, `WrongService` for another service's,
         `PartitionsMismatch` where a setting differs from the store.
         """
         logs.to_logging_unless_configured()
@@ -152,8 +154,9 @@ class Application:
             await storage.open()
             if reach_broker:
                 await broker.open()
-            initialise = initialise or not storage.shared
-            info = await _store_info(storage, settings, initialise=initialise)
+            if initialise is None or not storage.durable:
+                initialise = not storage.shared
+            info = await _store_info(storage, settings, service, initialise=initialise)
             watcher = LogWatcher(storage.events)
             timetable = Timetable(storage.events)
             hooks = Hooks(
@@ -248,14 +251,18 @@ def make_broker(settings: Settings, service: str) -> Broker:
     )
 
 
-async def _store_info(storage: Storage, settings: Settings, *, initialise: bool) -> StoreInfo:
+async def _store_info(
+    storage: Storage, settings: Settings, service: str, *, initialise: bool
+) -> StoreInfo:
     """Read what the store is, made if it is to be; a setting that differs is an error."""
     try:
         info = await storage.info()
     except errors.StoreNotInitialised as exc:
         if not initialise:
             raise
-        info = await storage.initialise(exc.partitions or settings.partitions_or_default())
+        partitions = exc.partitions or settings.partitions_or_default()
+        info = await storage.initialise(partitions, service=service)
+    check_service(info.service, service)
     if settings.partitions not in {None, info.partitions}:
         message = (
             f"the store has {info.partitions} partitions, CQRS_ES_PARTITIONS says "

@@ -184,6 +184,18 @@ class StoreNotInitialised(ConfigurationError):
         self.partitions = partitions
 
 
+class StoreMissing(StoreNotInitialised):
+    """There is no such database; check CQRS_ES_STORE_URL, or make it by `cqrs-es init`."""
+
+
+class WrongService(ConfigurationError):
+    """The store belongs to another service; give each service a store of its own."""
+
+
+class ForeignTable(ConfigurationError):
+    """A table of the store's belongs to another program; use a database of the service's own."""
+
+
 class SchemaTooNew(ConfigurationError):
     """The store was migrated by a newer version of cqrs-es; upgrade this program."""
 

@@ -97,8 +97,10 @@ class OpenApplication:
 
     async def initialise(self, *, new_epoch: bool = False, declare: bool = True) -> StoreInfo:
         """Create or migrate tables, views and, with `declare`, the topology; idempotent."""
-        partitions = self.process.partitions
-        info = await self.storage.initialise(partitions, new_epoch=new_epoch)
+        process = self.process
+        info = await self.storage.initialise(
+            process.partitions, service=process.service, new_epoch=new_epoch
+        )
         for definition in self.registry.projections.values():
             await self._initialise_view(definition)
         if declare:

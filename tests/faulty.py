@@ -119,8 +119,10 @@ class FaultyStorage(Storage):
     async def close(self) -> None:
         await self._inner.close()
 
-    async def initialise(self, partitions: int, *, new_epoch: bool = False) -> StoreInfo:
-        return await self._inner.initialise(partitions, new_epoch=new_epoch)
+    async def initialise(
+        self, partitions: int, *, service: str | None = None, new_epoch: bool = False
+    ) -> StoreInfo:
+        return await self._inner.initialise(partitions, service=service, new_epoch=new_epoch)
 
     async def info(self) -> StoreInfo:
         return await self._inner.info()

@@ -13,6 +13,7 @@ from cqrs_es.cli.exits import DONE, exit_code, sentence
 from cqrs_es.definitions import ViewDefinition
 from cqrs_es.messages import CommandContext
 from cqrs_es.ports.clock import SystemClock
+from cqrs_es.ports.storage import check_service
 from cqrs_es.projection.folding import folding_for
 from cqrs_es.projection.generations import generations_of, require_tables
 from cqrs_es.settings import masked
@@ -96,11 +97,12 @@ class _Checks:
         self._stack.push_async_callback(storage.close)
         await storage.open()
         try:
-            info = await storage.info()
+            info = await storage.check()
         except errors.StoreNotInitialised:
             if storage.shared:
                 raise
             return "not made yet: the first `cqrs-es run` does that"
+        check_service(info.service, self._service)
         self._storage = storage
         if self._settings.partitions not in {None, info.partitions}:
             message = f"the store has {info.partitions} partitions: unset CQRS_ES_PARTITIONS"

@@ -16,6 +16,8 @@ INTERRUPTED: Final = 4
 def exit_code(exc: Exception) -> int:
     """Return the code that a process ends with when a verb raises this."""
     match exc:
+        case errors.StoreMissing():  # what was named is not found
+            return FAILED
         case errors.ConfigurationError() | errors.InvalidMessage():
             return WRONG_USAGE
         case errors.Unavailable():

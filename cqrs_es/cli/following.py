@@ -105,7 +105,7 @@ async def _tail(app: Application, settings: Settings, selection: Selection) -> b
 
     async def follow(stopping: asyncio.Event) -> None:
         async with AsyncExitStack() as stack:
-            opening = open_patiently(app, settings, stack, reach_broker=False)
+            opening = open_patiently(app, settings, stack, reach_broker=False, initialise=False)
             opened = await unless(stopping, opening)
             if opened is not None:
                 await unless(stopping, _follow(opened, selection))

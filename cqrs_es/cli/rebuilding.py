@@ -74,7 +74,7 @@ async def _rebuild(
     from cqrs_es.runtime.signals import stop_on_signals
 
     with stop_on_signals() as stopping, ExitStack() as stack:
-        async with app.open(settings, reach_broker=False) as opened:
+        async with app.open(settings, initialise=False, reach_broker=False) as opened:
             opened.projection(name)
             rebuild = opened.rebuild(name, _display(name, stack))
             work = _work(rebuild, abort=abort, switch_to=switch_to, drop=drop)

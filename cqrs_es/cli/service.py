@@ -263,6 +263,7 @@ async def open_patiently(
     probes: Probes | None = None,
     *,
     reach_broker: bool = True,
+    initialise: bool | None = None,
 ) -> OpenApplication:
     """Open the application, again and again while a server is away; `stack` closes it.
 
@@ -275,7 +276,13 @@ async def open_patiently(
     while True:
         try:
             meter = NO_METER if probes is None else probes.meter
-            opening = app.open(settings, policy=policy, reach_broker=reach_broker, meter=meter)
+            opening = app.open(
+                settings,
+                policy=policy,
+                initialise=initialise,
+                reach_broker=reach_broker,
+                meter=meter,
+            )
             return await stack.enter_async_context(opening)
         except errors.StoreLocked:
             raise

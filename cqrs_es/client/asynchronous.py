@@ -15,6 +15,7 @@ from cqrs_es.client.source import EventSource
 from cqrs_es.client.subscription import Begin, Subscription, subscription_to
 from cqrs_es.commands import AggregateName, CommandOptions, Payload, new_command
 from cqrs_es.execution.retry import backoff
+from cqrs_es.ports.storage import check_service
 from cqrs_es.projection.seen import wait_until_seen
 from cqrs_es.runtime.waiting import Home
 from cqrs_es.stores import storage_for
@@ -115,7 +116,9 @@ class Client:
 
     async def _found_partitions(self) -> int | None:
         if self._storage is not None:
-            return (await self._storage.info()).partitions
+            info = await self._storage.info()
+            check_service(info.service, self._service)
+            return info.partitions
         topology = await self._broker.topology()
         return None if topology is None else topology.partitions
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+from cqrs_es import errors
+
 if TYPE_CHECKING:
     from cqrs_es.ports.dead_letters import DeadLetters
     from cqrs_es.ports.leases import Leases
@@ -44,14 +46,35 @@ class Storage(ABC):
         """Close every connection; safe to call twice."""
 
     @abstractmethod
-    async def initialise(self, partitions: int, *, new_epoch: bool = False) -> StoreInfo:
+    async def initialise(
+        self, partitions: int, *, service: str | None = None, new_epoch: bool = False
+    ) -> StoreInfo:
         """Create or migrate the tables; idempotent and safe beside old code.
 
-        Raises `PartitionsMismatch` where the store has another number of
-        partitions, `SchemaTooNew` where newer code migrated it. With
-        `new_epoch` the log gets a new epoch and relay marks are reset.
+        The store is the `service`'s from then on, if one is named and it was
+        nobody's. Changes nothing and raises `WrongService` where it is another's,
+        `ForeignTable` where a table is another program's, `SchemaTooNew` where
+        newer code migrated it; `PartitionsMismatch` for another number of
+        partitions. With `new_epoch` the log gets a new epoch and relay marks are reset.
         """
 
     @abstractmethod
     async def info(self) -> StoreInfo:
         """Read what `initialise` fixed; raise `StoreNotInitialised`, `SchemaTooNew`."""
+
+    async def check(self) -> StoreInfo:
+        """Do as `info` does, and look whether the tables are those that `initialise` makes.
+
+        Raises `ForeignTable` where one is not.
+        """
+        return await self.info()
+
+
+def check_service(stored: str | None, asked: str | None) -> None:
+    """Raise `WrongService` for a store of another service."""
+    if None not in {stored, asked} and stored != asked:
+        message = (
+            f"the store belongs to the service {stored!r}, this is {asked!r}: give each service a"
+            " store of its own by CQRS_ES_STORE_URL, or set CQRS_ES_SERVICE if it is the same one"
+        )
+        raise errors.WrongService(message)

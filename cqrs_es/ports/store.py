@@ -197,15 +197,17 @@ ChainResult: TypeAlias = Committed | Conflicted
 
 @dataclass(frozen=True, slots=True)
 class StoreInfo:
-    """What `init` fixed: the number of partitions and the log's epoch, a UUID.
+    """What `init` fixed: the number of partitions, the log's epoch, a UUID, and whose log it is.
 
     `secret` is the key of what the framework signs or derives; never shown or sent.
+    `service` is None in a store that nobody has claimed yet.
     """
 
     partitions: int
     log_epoch: str
     schema_version: int
     secret: bytes = field(default=b"", repr=False)
+    service: str | None = None
 
 
 class EventStore(ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import uuid
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,50 @@ async def test_partitions_are_fixed(storage: Storage) -> None:
             await storage.initialise(other, new_epoch=True)
     assert await storage.info() == before
     assert len(await storage.events.heads()) == PARTITIONS
+
+
+# --- Whose it is -------------------------------------------------------------
+
+
+async def test_a_store_belongs_to_one_service(database: Database) -> None:
+    """Who made it owns it: another is refused, and nothing is changed by it."""
+    storage = await database.open()
+    made = await storage.initialise(PARTITIONS, service="bank")
+    assert made.service == "bank"
+    for new_epoch in (False, True):
+        with pytest.raises(errors.WrongService, match="'bank', this is 'shop'"):
+            await storage.initialise(PARTITIONS, service="shop", new_epoch=new_epoch)
+    assert await storage.initialise(PARTITIONS, service="bank") == made
+    assert await storage.info() == await storage.check() == made
+    renewed = await storage.initialise(PARTITIONS, service="bank", new_epoch=True)
+    assert (renewed.service, renewed.log_epoch == made.log_epoch) == ("bank", False)
+
+
+async def test_a_store_of_nobody_is_claimed(storage: Storage) -> None:
+    """One that was made before stores knew it is that of whoever initialises it next."""
+    before = await storage.info()
+    assert before.service is None
+    claimed = await storage.initialise(PARTITIONS, service="bank")
+    assert claimed == await storage.info() == dataclasses.replace(before, service="bank")
+    with pytest.raises(errors.WrongService):
+        await storage.initialise(PARTITIONS, service="shop")
+
+
+@pytest.mark.parametrize("made", [False, True])
+async def test_two_services_that_want_one_store_at_once(database: Database, *, made: bool) -> None:
+    """One of them gets it."""
+    first, second = await database.open(), await database.open()
+    if made:
+        await first.initialise(PARTITIONS)
+    ends = await asyncio.gather(
+        first.initialise(PARTITIONS, service="bank"),
+        second.initialise(PARTITIONS, service="shop"),
+        return_exceptions=True,
+    )
+    (refusal,) = [end for end in ends if isinstance(end, BaseException)]
+    assert isinstance(refusal, errors.WrongService)
+    (info,) = [end for end in ends if not isinstance(end, BaseException)]
+    assert await first.info() == info
 
 
 async def test_g6_new_epoch_resets_the_relay(storage: Storage) -> None:

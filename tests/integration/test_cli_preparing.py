@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+import botocore.session
 import pytest
 
 from cqrs_es.cli.explaining import MEANINGS
 from tests.bank_data import PROJECT
 from tests.command_line import cqrs_es, environment
+from tests.conftest import run_on
+from tests.servers import psql
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.command_line import Here
 
 VERBS = [
@@ -59,6 +64,161 @@ def test_a_server_store_has_to_be_initialised(mysql_url: str) -> None:
     assert len(found.json["partitions"]) == 16
 
 
+# --- Whose database it is ----------------------------------------------------
+
+OTHERS = {
+    "events": "id INTEGER, title VARCHAR(40), starts VARCHAR(40)",
+    "members": "id INTEGER, name VARCHAR(40)",
+    "store_info": "id INTEGER, note VARCHAR(40)",
+}
+SERVERS = ["sqlite", "mysql", "postgres"]
+REFUSED = [
+    ("init",), ("init", "--new-epoch"), ("check",), ("status",), ("view", "account_query"),
+    ("tail",), ("stream", "account", "a"), ("dead", "list"), ("parked", "list"),
+    ("rebuild", "account_query"), ("republish", "0", "--from", "1"), ("run", "--until-idle"),
+    ("worker",), ("relay",), ("projector",), ("send", "account", "a", "OpenAccount", "{}"),
+]  # fmt: skip
+
+
+def execute(url: str, statement: str) -> list[str]:
+    """Run a statement on an SQL store as another program would; return its rows as text."""
+    parts = urlsplit(url)
+    if parts.scheme == "postgresql":
+        return psql(url, statement).splitlines()
+    if parts.scheme == "mysql":
+        run_on(url, statement.replace("TABLE ", f"TABLE {parts.path.strip('/')}."))
+        return []
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
+        rows = connection.execute(statement).fetchall()
+        connection.commit()
+    return [str(row) for row in rows]
+
+
+@pytest.fixture(params=SERVERS)
+def sql_url(request: pytest.FixtureRequest) -> str:
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.mark.parametrize("store", [*SERVERS, "dynamodb"])
+def test_another_service_is_refused(
+    here: Here,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    redis_url: str,
+    store: str,
+) -> None:
+    """By every verb, with exit code 2 and both names; the first service goes on."""
+    monkeypatch.setenv("CQRS_ES_STORE_URL", request.getfixturevalue(f"{store}_url"))
+    monkeypatch.setenv("CQRS_ES_BROKER_URL", redis_url)
+    before = here.done("init", "--json").json
+    monkeypatch.setenv("CQRS_ES_SERVICE", "shop")
+    for verb in REFUSED:
+        result = here(*verb)
+        assert result.code == 2, (verb, result.out, result.err)
+        said = " ".join((result.out + result.err).split())
+        assert "belongs to the service 'bank', this is 'shop'" in said
+    monkeypatch.delenv("CQRS_ES_SERVICE")
+    assert here.done("init", "--json").json == before
+    assert here("check").code == 0
+
+
+@pytest.mark.parametrize("table", OTHERS)
+def test_a_table_of_another_program_is_refused(
+    here: Here, monkeypatch: pytest.MonkeyPatch, sql_url: str, table: str
+) -> None:
+    """By its name, with exit code 2, and nothing in its database is touched."""
+    monkeypatch.setenv("CQRS_ES_STORE_URL", sql_url)
+    execute(sql_url, f"CREATE TABLE {table} ({OTHERS[table]})")
+    for _ in range(2):
+        result = here("init")
+        assert result.code == 2, result.err
+        assert f"the table {table} " in result.err
+        assert "belongs to another program" in result.err
+    execute(sql_url, f"DROP TABLE {table}")
+    here.done("init")  # nothing was left half made
+    assert here("check").code == 0
+
+
+def test_a_table_that_was_replaced_is_found_by_check(
+    here: Here, monkeypatch: pytest.MonkeyPatch, sql_url: str
+) -> None:
+    """The columns of every table of the framework are compared."""
+    monkeypatch.setenv("CQRS_ES_STORE_URL", sql_url)
+    here.done("init")
+    execute(sql_url, "DROP TABLE members")
+    assert findings(here, code=1)["store"]["detail"].startswith("the store has no table members")
+    execute(sql_url, f"CREATE TABLE members ({OTHERS['members']})")
+    assert "the table members has no column role" in findings(here, code=2)["store"]["detail"]
+
+
+def test_a_sqlite_file_of_another_program_stays_as_it_is(here: Here, sqlite_url: str) -> None:
+    """To the byte: not even its journal's mode is changed."""
+    execute(sqlite_url, f"CREATE TABLE events ({OTHERS['events']})")
+    path = Path(sqlite_url.removeprefix("sqlite:///"))
+    before = path.read_bytes()
+    for verb in (("init",), ("run", "--until-idle"), ("status",), ("check",)):
+        here(*verb)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_table_of_another_program_on_dynamodb(
+    here: Here, monkeypatch: pytest.MonkeyPatch, dynamodb_url: str
+) -> None:
+    """Other keys, or our keys and another index: refused by name."""
+    monkeypatch.setenv("CQRS_ES_STORE_URL", dynamodb_url)
+    for keys in (["id"], ["pk", "sk"]):
+        name = make_table(dynamodb_url, keys)
+        result = here("init")
+        assert result.code == 2, result.err
+        assert f"the table {name} belongs to another program" in result.err
+        delete_table(dynamodb_url, name)
+
+
+def make_table(url: str, keys: list[str]) -> str:
+    name = f"{urlsplit(url).path.strip('/')}-store"
+    client(url).create_table(
+        TableName=name,
+        BillingMode="PAY_PER_REQUEST",
+        KeySchema=[
+            {"AttributeName": key, "KeyType": kind}
+            for key, kind in zip(keys, ("HASH", "RANGE"), strict=False)
+        ],
+        AttributeDefinitions=[{"AttributeName": key, "AttributeType": "S"} for key in keys],
+    )
+    return name
+
+
+def delete_table(url: str, name: str) -> None:
+    client(url).delete_table(TableName=name)
+
+
+def client(url: str) -> Any:
+    parts = urlsplit(url)
+    endpoint = parts.query.removeprefix("endpoint=")
+    session: Any = botocore.session.Session()
+    return session.create_client("dynamodb", region_name=parts.netloc, endpoint_url=endpoint)
+
+
+READING = [
+    ("status",), ("view", "account_query"), ("stream", "account", "a"), ("tail",),
+    ("outcome", "0192f0c4-5b7a-7cc3-98c4-dc0c0c07398f"), ("dead", "list"), ("dead", "show", "x"),
+    ("dead", "retry", "--all"), ("dead", "drop", "--all"), ("parked", "list"),
+    ("parked", "retry", "account_query"), ("rebuild", "account_query"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", READING, ids=" ".join)
+def test_only_init_and_roles_make_a_store(here: Here, sqlite_url: str, verb: tuple[str]) -> None:
+    """A slip in the URL of any other verb makes no file: exit code 1, and the file is named."""
+    result = here(*verb)
+    assert result.code == 1, result.err
+    path = Path(sqlite_url.removeprefix("sqlite:///"))
+    assert f"there is no file {path}" in result.complaint
+    assert list(path.parent.iterdir()) == []
+
+
 # --- check -------------------------------------------------------------------
 
 
@@ -68,12 +228,13 @@ def findings(here: Here, *arguments: str, code: int = 0) -> dict[str, Any]:
     return {finding["check"]: finding for finding in result.lines}
 
 
-def test_check_before_the_first_run(here: Here) -> None:
-    """A SQLite file that is not made yet is no fault."""
+def test_check_before_the_first_run(here: Here, tmp_path: Path) -> None:
+    """A SQLite file that is not made yet is no fault, nor is it made."""
     found = findings(here)
     assert list(found) == ["definitions", "aggregate account", "store", "views", "broker"]
     assert all(finding["ok"] for finding in found.values())
     assert "not made yet" in found["store"]["detail"]
+    assert list(tmp_path.iterdir()) == []
     assert "DepositMoney" in found["aggregate account"]["detail"]
 
 

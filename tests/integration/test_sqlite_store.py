@@ -120,9 +120,14 @@ async def test_read_only(storage: Storage, path: Path) -> None:
 
 
 async def test_no_such_folder(tmp_path: Path) -> None:
-    """A file that can't be made is reported by the same name."""
+    """A file that can't be made is reported by the same name; one that is not there as missing."""
+    storage = storage_for(f"sqlite:///{tmp_path / 'nowhere' / 'store.db'}")
+    await storage.open()
+    with pytest.raises(errors.StoreMissing, match="there is no file"):
+        await storage.info()
     with pytest.raises(errors.StoreReadOnly):
-        await opened(tmp_path / "nowhere" / "store.db")
+        await storage.initialise(1)
+    await storage.close()
 
 
 async def test_no_database(path: Path) -> None:

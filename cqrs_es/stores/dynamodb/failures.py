@@ -84,6 +84,12 @@ def mapped_errors() -> Generator[None]:
         raise errors.StoreUnavailable from exc
 
 
+def foreign(table: str) -> errors.ForeignTable:
+    """Return the error for a table that was not made as ours are."""
+    message = f"the table {table} belongs to another program: use another prefix"
+    return errors.ForeignTable(f"{message} in CQRS_ES_STORE_URL")
+
+
 def _error_for(exc: botocore_errors.ClientError) -> errors.CqrsError:
     response: Mapping[str, Any] = exc.response
     code: str = response["Error"].get("Code", "")

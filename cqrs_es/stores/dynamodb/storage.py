@@ -7,13 +7,13 @@ import uuid
 from typing import TYPE_CHECKING, Any, Final
 
 from cqrs_es import errors
-from cqrs_es.ports.storage import Storage
+from cqrs_es.ports.storage import Storage, check_service
 from cqrs_es.ports.store import StoreInfo
 from cqrs_es.stores.dynamodb import places
 from cqrs_es.stores.dynamodb.actions import ABSENT, condition, delete, put, update
 from cqrs_es.stores.dynamodb.dead_letters import DynamoDeadLetters
 from cqrs_es.stores.dynamodb.events import DynamoEvents
-from cqrs_es.stores.dynamodb.failures import ConditionFailed
+from cqrs_es.stores.dynamodb.failures import ConditionFailed, foreign
 from cqrs_es.stores.dynamodb.leases import DynamoLeases
 from cqrs_es.stores.dynamodb.views import DynamoViews
 
@@ -65,14 +65,17 @@ class DynamoStorage(Storage):
         """Close every connection; safe to call twice."""
         await self._table.close()
 
-    async def initialise(self, partitions: int, *, new_epoch: bool = False) -> StoreInfo:
+    async def initialise(
+        self, partitions: int, *, service: str | None = None, new_epoch: bool = False
+    ) -> StoreInfo:
         """Create the table, billed by request, and fix what never changes, idempotently."""
         if partitions > MAX_PARTITIONS:
             message = f"a store on DynamoDB has at most {MAX_PARTITIONS} partitions: a rebuild"
             raise errors.SettingsError(f"{message} switches with two items for each of them")
         await self._create_table()
-        info = await self._fix_once(partitions)
+        info = await self._fix_once(partitions, service)
         _check_schema(info.schema_version)
+        check_service(info.service, service)
         if info.partitions != partitions:
             message = (
                 f"the store has {info.partitions} partitions, not {partitions}:"
@@ -81,8 +84,9 @@ class DynamoStorage(Storage):
             raise errors.PartitionsMismatch(message)
         if new_epoch:
             await self._renew_epoch(partitions)
-            return await self.info()
-        return info
+        if service is not None and info.service is None:
+            await self._claim(service)
+        return await self.info()
 
     async def info(self) -> StoreInfo:
         """Read what `initialise` fixed; raise `StoreNotInitialised`, `SchemaTooNew`."""
@@ -92,6 +96,11 @@ class DynamoStorage(Storage):
         info = _info_of(found)
         _check_schema(info.schema_version)
         return info
+
+    async def check(self) -> StoreInfo:
+        """Do as `info` does, and look at the table's keys and index."""
+        await self._status()
+        return await self.info()
 
     async def _create_table(self) -> None:
         try:
@@ -115,16 +124,31 @@ class DynamoStorage(Storage):
         return str(answer["TableDescription"]["TableStatus"])
 
     async def _status(self) -> str:
-        answer = await self._table.call("describe_table")
-        return str(answer["Table"]["TableStatus"])
+        """Return the table's status; raise `ForeignTable` where it was not made as ours are."""
+        table = (await self._table.call("describe_table"))["Table"]
+        indexes = [index["IndexName"] for index in table.get("GlobalSecondaryIndexes", ())]
+        if table["KeySchema"] != _TABLE["KeySchema"] or places.PRUNABLE not in indexes:
+            raise foreign(self._table.name)
+        return str(table["TableStatus"])
 
-    async def _fix_once(self, partitions: int) -> StoreInfo:
-        """Fix P and the log's epoch unless they are."""
+    async def _claim(self, service: str) -> None:
+        """Make the store a service's; raise `WrongService` where another was faster."""
+        mine = condition("SET #service = :service", service=service)
+        unclaimed = condition("attribute_not_exists(#service)")
+        try:
+            await self._table.write(update(places.INFO, mine, unclaimed))
+        except ConditionFailed:
+            check_service((await self.info()).service, service)
+
+    async def _fix_once(self, partitions: int, service: str | None) -> StoreInfo:
+        """Fix P, the log's epoch and whose it is, unless they are."""
         fields: dict[str, Any] = {
             "partitions": partitions,
             "logepoch": str(uuid.uuid4()),
             "schema_version": SCHEMA_VERSION,
         }
+        if service is not None:
+            fields["service"] = service
         try:
             await self._table.write(put(places.INFO, fields, ABSENT))
         except ConditionFailed:
@@ -162,7 +186,12 @@ _TABLE: Final[Mapping[str, Any]] = {
 
 
 def _info_of(fields: Mapping[str, Any]) -> StoreInfo:
-    return StoreInfo(fields["partitions"], fields["logepoch"], fields["schema_version"])
+    return StoreInfo(
+        partitions=fields["partitions"],
+        log_epoch=fields["logepoch"],
+        schema_version=fields["schema_version"],
+        service=fields.get("service"),
+    )
 
 
 def _check_schema(version: int) -> None:

@@ -21,7 +21,7 @@ from cqrs_es.stores.dynamodb.actions import (
     found_key,
     key_of,
 )
-from cqrs_es.stores.dynamodb.failures import Contended, mapped_errors
+from cqrs_es.stores.dynamodb.failures import Contended, foreign, mapped_errors
 from cqrs_es.stores.sql.session import chunks, to_its_end
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ GET_BATCH: Final = 100
 DELETE_BATCH: Final = 25
 MAX_TRIES: Final = 8
 PAUSE_SECONDS: Final = 0.05
+_OTHER_KEYS: Final = "key element does not match the schema"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,9 @@ class Table:
             await self.get(Key("info"))
         except errors.StoreNotInitialised:
             return  # there is a server, and no table yet
+        except errors.StoreError as exc:
+            await self.close()
+            raise (foreign(self.name) if _OTHER_KEYS in str(exc) else exc) from exc
         except BaseException:
             await self.close()
             raise

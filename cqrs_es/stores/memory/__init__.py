@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import secrets
 import uuid
+from dataclasses import replace
 
 from cqrs_es import errors
 from cqrs_es.ports.clock import Clock, SystemClock
-from cqrs_es.ports.storage import Storage
+from cqrs_es.ports.storage import Storage, check_service
 from cqrs_es.ports.store import SECRET_BYTES, StoreInfo
 from cqrs_es.stores.memory.dead_letters import MemoryDeadLetters
 from cqrs_es.stores.memory.leases import MemoryLeases
@@ -54,16 +55,20 @@ class MemoryStorage(Storage):
     async def close(self) -> None:
         """Do nothing: there is nothing to let go of."""
 
-    async def initialise(self, partitions: int, *, new_epoch: bool = False) -> StoreInfo:
-        """Fix the number of partitions and the log's epoch, idempotently."""
+    async def initialise(
+        self, partitions: int, *, service: str | None = None, new_epoch: bool = False
+    ) -> StoreInfo:
+        """Fix the number of partitions, the log's epoch and whose it is, idempotently."""
         if self._info is None:
-            self._info = _new_info(partitions, secrets.token_bytes(SECRET_BYTES))
+            self._info = _new_info(partitions, secrets.token_bytes(SECRET_BYTES), service)
             self._log.create_partitions(partitions)
+        check_service(self._info.service, service)
         _check(self._info, partitions)
+        self._info = replace(self._info, service=self._info.service or service)
         if new_epoch:
             async with self.views.transaction() as transaction:
                 await transaction.forget(RELAY_MARK)
-            self._info = _new_info(partitions, self._info.secret)
+            self._info = _new_info(partitions, self._info.secret, self._info.service)
         return self._info
 
     async def info(self) -> StoreInfo:
@@ -73,8 +78,8 @@ class MemoryStorage(Storage):
         return self._info
 
 
-def _new_info(partitions: int, secret: bytes) -> StoreInfo:
-    return StoreInfo(partitions, str(uuid.uuid4()), SCHEMA_VERSION, secret)
+def _new_info(partitions: int, secret: bytes, service: str | None) -> StoreInfo:
+    return StoreInfo(partitions, str(uuid.uuid4()), SCHEMA_VERSION, secret, service)
 
 
 def _check(info: StoreInfo, partitions: int) -> None:

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from cqrs_es import errors
-from cqrs_es.stores.sql.tables import STORE_INFO
+from cqrs_es.ports.storage import check_service
+from cqrs_es.stores.sql.tables import FRAMEWORK, STORE_INFO
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from cqrs_es.stores.sql.session import Session
+    from cqrs_es.stores.sql.tables import Table
 
 VIEW_COLUMNS: Final = """
     view_id {id} NOT NULL,
@@ -286,19 +288,56 @@ SCHEMA_VERSION: Final = 1
 """What code must know to use the store: raised by a migration that older code does not survive."""
 
 
-async def migrate(session: Session) -> None:
+_ADDED_LATER: Final = frozenset(
+    (step.table, step.name) for steps in MIGRATIONS for step in steps if isinstance(step, AddColumn)
+)
+
+
+async def migrate(session: Session, service: str | None) -> None:
     """Bring the schema up to date; raise `SchemaTooNew` where it is ahead of this code.
 
-    Migrations of newer code that this code survives are left alone.
+    Migrations of newer code that this code survives are left alone. Nothing is
+    changed where the tables are another service's, or another program's.
     """
+    await check_tables(session, [STORE_INFO], complete=False)
     known = await _read_versions(session)
     check_schema(known.get("schema_version", 0))
+    if known:
+        check_service(await stored_service(session), service)
     done = migrations_done(known)
+    await check_tables(session, FRAMEWORK, complete=done >= len(MIGRATIONS))
     for number, steps in enumerate(MIGRATIONS[done:], start=done + 1):
         for step in steps:
             await step.apply(session)
         rows = [("schema_version", str(SCHEMA_VERSION)), ("schema_migrations", str(number))]
         await session.write(session.dialect.upsert(STORE_INFO), rows)
+
+
+async def check_tables(session: Session, tables: Iterable[Table], *, complete: bool) -> None:
+    """Raise `ForeignTable` for a table by one of our names that does not have our columns.
+
+    Where the schema is not `complete`, a table may be missing, or lack what migrations add to it.
+    """
+    for table in tables:
+        listed = await session.fetch(session.dialect.list_columns, (table.name,))
+        found = {column.lower() for (column,) in listed}
+        optional = () if complete else [c for c in table.columns if (table.name, c) in _ADDED_LATER]
+        lacking = [c for c in table.columns if c not in found and c not in optional]
+        if complete and not found:
+            message = f"the store has no table {table.name} any more: restore it from a backup"
+            raise errors.StoreError(message)
+        if found and lacking:
+            message = (
+                f"the table {table.name} has no column {lacking[0]}, so it belongs to another"
+                " program: use a database, or a schema, of the service's own"
+            )
+            raise errors.ForeignTable(message)
+
+
+async def stored_service(session: Session) -> str | None:
+    """Return the name of the service that the store belongs to."""
+    rows = await session.fetch("SELECT value FROM store_info WHERE name = 'service'")
+    return rows[0][0] if rows else None
 
 
 async def _read_versions(session: Session) -> dict[str, int]:

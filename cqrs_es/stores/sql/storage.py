@@ -7,14 +7,14 @@ import uuid
 from typing import TYPE_CHECKING, Final
 
 from cqrs_es import errors
-from cqrs_es.ports.storage import Storage
+from cqrs_es.ports.storage import Storage, check_service
 from cqrs_es.ports.store import SECRET_BYTES, StoreInfo
 from cqrs_es.stores.sql import checkpoints
 from cqrs_es.stores.sql.dead_letters import SqlDeadLetters
 from cqrs_es.stores.sql.events import SqlEvents
 from cqrs_es.stores.sql.leases import SqlLeases
-from cqrs_es.stores.sql.migrations import check_schema, migrate
-from cqrs_es.stores.sql.tables import LOG_PARTITIONS, STORE_INFO
+from cqrs_es.stores.sql.migrations import check_schema, check_tables, migrate
+from cqrs_es.stores.sql.tables import FRAMEWORK, LOG_PARTITIONS, STORE_INFO
 from cqrs_es.stores.sql.views import SqlViews
 
 if TYPE_CHECKING:
@@ -58,13 +58,15 @@ class SqlStorage(Storage):
         """Close every connection; safe to call twice."""
         await self._database.close()
 
-    async def initialise(self, partitions: int, *, new_epoch: bool = False) -> StoreInfo:
+    async def initialise(
+        self, partitions: int, *, service: str | None = None, new_epoch: bool = False
+    ) -> StoreInfo:
         """Create or migrate the tables and fix what never changes, idempotently."""
         async with self._database.migration() as session:
-            await migrate(session)
+            await migrate(session, service)
 
         async def work(session: Session) -> StoreInfo:
-            await _fix_once(session, partitions)
+            await _fix_once(session, partitions, service)
             if new_epoch:
                 await _renew_epoch(session)
             return await _read_info(session)
@@ -73,27 +75,43 @@ class SqlStorage(Storage):
 
     async def info(self) -> StoreInfo:
         """Read what `initialise` fixed; raise `StoreNotInitialised`, `SchemaTooNew`."""
-        info = await self._database.read(_read_info)
+        try:
+            info = await self._database.read(_read_info)
+        except errors.StoreError:  # it may be the table of another program
+            await self._database.read(lambda s: check_tables(s, [STORE_INFO], complete=False))
+            raise
         check_schema(info.schema_version)
         if not info.secret:
             message = "the store's schema is older than this program: run `cqrs-es init`"
             raise errors.StoreNotInitialised(message, partitions=info.partitions)
         return info
 
+    async def check(self) -> StoreInfo:
+        """Do as `info` does, and look for every column of every table."""
+        info = await self.info()
+        await self._database.read(lambda s: check_tables(s, FRAMEWORK, complete=True))
+        return info
 
-async def _fix_once(session: Session, partitions: int) -> None:
-    """Fix P and the log's epoch unless they are; raise `PartitionsMismatch` for another P."""
+
+async def _fix_once(session: Session, partitions: int, service: str | None) -> None:
+    """Fix P, the log's epoch and whose it is, unless they are.
+
+    Raises `PartitionsMismatch` for another P, `WrongService` for another service.
+    """
     known: dict[str, str] = dict(await session.fetch(_INFO))
     insert = session.dialect.insert
+    check_service(known.get("service"), service)
+    new: list[tuple[str, str]] = []
     if "secret" not in known:
-        secret = secrets.token_hex(SECRET_BYTES)
-        await session.write(insert(STORE_INFO), [("secret", secret)])
+        new.append(("secret", secrets.token_hex(SECRET_BYTES)))
+    if service is not None and "service" not in known:
+        new.append(("service", service))
     if "partitions" in known:
-        return _check_partitions(int(known["partitions"]), partitions)
-    info = [("partitions", str(partitions)), ("logepoch", str(uuid.uuid4()))]
-    await session.write(insert(STORE_INFO), info)
-    await session.write(insert(LOG_PARTITIONS), [(number, 0) for number in range(partitions)])
-    return None
+        _check_partitions(int(known["partitions"]), partitions)
+    else:
+        new += [("partitions", str(partitions)), ("logepoch", str(uuid.uuid4()))]
+        await session.write(insert(LOG_PARTITIONS), [(number, 0) for number in range(partitions)])
+    await session.write(insert(STORE_INFO), new)
 
 
 def _check_partitions(stored: int, asked: int) -> None:
@@ -117,6 +135,7 @@ async def _read_info(session: Session) -> StoreInfo:
             log_epoch=found["logepoch"],
             schema_version=int(found["schema_version"]),
             secret=bytes.fromhex(found.get("secret", "")),
+            service=found.get("service"),
         )
     except KeyError as exc:
         raise errors.StoreNotInitialised from exc

@@ -43,8 +43,17 @@ class SqliteTarget:
 
     @property
     def uri(self) -> str:
-        """The file as SQLite itself names it."""
-        return f"file:{quote(str(self.path))}?mode={self.mode}"
+        """The file as SQLite itself names it; it is made by `create`, not by being opened."""
+        mode = "rw" if self.mode == "rwc" else self.mode
+        return f"file:{quote(str(self.path))}?mode={mode}"
+
+    def create(self) -> None:
+        """Make the file, empty, unless it is there or may not be made."""
+        if self.mode == "rwc":
+            try:
+                self.path.touch()
+            except OSError as exc:
+                raise errors.StoreReadOnly from exc
 
 
 def _typed(options: Mapping[str, str]) -> dict[str, Any]:

@@ -71,6 +71,9 @@ class Connection:
     def open(self) -> None:
         """Connect, on the thread."""
         target = self._target
+        if not target.path.exists():
+            message = f"there is no file {target.path}: check CQRS_ES_STORE_URL"
+            raise errors.StoreMissing(f"{message}, or make it by `cqrs-es init`")
         connection = sqlite3.connect(
             target.uri,
             uri=True,

@@ -34,6 +34,7 @@ class SqliteDatabase(Database):
     def __init__(self, target: SqliteTarget, clock: Clock) -> None:
         self._target = target
         self._clock = clock
+        self._opened = False
         self._writer: Connection | None = None
         self._writing = asyncio.Lock()
         self._holder: asyncio.Task[Any] | None = None
@@ -41,12 +42,15 @@ class SqliteDatabase(Database):
         self._reading = asyncio.Semaphore(READERS)
 
     async def open(self) -> None:
-        """Open or create the file, and put it into WAL mode."""
-        if self._writer is None:
-            self._writer = await self._connect(_prepare_writer)
+        """Open the file if there is one; whoever needs it looks again."""
+        self._opened = True
+        if self._target.path.exists():
+            async with self._alone():
+                pass
 
     async def close(self) -> None:
         """Close every connection; the last one to close a file folds its log into it."""
+        self._opened = False
         writer, self._writer = self._writer, None
         idle, self._idle = self._idle, []
         for connection in [*idle, writer]:
@@ -72,9 +76,15 @@ class SqliteDatabase(Database):
 
     @asynccontextmanager
     async def migration(self) -> AsyncGenerator[Session]:
-        """Lend a transaction: SQLite's DDL takes part in them."""
+        """Lend a transaction: SQLite's DDL takes part in them. Then put the file into WAL mode.
+
+        Only then is it known to be ours.
+        """
+        self._target.create()
         async with self.transaction() as session:
             yield session
+        async with self._alone() as connection:
+            await connection.call(_use_wal, connection.session, self._target)
 
     async def _once(self, work: Work[T]) -> T:
         """Do the whole transaction in one visit to the thread: each costs some 0.1 ms."""
@@ -87,28 +97,30 @@ class SqliteDatabase(Database):
         if self._holder is task:
             message = "this task has a transaction open already: write through that one"
             raise errors.StoreError(message)
+        self._check_opened()
         async with self._writing:
             self._holder = task
             try:
-                yield self._opened_writer()
+                if self._writer is None:
+                    self._writer = await self._connect(_prepare_writer)
+                yield self._writer
             finally:
                 self._holder = None
 
     @asynccontextmanager
     async def _reader(self) -> AsyncGenerator[Connection]:
         async with self._reading:
-            self._opened_writer()
+            self._check_opened()
             connection = self._idle.pop() if self._idle else await self._connect(_prepare_reader)
             try:
                 yield connection
             finally:
                 await self._give_back(connection)
 
-    def _opened_writer(self) -> Connection:
-        if self._writer is None:
+    def _check_opened(self) -> None:
+        if not self._opened:
             message = "the store is not open: call open() first"
             raise errors.StoreUnavailable(message)
-        return self._writer
 
     async def _connect(self, prepare: Callable[[LocalSession, SqliteTarget], None]) -> Connection:
         connection = Connection(self._target, self._clock)
@@ -121,7 +133,7 @@ class SqliteDatabase(Database):
         return connection
 
     async def _give_back(self, connection: Connection) -> None:
-        if self._writer is None:
+        if not self._opened:
             await connection.close()
         else:
             self._idle.append(connection)
@@ -133,15 +145,14 @@ def _prepare_reader(session: LocalSession, _target: SqliteTarget) -> None:
 
 def _prepare_writer(session: LocalSession, target: SqliteTarget) -> None:
     connection = session.connection
-    if target.mode != "ro":
-        _use_wal(connection, patience=target.timeout)
     connection.execute("PRAGMA synchronous = FULL")
     if target.max_pages is not None:
         connection.execute(f"PRAGMA max_page_count = {target.max_pages}")
 
 
-def _use_wal(connection: sqlite3.Connection, patience: float) -> None:
+def _use_wal(session: LocalSession, target: SqliteTarget) -> None:
     """Switch to WAL; while another process does so, SQLite says "locked" without waiting."""
+    connection, patience = session.connection, target.timeout
     if connection.execute("PRAGMA journal_mode").fetchall() == [("wal",)]:
         return
     deadline = time.monotonic() + patience
