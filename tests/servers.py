@@ -34,6 +34,7 @@ PACKAGES = {
     "initdb": "postgresql",
     "postgres": "postgresql",
     "psql": "postgresql",
+    "pgbouncer": "pgbouncer",
     "redis-server": "redis-server",
     "epmd": "rabbitmq-server",
     "rabbitmq-server": "rabbitmq-server",
@@ -288,6 +289,33 @@ def psql(url: str, statement: str) -> str:
         timeout=START_SECONDS,
     )
     return done.stdout.decode()
+
+
+# --- PgBouncer ---------------------------------------------------------------
+
+
+def start_pgbouncer(folder: Path, server_port: int, pool_mode: str) -> Server:
+    """Start a pooler of our own before a PostgreSQL on 127.0.0.1, as its documentation has it."""
+    program, port = installed("pgbouncer"), free_port()
+    configuration = folder / "pgbouncer.ini"
+    settings = {
+        "listen_addr": "127.0.0.1",
+        "listen_port": port,
+        "unix_socket_dir": "",
+        "auth_type": "trust",
+        "auth_file": folder / "users",
+        "pool_mode": pool_mode,
+        "server_tls_sslmode": "disable",
+    }
+    lines = [f"{name} = {value}" for name, value in settings.items()]
+    databases = f"[databases]\n* = host=127.0.0.1 port={server_port}\n"
+    configuration.write_text("\n".join([databases, "[pgbouncer]", *lines, ""]))
+    (folder / "users").write_text(f'"{POSTGRES_USER}" ""\n')
+    user = POSTGRES_USER if os.geteuid() == 0 else None
+    if user is not None:
+        for path in (folder, *folder.iterdir()):
+            shutil.chown(path, user)
+    return launch([program, str(configuration)], port, folder / "pgbouncer.log", user=user)
 
 
 # --- DynamoDB ----------------------------------------------------------------

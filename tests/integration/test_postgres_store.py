@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from decimal import Decimal
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import orjson
 import pytest
@@ -26,11 +29,12 @@ from tests.contract.building import (
     stream,
 )
 from tests.samples import Add, Counter
+from tests.servers import psql, start_pgbouncer
 from tests.tallies import Sums, tallying_app
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.views import SqlValue
@@ -55,6 +59,49 @@ async def test_sessions_are_set_up(storage: Storage) -> None:
     )
     found = [(await storage.views.query(f"SHOW {name}"))[0][0] for name in names]
     assert found == ["read committed", "5s", "7s", "UTC"]
+
+
+# --- Behind a pooler -----------------------------------------------------------
+
+
+@pytest.fixture
+def pooled_url(request: pytest.FixtureRequest, postgres_url: str) -> Iterator[str]:
+    """Name the database by a PgBouncer, in the mode that the test is parametrised with."""
+    url = urlsplit(postgres_url)
+    with TemporaryDirectory(prefix="cqrs-es-pgbouncer-") as folder:
+        pooler = start_pgbouncer(Path(folder), url.port or 5432, request.param)
+        yield f"postgresql://{url.username}@127.0.0.1:{pooler.port}{url.path}"
+        pooler.stop()
+
+
+@pytest.mark.parametrize("pooled_url", ["session"], indirect=True)
+async def test_a_pooler_of_sessions(pooled_url: str) -> None:
+    """Sessions are set up as without it, also after a migration, and a store works."""
+    first, second = storage_for(pooled_url), storage_for(pooled_url)
+    for storage in (first, second):
+        await storage.open()
+        await storage.initialise(PARTITIONS)
+        await test_sessions_are_set_up(storage)
+    await commit(first, one(account("a"), 0, 2))
+    assert len(await stream(second, account("a"))) == 2
+    for storage in (first, second):
+        await storage.close()
+
+
+@pytest.mark.parametrize("pooled_url", ["transaction", "statement"], indirect=True)
+async def test_a_pooler_of_transactions_is_refused(pooled_url: str, postgres_url: str) -> None:
+    """With what to do, whatever others have left there, and its sessions stay as they were."""
+    for _ in range(3):
+        storage = storage_for(pooled_url)
+        with pytest.raises(errors.SettingsError, match="pool_mode = session"):
+            await storage.open()
+        await storage.close()
+    assert "0" in psql(pooled_url, "SHOW lock_timeout")
+    direct = storage_for(postgres_url)
+    await direct.open()
+    with pytest.raises(errors.StoreNotInitialised):
+        await direct.info()
+    await direct.close()
 
 
 async def test_a_transaction_that_an_error_ended_does_not_pass_for_committed(

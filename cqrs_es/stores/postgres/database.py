@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import asyncpg
 
 from cqrs_es import errors
-from cqrs_es.stores.postgres.failures import mapped_errors
+from cqrs_es.stores.postgres.failures import POOLED, mapped_errors
 from cqrs_es.stores.postgres.session import PostgresSession
 from cqrs_es.stores.sql import pool
 from cqrs_es.stores.sql.pool import MIGRATING, ServerDatabase
@@ -48,8 +49,38 @@ class PostgresDatabase(ServerDatabase[PostgresSession]):
         super().__init__(IDLE_SECONDS)
         self._target = target
         self._limits = limits
+        self._has_sessions = False
 
     async def _connect(self) -> PostgresSession:
+        session = await self._reach()
+        try:
+            await self._make_sure_of_sessions(session)
+            await session.prepare(_settings(self._limits))
+        except BaseException:
+            session.cut()
+            raise
+        return session
+
+    async def _make_sure_of_sessions(self, session: PostgresSession) -> None:
+        """Raise `SettingsError` where one session of a server serves several connections.
+
+        Settings and locks would be lost, or somebody else's. Of a pooler in that
+        mode two connections are answered by one process of the server.
+        """
+        if self._has_sessions:
+            return
+        if await session.is_pooled():
+            other = await self._reach()
+            other.deadline = pool.CONNECT_SECONDS
+            try:
+                with contextlib.suppress(errors.StoreUnavailable):  # it has but one session to lend
+                    if await session.process() == await other.process():
+                        raise errors.SettingsError(POOLED)
+            finally:
+                other.cut()
+        self._has_sessions = True
+
+    async def _reach(self) -> PostgresSession:
         target = self._target
         connect = cast("Any", asyncpg.connect)
         tls = target.tls.context() if isinstance(target.tls, Tls) else target.tls
@@ -62,15 +93,9 @@ class PostgresDatabase(ServerDatabase[PostgresSession]):
                     password=target.password,
                     database=target.database,
                     ssl=tls,
-                    server_settings=_settings(self._limits),
+                    server_settings={"application_name": "cqrs-es"},
                 )
-        session = PostgresSession(connection)
-        try:
-            await session.prepare()
-        except BaseException:
-            session.cut()
-            raise
-        return session
+        return PostgresSession(connection)
 
     async def _lock_migrations(self, session: PostgresSession) -> None:
         await session.execute(f"SET lock_timeout = {int(pool.MIGRATION_SECONDS * 100)}")
@@ -81,7 +106,7 @@ class PostgresDatabase(ServerDatabase[PostgresSession]):
 
     async def _unlock_migrations(self, session: PostgresSession) -> None:
         await session.fetch("SELECT pg_advisory_unlock(?)", (self._migration_lock,))
-        await session.execute("RESET lock_timeout")
+        await session.execute(f"SET lock_timeout = {self._limits.lock_wait}")
 
     @property
     def _migration_lock(self) -> int:
@@ -92,7 +117,6 @@ class PostgresDatabase(ServerDatabase[PostgresSession]):
 
 def _settings(limits: Limits) -> dict[str, str]:
     return {
-        "application_name": "cqrs-es",
         "default_transaction_isolation": "read committed",
         "lock_timeout": str(limits.lock_wait),
         "idle_in_transaction_session_timeout": str(limits.idle),

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
 _NO_SUCH_TABLE: Final = "42P01"
+_OTHER_SESSION: Final = {"42P05", "26000"}
+"""A prepared statement is there that nobody made, or is not there that was made."""
 _CANCELLED: Final = "57014"
 
 _ERRORS: Final[Mapping[str, type[errors.CqrsError]]] = {
@@ -59,6 +61,10 @@ _SETTINGS: Final = {
     "3D000": "there is no such database",
     "42501": "the user may not use the database's tables",
 }
+POOLED: Final = (
+    "CQRS_ES_STORE_URL leads to a pooler that gives each transaction another session: connect to"
+    " PostgreSQL itself, or set the pooler to sessions (pool_mode = session for PgBouncer)"
+)
 _TABLE: Final = re.compile(r'relation "(?:\w+\.)?(\w+)" does not exist')
 
 
@@ -90,6 +96,8 @@ def _error_for(exc: asyncpg.PostgresError) -> errors.CqrsError:
     state: str = exc.sqlstate or ""
     if state in _SETTINGS:
         return errors.SettingsError(f"{_SETTINGS[state]}: check CQRS_ES_STORE_URL")
+    if state in _OTHER_SESSION:
+        return errors.SettingsError(POOLED)
     if state == _CANCELLED:
         return too_slow(str(exc))
     if state.startswith(_UNREACHABLE):

@@ -19,7 +19,7 @@ from cqrs_es.stores.sql.pool import CLOSE_SECONDS, ServerSession
 from cqrs_es.stores.sql.session import chunks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from cqrs_es.stores.sql.dialect import Dialect, Parameter, RowStatement
@@ -34,12 +34,25 @@ class PostgresSession(ServerSession):
         self._connection = connection
         self._types: dict[str, list[str]] = {}
 
-    async def prepare(self) -> None:
-        """Read sums as whole numbers or decimals, as the other databases give them."""
+    async def prepare(self, settings: Mapping[str, str]) -> None:
+        """Set what the store relies on, and read sums as the other databases give them.
+
+        By statements, as a pooler takes little of what is said on connecting.
+        """
+        await self._do("; ".join(f"SET {name} = '{value}'" for name, value in settings.items()))
         async with self._answering():
             await self._connection.set_type_codec(
                 "numeric", schema="pg_catalog", encoder=str, decoder=_number, format="text"
             )
+
+    async def process(self) -> int:
+        """Return the number of the server's process that runs this session's statements."""
+        found: int = (await self.fetch("SELECT pg_backend_pid()"))[0][0]
+        return found
+
+    async def is_pooled(self) -> bool:
+        """Tell whether it is a pooler that was connected to, which answers for a server."""
+        return await self.process() != self._connection.get_server_pid()
 
     @property
     def dialect(self) -> Dialect:
