@@ -52,7 +52,8 @@ class PostgresSession(ServerSession):
 
     async def is_pooled(self) -> bool:
         """Tell whether it is a pooler that was connected to, which answers for a server."""
-        return await self.process() != self._connection.get_server_pid()
+        answering: int = self._connection.get_server_pid()
+        return await self.process() != answering
 
     @property
     def dialect(self) -> Dialect:
