@@ -210,6 +210,24 @@ class Outcome:
         """Whether the command's events are in the log."""
         return self.status is Status.ACCEPTED
 
+    def placed(self, partition: int, offset: int) -> Outcome:
+        """Return the outcome with the place of the command's last event.
+
+        Written out, as `dataclasses.replace` takes three times as long, for every command.
+        """
+        return Outcome(
+            command_id=self.command_id,
+            status=self.status,
+            aggregate_type=self.aggregate_type,
+            aggregate_id=self.aggregate_id,
+            sequence=self.sequence,
+            partition=partition,
+            offset=offset,
+            events=self.events,
+            error=self.error,
+            duplicate=self.duplicate,
+        )
+
     def ensure_accepted(self) -> Outcome:
         """Return the outcome itself; raise `CommandRejected` or `CommandFailed` if it is one."""
         if self.accepted:

@@ -192,10 +192,9 @@ class Decider:
     ) -> DecidedCommand:
         """Run the handler on a scratch copy; only what it yields goes on into the lineage."""
         message = submission.message
-        if message.expected_sequence not in {None, lineage.sequence}:
-            reason = (
-                f"the aggregate is at sequence {lineage.sequence}, not {message.expected_sequence}"
-            )
+        expected = message.expected_sequence
+        if expected is not None and expected != lineage.sequence:
+            reason = f"the aggregate is at sequence {lineage.sequence}, not {expected}"
             return _rejected(submission, "conflict", reason, lineage.sequence)
         yielded = _Yielded(definition, message, self._policy.max_event_bytes)
         try:
@@ -211,20 +210,18 @@ class Decider:
             return _rejected(submission, exc.code, exc.message, lineage.sequence)
         except errors.TooLarge as exc:
             return self._failed(submission, "internal_error", exc.message)
+        if not yielded.intents and not yielded.cancelled:
+            lineage.extend(yielded.events)
+            return _accepted(submission, lineage.sequence, yielded.events)
         caused = self._caused(submission, lineage.sequence, yielded)
         lineage.extend(yielded.events, ended_timers=yielded.ended_timers)
-        return replace(
-            _accepted(submission, lineage.sequence, yielded.events),
-            causes=caused,
-            cancels=tuple(yielded.cancelled),
-        )
+        cancelled = tuple(yielded.cancelled)
+        return _accepted(submission, lineage.sequence, yielded.events, caused, cancelled)
 
     def _caused(
         self, submission: Submission, sequence: int, yielded: _Yielded
     ) -> tuple[ScheduledCommand, ...]:
         """Make the rows of what the handler wants to happen, each caused by the event before it."""
-        if not yielded.intents:
-            return ()
         message, key = submission.message, submission.message.key
         rows: list[ScheduledCommand] = []
         for events_before, intent in yielded.intents:
@@ -412,11 +409,17 @@ def _context(message: CommandMessage) -> CommandContext:
 # --- Outcomes ----------------------------------------------------------------
 
 
-def _accepted(submission: Submission, sequence: int, events: Sequence[NewEvent]) -> DecidedCommand:
+def _accepted(
+    submission: Submission,
+    sequence: int,
+    events: Sequence[NewEvent],
+    causes: tuple[ScheduledCommand, ...] = (),
+    cancels: tuple[str, ...] = (),
+) -> DecidedCommand:
     first = sequence - len(events) + 1
     numbered = tuple(OutcomeEvent(event.event_type, n) for n, event in enumerate(events, first))
     outcome = _outcome(submission, Status.ACCEPTED, sequence=sequence, events=numbered)
-    return _decided(submission, outcome, events)
+    return _decided(submission, outcome, events, causes=causes, cancels=cancels)
 
 
 def _rejected(
@@ -451,13 +454,18 @@ def _decided(
     submission: Submission,
     outcome: Outcome,
     events: Sequence[NewEvent] = (),
+    *,
     dead_letter: DeadLetter | None = None,
+    causes: tuple[ScheduledCommand, ...] = (),
+    cancels: tuple[str, ...] = (),
 ) -> DecidedCommand:
     return DecidedCommand(
         outcome=outcome,
         content_hash=submission.content_hash,
         events=tuple(events),
         dead_letter=dead_letter,
+        causes=causes,
+        cancels=cancels,
         replaces_failed=submission.retrying,
         attempted=submission.attempts > 0,
         scheduled=submission.scheduled is not None,

@@ -244,7 +244,8 @@ class _Draft:
         outcome = self._completed(chain, command)
         self._add_outcome(StoredOutcome(outcome, command.content_hash))
         self._add_cares(command)
-        self._add_causes(chain, command)
+        if command.scheduled or command.causes or command.cancels:
+            self._add_causes(chain, command)
         return outcome
 
     def _add_events(self, chain: Chain, command: DecidedCommand, sequence: int) -> None:
@@ -275,8 +276,7 @@ class _Draft:
         """Return the outcome with the place of the command's own last event, if it has one."""
         if not command.events:
             return command.outcome
-        offset = self.heads[chain.partition]
-        return dataclasses.replace(command.outcome, partition=chain.partition, offset=offset)
+        return command.outcome.placed(chain.partition, self.heads[chain.partition])
 
     def _add_outcome(self, stored: StoredOutcome) -> None:
         known = stored.outcome.command_id in self.state.outcomes
