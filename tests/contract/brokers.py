@@ -12,8 +12,8 @@ from redis.asyncio import Redis
 
 from cqrs_es.brokers import broker_for
 from cqrs_es.brokers.amqp import AmqpBroker, driver
-from cqrs_es.brokers.amqp.address import Address
-from cqrs_es.brokers.amqp.commands import PREFETCH
+from cqrs_es.brokers.amqp.consuming import PREFETCH
+from cqrs_es.brokers.amqp.driver import Address
 from cqrs_es.brokers.amqp.topology import Names, topology
 from cqrs_es.brokers.memory import MemoryBroker
 from cqrs_es.brokers.redis import RedisBroker
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     import pytest
 
-    from cqrs_es.brokers.amqp.interfaces import Channel
+    from cqrs_es.brokers.amqp.driver import Channel
     from cqrs_es.ports.broker import Broker, CommandIntake, Delivery, EventFeed, TopicEvent
 
 SERVICE = "bank"

@@ -13,7 +13,7 @@ from cqrs_es import errors
 from cqrs_es.application import Application
 from cqrs_es.brokers import broker_for
 from cqrs_es.brokers.amqp import broker as amqp_broker
-from cqrs_es.brokers.amqp import consumer, topic
+from cqrs_es.brokers.amqp import consuming
 from cqrs_es.brokers.amqp import topology as topologies
 from cqrs_es.cli.checking import check_everything
 from cqrs_es.ports.broker import OutgoingCommand, OutgoingReply
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-    from cqrs_es.brokers.amqp.interfaces import Channel, IncomingMessage
+    from cqrs_es.brokers.amqp.driver import Channel, IncomingMessage
     from cqrs_es.ports.broker import Broker
     from tests.servers import RabbitServer
 
@@ -199,7 +199,7 @@ async def test_a_slow_subscriber_loses_the_oldest(
 ) -> None:
     """Its queue is bounded and holds nobody up: it reads what it missed from the store."""
     monkeypatch.setattr(topologies, "FEED_LENGTH", 10)
-    monkeypatch.setattr(topic, "PREFETCH", 5)
+    monkeypatch.setattr(consuming, "FEED_PREFETCH", 5)
     feed = await broker.subscribe({0: 0})
     assert await broker.publish(0, EPOCH, events(1, 100)) == 100
     followed = offsets(await follow(feed, 15))
@@ -510,11 +510,11 @@ def _drain_until(channel: Channel, happened: list[Any]) -> None:
 
 def test_headers_are_read_only_where_there_are_some() -> None:
     """A message without headers was not redelivered, unless the server flags it."""
-    plain = consumer.Arrived(1, b"", "0", {}, flagged=False)
-    counted = consumer.Arrived(
+    plain = consuming.Arrived(1, b"", "0", {}, flagged=False)
+    counted = consuming.Arrived(
         1, b"", "0", {"application_headers": {"x-delivery-count": 2}}, flagged=False
     )
-    flagged = consumer.Arrived(1, b"", "0", {}, flagged=True)
+    flagged = consuming.Arrived(1, b"", "0", {}, flagged=True)
     assert [message.redelivered for message in (plain, counted, flagged)] == [False, True, True]
 
 

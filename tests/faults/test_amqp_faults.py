@@ -14,7 +14,7 @@ import pytest
 
 from cqrs_es import errors
 from cqrs_es.brokers import broker_for
-from cqrs_es.brokers.amqp import bridge, publisher
+from cqrs_es.brokers.amqp import connection, publishing
 from cqrs_es.ports.broker import OutgoingCommand, OutgoingReply
 from tests.certificates import self_signed
 from tests.contract.brokers import (
@@ -75,10 +75,10 @@ def _broker(port: int, service: str, user: str = "guest:guest") -> Broker:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let deadlines pass sooner."""
-    monkeypatch.setattr(publisher, "CONFIRM_SECONDS", 1.0)
-    monkeypatch.setattr(bridge, "CALL_SECONDS", 1.0)
-    monkeypatch.setattr(bridge, "OPEN_SECONDS", 1.0)
-    monkeypatch.setattr(bridge, "CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr(publishing, "CONFIRM_SECONDS", 1.0)
+    monkeypatch.setattr(connection, "CALL_SECONDS", 1.0)
+    monkeypatch.setattr(connection, "OPEN_SECONDS", 1.0)
+    monkeypatch.setattr(connection, "CLOSE_SECONDS", 0.5)
 
 
 async def _raises_unavailable(call: Awaitable[object]) -> str:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from cqrs_es.brokers.amqp import bridge as amqp_bridge
+from cqrs_es.brokers.amqp import connection as amqp_connection
 from cqrs_es.brokers.amqp import driver as amqp_driver
 from cqrs_es.brokers.redis import connection as redis_connection
 from cqrs_es.ports.dead_letters import DeadLetter
@@ -68,7 +68,7 @@ def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "CONNECT_SECONDS", SOON)
     monkeypatch.setattr(redis_connection, "ANSWER_SECONDS", SOON)
     monkeypatch.setattr(amqp_driver, "CONNECT_SECONDS", SOON)
-    monkeypatch.setattr(amqp_bridge, "OPEN_SECONDS", 2 * SOON)
+    monkeypatch.setattr(amqp_connection, "OPEN_SECONDS", 2 * SOON)
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_a_broker_that_refuses_us(
     wrong: str,
 ) -> None:
     """As with a store, a wrong password or database is a wrong setting: exit code 2."""
-    monkeypatch.setattr(amqp_bridge, "OPEN_SECONDS", 10.0)
+    monkeypatch.setattr(amqp_connection, "OPEN_SECONDS", 10.0)
     monkeypatch.setattr(redis_connection, "ANSWER_SECONDS", 10.0)
     broker_url: str = request.getfixturevalue(f"{scheme}_url")
     server = urlsplit(broker_url)

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from cqrs_es.brokers.amqp import driver
-from cqrs_es.brokers.amqp.address import Address
+from cqrs_es.brokers.amqp.driver import Address
 from cqrs_es.brokers.amqp.topology import Names, topology
 from tests.bank_data import PROJECT
 from tests.pages import check, run

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cqrs_es import errors
-from cqrs_es.brokers.amqp import frames, topology
-from cqrs_es.brokers.amqp.address import Address
-from cqrs_es.brokers.amqp.commands import acknowledgements
-from cqrs_es.brokers.amqp.frames import (
+from cqrs_es.brokers.amqp import driver, topology
+from cqrs_es.brokers.amqp.consuming import acknowledgements
+from cqrs_es.brokers.amqp.driver import (
+    Address,
     Frame,
     FrameReader,
     with_readable_routing_key,
@@ -56,7 +56,7 @@ def test_acknowledging_covers_exactly_what_is_done(
 
 def test_acknowledgements_are_what_the_protocol_asks_for() -> None:
     """A method frame for each: basic.ack, with the tag and whether it covers those before."""
-    written = frames.acknowledgements(3, [(2**40 + 1, True), (7, False)])
+    written = driver.acknowledgements(3, [(2**40 + 1, True), (7, False)])
     assert written == bytes.fromhex(
         "01 0003 0000000d 003c 0050 0000010000000001 01 ce"
         "01 0003 0000000d 003c 0050 0000000000000007 00 ce"

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from amqp.exceptions import NotFound, PreconditionFailed
 
 from cqrs_es import errors
-from cqrs_es.brokers.amqp import commands as queues
-from cqrs_es.brokers.amqp import policies, topic, topology
-from cqrs_es.brokers.amqp import replies as inboxes
-from cqrs_es.brokers.amqp.address import Address
-from cqrs_es.brokers.amqp.bridge import BLOCKED
-from cqrs_es.brokers.amqp.reconnecting import Connections
-from cqrs_es.brokers.amqp.remedies import refused_login
+from cqrs_es.brokers.amqp import consuming, publishing, topology
+from cqrs_es.brokers.amqp.connection import BLOCKED, Bridge, Reconnecting, refused_login
+from cqrs_es.brokers.amqp.driver import Address
 from cqrs_es.ports.broker import Broker, Topology
 
 if TYPE_CHECKING:
@@ -36,6 +33,69 @@ EXAMINE_SECONDS: Final = 60.0
 LOOK_BEYOND: Final = 2  # queues behind one that is not there
 
 
+@dataclass(frozen=True, slots=True)
+class Publishers:
+    """The channels of one connection: what is slow to confirm holds up its own kind only."""
+
+    bridge: Bridge
+    commands: publishing.Publisher
+    events: publishing.Publisher
+    replies: publishing.ReplyPublisher
+
+    @classmethod
+    def on(cls, bridge: Bridge) -> Publishers:
+        """Publish on a connection; channels are opened when they are used."""
+        publisher, replies = publishing.Publisher, publishing.ReplyPublisher
+        return cls(bridge, publisher(bridge), publisher(bridge), replies(bridge))
+
+
+class Connections:
+    """A broker's two connections to its server: made when needed, and again after a failure.
+
+    Publishing has its own: when memory or disk run out, the server stops reading
+    from connections that publish, and settling must go on.
+    """
+
+    def __init__(self, address: Address, service: str) -> None:
+        self.address = address
+        self._closed = False
+        self._consuming = Reconnecting(address, f"{service} consuming")
+        self._publishing = Reconnecting(address, f"{service} publishing")
+        self._publishers: Publishers | None = None
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the server takes nothing from the connection for publishing."""
+        return self._publishing.blocked
+
+    def allow(self) -> None:
+        """Let connections be made, also after `close`."""
+        self._closed = False
+
+    async def close(self) -> None:
+        """End both, and make none any more."""
+        self._closed = True
+        await asyncio.gather(self._consuming.close(), self._publishing.close())
+
+    async def consuming(self) -> Bridge:
+        """Return the connection for consuming and declaring."""
+        self._check()
+        return await self._consuming.bridge()
+
+    async def publishing(self) -> Publishers:
+        """Return the publishers on the connection for publishing."""
+        self._check()
+        bridge = await self._publishing.bridge()
+        if self._publishers is None or self._publishers.bridge is not bridge:
+            self._publishers = Publishers.on(bridge)
+        return self._publishers
+
+    def _check(self) -> None:
+        if self._closed:
+            message = f"the connection to RabbitMQ at {self.address} was closed; open it again"
+            raise errors.BrokerUnavailable(message)
+
+
 def connect(url: str, *, service: str, event_retention: int) -> AmqpBroker:
     """Make the broker for a URL; raises `SettingsError` for one that can't be used.
 
@@ -53,8 +113,8 @@ class AmqpBroker(Broker):
     def __init__(self, address: Address, *, service: str) -> None:
         self._names = topology.Names(service)
         self._connections = Connections(address, service)
-        self._intakes: dict[int, queues.AmqpIntake] = {}
-        self._prefetch = queues.Prefetch()
+        self._intakes: dict[int, consuming.AmqpIntake] = {}
+        self._prefetch = consuming.Prefetch()
         self._partitions: int | None = None
         self._examined_at: float | None = None
         self._policies_seen = ""
@@ -86,9 +146,9 @@ class AmqpBroker(Broker):
         self._policy_trouble = None
         try:
             acting = await asyncio.to_thread(
-                policies.find_acting, self._connections.address, self._names
+                topology.find_acting, self._connections.address, self._names
             )
-        except policies.PoliciesUnseen as exc:
+        except topology.PoliciesUnseen as exc:
             self._policies_seen = f"policies on its queues can't be seen: {exc.message}"
         else:
             self._policies_seen = "no policy acts on its queues"
@@ -133,7 +193,7 @@ class AmqpBroker(Broker):
     async def send(self, commands: Sequence[OutgoingCommand]) -> None:
         """Publish commands; raises when one was refused; later ones may have been accepted."""
         publishers = await self._connections.publishing()
-        messages = [queues.outgoing(self._names, command) for command in commands]
+        messages = [publishing.command_message(self._names, command) for command in commands]
         receipt = await publishers.commands.publish(messages)
         if receipt.refusal is not None:
             message = f"RabbitMQ refused a command: {receipt.refusal}; make room, then send again"
@@ -146,7 +206,7 @@ class AmqpBroker(Broker):
         before = self._intakes.pop(partition, None)
         if before is not None:
             await before.displace()
-        intake = await queues.open_intake(bridge, self._names, partition, self._prefetch)
+        intake = await consuming.open_intake(bridge, self._names, partition, self._prefetch)
         self._intakes[partition] = intake
         self._prefetch.consumers = sum(not other.closed for other in self._intakes.values())
         return intake
@@ -154,13 +214,13 @@ class AmqpBroker(Broker):
     async def open_dead_intake(self, consumer: str) -> CommandIntake | None:
         """Begin to consume the service's queue of commands that could not be delivered."""
         del consumer
-        return await queues.open_dead_intake(await self._connections.consuming(), self._names)
+        return await consuming.open_dead_intake(await self._connections.consuming(), self._names)
 
     async def publish(self, partition: int, log_epoch: str, events: Sequence[OutgoingEvent]) -> int:
         """Publish events, each as often as it is given; the server can't tell an epoch."""
         del log_epoch
         publishers = await self._connections.publishing()
-        messages = [topic.outgoing(self._names, partition, event) for event in events]
+        messages = [publishing.event_message(self._names, partition, event) for event in events]
         receipt = await publishers.events.publish(messages)
         if receipt.refusal is not None and not receipt.confirmed:
             message = f"RabbitMQ refused an event: {receipt.refusal}; look at the queues bound to "
@@ -175,19 +235,19 @@ class AmqpBroker(Broker):
     async def subscribe(self, after: Mapping[int, int]) -> EventFeed:
         """Receive these partitions' events from now on; what was before is in the store."""
         bridge = await self._connections.consuming()
-        return await topic.subscribe(bridge, self._names, list(after))
+        return await consuming.subscribe(bridge, self._names, list(after))
 
     async def reply(self, replies: Sequence[OutgoingReply]) -> None:
         """Publish outcomes to the queues of their senders, and wait for nothing."""
         publishers = await self._connections.publishing()
         if publishers.bridge.blocked:
             raise errors.BrokerUnavailable(f"RabbitMQ {BLOCKED}; replies are dropped")
-        publishers.replies.post([inboxes.outgoing(self._names, reply) for reply in replies])
+        publishers.replies.post([publishing.reply_message(self._names, reply) for reply in replies])
 
     async def open_replies(self, reply_to: str) -> ReplyInbox:
         """Begin to receive a sender's replies."""
         bridge = await self._connections.consuming()
-        return await inboxes.open_inbox(bridge, self._names, reply_to)
+        return await consuming.open_inbox(bridge, self._names, reply_to)
 
     # --- Depth -----------------------------------------------------------------
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from cqrs_es import errors
 from cqrs_es.brokers.redis import commands as queues
-from cqrs_es.brokers.redis import replies as inboxes
+from cqrs_es.brokers.redis import topic
 from cqrs_es.brokers.redis.connection import Names, RedisConnection
-from cqrs_es.brokers.redis.republishing import Republication
-from cqrs_es.brokers.redis.topic import RedisTopic
-from cqrs_es.ports.broker import Broker, Topology
+from cqrs_es.ports.broker import Broker, ReplyInbox, Topology
 from cqrs_es.types import shown
 
 if TYPE_CHECKING:
@@ -24,9 +23,13 @@ if TYPE_CHECKING:
         OutgoingEvent,
         OutgoingReply,
         ReadLog,
-        ReplyInbox,
     )
 
+
+REPLIES_KEPT: Final = 1_000  # per sender, about
+REPLIES_EXPIRY_SECONDS: Final = 3_600  # after the last one; a lost one is had again by resending
+READ_AT_ONCE: Final = 100
+_TRIMMED: Final = ("MAXLEN", "~", REPLIES_KEPT)
 
 _COUNT: Final = re.compile(rb"[1-9][0-9]{0,3}")
 """How many partitions there are; anybody can write to the hash."""
@@ -45,8 +48,11 @@ class RedisBroker(Broker):
     def __init__(self, connection: RedisConnection, *, service: str, event_retention: int) -> None:
         self._connection = connection
         self._names = Names(service)
-        self._topic = RedisTopic(connection, self._names, event_retention)
         self._retention = event_retention
+        self._partitions: int | None = None
+        self._publish = connection.script(topic.PUBLISH)
+        self._declare = connection.script(topic.DECLARE)
+        self._ends = connection.script(topic.ENDS)
 
     @property
     def durable(self) -> bool:
@@ -62,8 +68,14 @@ class RedisBroker(Broker):
         await self._connection.close()
 
     async def declare(self, partitions: int, log_epoch: str) -> None:
-        """Create what is missing; a new epoch empties the topic."""
-        await self._topic.declare(partitions, log_epoch)
+        """Note epoch and partitions in `meta`, make the groups; empty the topic of an old epoch."""
+        streams = [
+            stream
+            for number in range(partitions)
+            for stream in (self._names.events(number), self._names.commands(number))
+        ]
+        await self._declare([self._names.meta, *streams], [log_epoch, partitions])
+        self._partitions = partitions
 
     async def restore(self, partitions: int, log_epoch: str) -> None:
         """Fill in what the hash `<service>:meta` lacks."""
@@ -98,36 +110,57 @@ class RedisBroker(Broker):
         return await queues.open_intake(self._connection, stream, partition, consumer)
 
     async def publish(self, partition: int, log_epoch: str, events: Sequence[OutgoingEvent]) -> int:
-        """Append contiguous events to a partition's stream, in one script."""
-        return await self._topic.publish(partition, log_epoch, events)
+        """Append what the stream does not have yet, unless that would leave a gap."""
+        keys = [self._names.meta, self._names.events(partition)]
+        known = "" if self._partitions is None else self._partitions
+        header = [log_epoch, known, self._retention, events[0].offset]
+        end: int = await self._publish(keys, [*header, *(event.body for event in events)])
+        if end == topic.OTHER_EPOCH:
+            message = f"the topic is of another epoch than {log_epoch}"
+            raise errors.LeaseLost(message)
+        return end
 
     async def republish(self, partition: int, log_epoch: str, start: int, read: ReadLog) -> int:
         """Make a partition's stream anew: entry ids grow, so nothing can be put back into it.
 
         Where only its end was lost, that is published as a relay does.
         """
-        if (await self._topic.ends([partition]))[partition] < start - 1:
+        if await self.topic_end(partition) < start - 1:
             return await super().republish(partition, log_epoch, start, read)
-        again = Republication(
+        again = topic.Republication(
             self._connection, self._names, partition, read, retention=self._retention
         )
         return await again.run(log_epoch, start)
 
-    async def topic_end(self, partition: int) -> int | None:
-        """Return the last offset that a partition's stream ever got."""
-        return (await self._topic.ends([partition]))[partition]
+    async def topic_end(self, partition: int) -> int:
+        """Return the last offset that a partition's stream ever got, 0 for none."""
+        return (await self._find_ends([partition]))[partition]
+
+    async def _find_ends(self, partitions: Sequence[int]) -> Mapping[int, int]:
+        streams = [self._names.events(number) for number in partitions]
+        ends: list[int] = await self._ends(streams, [])
+        return dict(zip(partitions, ends, strict=True))
 
     async def subscribe(self, after: Mapping[int, int]) -> EventFeed:
         """Make a feed; nothing is asked of the server yet."""
-        return self._topic.subscribe(after)
+        return topic.RedisFeed(self._connection, self._names, self._find_ends, after)
 
     async def reply(self, replies: Sequence[OutgoingReply]) -> None:
-        """Add outcomes to their senders' streams."""
-        await inboxes.send(self._connection, self._names, replies)
+        """Add outcomes to their senders' streams, and put off the streams' expiry."""
+        additions = [
+            ("XADD", self._names.replies(reply.reply_to), *_TRIMMED, "*", "outcome", reply.outcome)
+            for reply in replies
+        ]
+        streams = {self._names.replies(reply.reply_to) for reply in replies}
+        if additions:
+            expiries = [("EXPIRE", stream, REPLIES_EXPIRY_SECONDS) for stream in streams]
+            await self._connection.run_together([*additions, *expiries])
 
     async def open_replies(self, reply_to: str) -> ReplyInbox:
-        """Begin to read a sender's replies."""
-        return await inboxes.open_inbox(self._connection, self._names.replies(reply_to))
+        """Begin to read a sender's stream behind what it holds now."""
+        stream = self._names.replies(reply_to)
+        newest = await self._connection.run("XREVRANGE", stream, "+", "-", "COUNT", 1)
+        return RedisInbox(self._connection, stream, newest[0][0].decode() if newest else "0-0")
 
     async def queue_depth(self) -> Mapping[int, int]:
         """Return the lengths of the command streams: what is not settled."""
@@ -139,3 +172,32 @@ class RedisBroker(Broker):
             [("XLEN", self._names.commands(partition)) for partition in partitions]
         )
         return dict(zip(partitions, lengths, strict=True))
+
+
+class RedisInbox(ReplyInbox):
+    """The reading of one sender's replies."""
+
+    def __init__(self, connection: RedisConnection, stream: str, after: str) -> None:
+        self._connection = connection
+        self._stream = stream
+        self._after = after
+        self._read: deque[bytes] = deque()
+        self._closed = False
+
+    async def receive(self) -> bytes:
+        """Wait for one outcome."""
+        while not self._read:
+            if self._closed:
+                message = "the inbox was closed; open another"
+                raise errors.BrokerUnavailable(message)
+            await self._fill()
+        return self._read.popleft()
+
+    async def _fill(self) -> None:
+        for _, entries in await self._connection.read({self._stream: self._after}, READ_AT_ONCE):
+            self._read.extend(fields.get(b"outcome", b"") for _, fields in entries)
+            self._after = entries[-1][0]
+
+    async def close(self) -> None:
+        """Read no more."""
+        self._closed = True

@@ -24,15 +24,20 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 import structlog
-from amqp.exceptions import ChannelError
+from amqp.exceptions import (
+    AccessRefused,
+    ChannelError,
+    NotAllowed,
+    NotFound,
+    PreconditionFailed,
+    ResourceLocked,
+)
 
 from cqrs_es import errors
 from cqrs_es.brokers.amqp import driver
-from cqrs_es.brokers.amqp.remedies import remedy_for
 
 if TYPE_CHECKING:
-    from cqrs_es.brokers.amqp.address import Address
-    from cqrs_es.brokers.amqp.interfaces import Channel, Connection
+    from cqrs_es.brokers.amqp.driver import Address, Channel, Connection
 
 T = TypeVar("T")
 Job: TypeAlias = "Callable[[Connection], T]"
@@ -321,3 +326,76 @@ def _fail(done: asyncio.Future[None], error: errors.BrokerUnavailable) -> None:
 
 def _said(exc: Exception) -> str:
     return f"{type(exc).__name__}: {exc}"
+
+
+# --- What to do about an error: RabbitMQ says what happened, seldom what to do ----
+
+_ANYTHING_ELSE: Final = "check CQRS_ES_BROKER_URL and the server, then try again"
+_GRANT: Final = "give the user that permission: config/rabbitmq-grant has what each role needs"
+_VHOST: Final = "create the virtual host (rabbitmqctl add_vhost), or give the user access to it"
+_REDECLARE: Final = "another program declared it: delete it when it is empty, then `cqrs-es init`"
+_TIMED_OUT: Final = "it is delivered again; is consumer_timeout in rabbitmq.conf too short?"
+_TOO_LARGE: Final = "raise max_message_size in rabbitmq.conf, or send less"
+# By the error and what is in its text, the first that fits.
+_REMEDIES: Final = (
+    (NotFound, "", "run `cqrs-es init`, which declares what is missing"),
+    (AccessRefused, "Login", "check user and password in CQRS_ES_BROKER_URL"),
+    (AccessRefused, "", _GRANT),
+    (NotAllowed, "vhost", _VHOST),
+    (ResourceLocked, "", "another connection has it for itself: end that program"),
+    (PreconditionFailed, "inequivalent", _REDECLARE),
+    (PreconditionFailed, "timed out", _TIMED_OUT),
+    (PreconditionFailed, "larger than", _TOO_LARGE),
+)
+
+
+def remedy_for(cause: BaseException | None) -> str:
+    """Say what to do about an error of the driver."""
+    for kind, words, remedy in _REMEDIES:
+        if isinstance(cause, kind) and words in str(cause):
+            return remedy
+    return _ANYTHING_ELSE
+
+
+def refused_login(cause: BaseException | None) -> bool:
+    """Tell a wrong password or virtual host from a limit, or a server that is away."""
+    if isinstance(cause, AccessRefused):
+        return "Login" in str(cause)
+    return isinstance(cause, NotAllowed) and "vhost" in str(cause) and "limit" not in str(cause)
+
+
+class Reconnecting:
+    """One connection at a time."""
+
+    def __init__(self, address: Address, name: str) -> None:
+        self._address = address
+        self._name = name
+        self._bridge: Bridge | None = None
+        self._opening: asyncio.Task[Bridge] | None = None
+
+    @property
+    def blocked(self) -> bool:
+        """Whether there is a connection that the server takes no messages from."""
+        return self._bridge is not None and not self._bridge.ended and self._bridge.blocked
+
+    async def bridge(self) -> Bridge:
+        """Return the open connection, or make one: all callers share the attempt."""
+        if self._bridge is not None and not self._bridge.ended:
+            return self._bridge
+        if self._opening is None:
+            self._opening = asyncio.create_task(Bridge.open(self._address, self._name))
+            self._opening.add_done_callback(self._opened)
+        return await asyncio.shield(self._opening)
+
+    def _opened(self, opening: asyncio.Task[Bridge]) -> None:
+        self._opening = None
+        if not opening.cancelled() and opening.exception() is None:
+            self._bridge = opening.result()
+
+    async def close(self) -> None:
+        """End the connection, or the attempt."""
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
+        if self._bridge is not None:
+            await self._bridge.close()

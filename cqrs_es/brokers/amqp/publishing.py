@@ -15,17 +15,24 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import amqp
+import structlog
 
-from cqrs_es.brokers.amqp.bridge import BLOCKED
+from cqrs_es.brokers.amqp.connection import BLOCKED
 
 if TYPE_CHECKING:
     from cqrs_es import errors
-    from cqrs_es.brokers.amqp.bridge import Bridge
-    from cqrs_es.brokers.amqp.interfaces import Channel, Connection, IncomingMessage
+    from cqrs_es.brokers.amqp.connection import Bridge
+    from cqrs_es.brokers.amqp.driver import Channel, Connection, IncomingMessage
+    from cqrs_es.brokers.amqp.topology import Names
+    from cqrs_es.ports.broker import OutgoingCommand, OutgoingEvent, OutgoingReply
+
+log = structlog.get_logger("cqrs_es.amqp")
 
 CONFIRM_SECONDS: Final = 10.0  # for a batch, from its first byte to its last confirm
 BATCH_MESSAGES: Final = 1_000
 BATCH_BYTES: Final = 4 * 1024 * 1024
+_PERSISTENT: Final = 2
+_DEFAULT_EXCHANGE: Final = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +44,45 @@ class Outgoing:
     body: bytes
     properties: Mapping[str, Any]
     mandatory: bool = False
+
+
+def command_message(names: Names, command: OutgoingCommand) -> Outgoing:
+    """Make the message for a command."""
+    return Outgoing(
+        exchange=names.commands,
+        routing_key=str(command.partition),
+        body=command.body,
+        properties={
+            "message_id": command.command_id,
+            "content_type": "application/json",
+            "delivery_mode": _PERSISTENT,
+        },
+        mandatory=True,
+    )
+
+
+def event_message(names: Names, partition: int, event: OutgoingEvent) -> Outgoing:
+    """Make the message for an event."""
+    return Outgoing(
+        exchange=names.events,
+        routing_key=f"{event.aggregate_type}.{event.event_type}.{partition}",
+        body=event.body,
+        properties={
+            "message_id": f"{partition}-{event.offset}",
+            "content_type": "application/cloudevents+json",
+            "delivery_mode": _PERSISTENT,
+        },
+    )
+
+
+def reply_message(names: Names, reply: OutgoingReply) -> Outgoing:
+    """Make the message for an outcome; one that nobody waits for is dropped."""
+    return Outgoing(
+        exchange=_DEFAULT_EXCHANGE,
+        routing_key=names.replies(reply.reply_to),
+        body=reply.outcome,
+        properties={"correlation_id": reply.command_id, "content_type": "application/json"},
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +177,7 @@ class Publisher:
                 return
             self._published += 1
             self._unconfirmed[self._published] = (batch, index)
-            channel.basic_publish(
-                message_of(message),
-                exchange=message.exchange,
-                routing_key=message.routing_key,
-                mandatory=message.mandatory,
-            )
+            _write(message, channel)
 
     def _open_channel(self, connection: Connection) -> Channel:
         if self._channel is None:
@@ -190,10 +231,14 @@ class Publisher:
             self._bridge.hand_over(batch.conclude)
 
 
-def message_of(message: Outgoing) -> object:
-    """Make what the driver sends."""
+def _write(message: Outgoing, channel: Channel) -> None:
     make: Any = amqp.Message  # declared for text, but bytes are what it is for
-    return make(message.body, **message.properties)
+    channel.basic_publish(
+        make(message.body, **message.properties),
+        exchange=message.exchange,
+        routing_key=message.routing_key,
+        mandatory=message.mandatory,
+    )
 
 
 def _batches(messages: Sequence[Outgoing]) -> Iterator[list[Outgoing]]:
@@ -208,3 +253,29 @@ def _batches(messages: Sequence[Outgoing]) -> Iterator[list[Outgoing]]:
         size += len(message.body)
     if batch:
         yield batch
+
+
+class ReplyPublisher:
+    """A channel for replies, without confirms: settling a command waits for none of them."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+        self._channel: Channel | None = None
+
+    def post(self, messages: Sequence[Outgoing]) -> None:
+        """Have replies written; whoever misses one asks again."""
+        self._bridge.post(partial(self._write, messages))
+
+    # --- The bridge's thread ---------------------------------------------------
+
+    def _write(self, messages: Sequence[Outgoing], connection: Connection) -> None:
+        channel = self._channel
+        if channel is None:
+            channel = self._channel = connection.channel()
+            channel.on_closed = self._closed
+        for message in messages:
+            _write(message, channel)
+
+    def _closed(self, error: Exception) -> None:
+        self._channel = None
+        log.warning("replies refused", error=self._bridge.error(error).message)
