@@ -25,7 +25,7 @@ from cqrs_es.runtime.waiting import Recent
 from cqrs_es.settings import Settings
 from cqrs_es.stores import has_sql, storage_for
 from cqrs_es.telemetry import logs
-from cqrs_es.telemetry.meter import NO_METER, Meter
+from cqrs_es.telemetry.metrics import NO_METER, Meter
 from cqrs_es.telemetry.tracing import tracing_for
 from cqrs_es.types import NAME
 
@@ -164,7 +164,12 @@ class Application:
                 on_commit=watcher.poke,
                 on_scheduled=timetable.poke,
                 meter=meter,
-                tracing=tracing_for(service, broker.system, self.registry.command_names),
+                tracing=tracing_for(
+                    service,
+                    broker.system,
+                    self.registry.command_names,
+                    separator=broker.separator,
+                ),
             )
             executor = Executor(
                 registry,

@@ -12,9 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from cqrs_es.ports.broker import OutgoingCommand
 from cqrs_es.runtime.sampling import Sampler
 from cqrs_es.settings import Settings
-from cqrs_es.telemetry.catalogue import PREFIX
 from cqrs_es.telemetry.exposition import Exposition
-from cqrs_es.telemetry.metrics import Metrics
+from cqrs_es.telemetry.metrics import PREFIX, Metrics
 from cqrs_es.types import new_command_id
 from tests.waiting import eventually
 

@@ -16,9 +16,8 @@ from cqrs_es.runtime.roles import known_roles
 from cqrs_es.runtime.sampling import Sampler
 from cqrs_es.runtime.waiting import cancelled
 from cqrs_es.runtime.web import Answer, WebServer
-from cqrs_es.telemetry import catalogue
-from cqrs_es.telemetry.meter import NO_METER, Meter
-from cqrs_es.telemetry.metrics import Metrics, Reading
+from cqrs_es.telemetry import metrics
+from cqrs_es.telemetry.metrics import NO_METER, Meter, Metrics, Reading
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -71,11 +70,11 @@ class Probes:
         await self._sampler.run()
 
     def _readings(self) -> Iterator[Reading]:
-        yield Reading(catalogue.INFO, 1.0, self._info)
-        yield Reading(catalogue.READY, float(not self.health.reasons()))
+        yield Reading(metrics.INFO, 1.0, self._info)
+        yield Reading(metrics.READY, float(not self.health.reasons()))
         held = {} if self._supervisor is None else self._supervisor.held
         for role in self._roles:
-            yield Reading(catalogue.PARTITIONS_HELD, len(held.get(role, ())), (role,))
+            yield Reading(metrics.PARTITIONS_HELD, len(held.get(role, ())), (role,))
         if self._sampler is not None:
             yield from self._sampler.readings
 

@@ -30,7 +30,7 @@ from cqrs_es.runtime.waiting import unless, within
 from cqrs_es.runtime.watchdog import watched
 from cqrs_es.settings import masked
 from cqrs_es.telemetry import logs
-from cqrs_es.telemetry.meter import NO_METER
+from cqrs_es.telemetry.metrics import NO_METER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

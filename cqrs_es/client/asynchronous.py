@@ -96,7 +96,9 @@ class Client:
                 if self._closes_storage:
                     stack.push_async_callback(self._storage.close)
                 await self._storage.open()
-            self._tracing = tracing_for(self._service, self._broker.system)
+            self._tracing = tracing_for(
+                self._service, self._broker.system, separator=self._broker.separator
+            )
             partitions = await self._partitions()
             self._source = EventSource(self._broker, self._storage, partitions)
             self._home = Home("the client")

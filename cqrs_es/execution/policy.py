@@ -8,7 +8,7 @@ from typing import Final, TypeAlias
 
 from cqrs_es.execution.retry import with_jitter
 from cqrs_es.messages import CommandMessage
-from cqrs_es.telemetry.meter import NO_METER, Meter
+from cqrs_es.telemetry.metrics import NO_METER, Meter
 from cqrs_es.telemetry.tracing import NO_TRACING, Tracing
 from cqrs_es.wire import MAX_MESSAGE_BYTES
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from cqrs_es.execution.stages import Submission
     from cqrs_es.messages import CommandMessage, Outcome
-    from cqrs_es.telemetry.meter import Meter, Phase
+    from cqrs_es.telemetry.metrics import Meter, Phase
 
 log = structlog.get_logger("cqrs_es.execution")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import structlog
 
 from cqrs_es import errors
-from cqrs_es.telemetry.meter import NO_METER, Meter
+from cqrs_es.telemetry.metrics import NO_METER, Meter
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -151,6 +151,8 @@ class Broker(ABC):
 
     system: ClassVar[str]
     """What traces call it: OpenTelemetry's `messaging.system`."""
+    separator: ClassVar[str] = ":"
+    """What names on the server have between the service's and what they are of."""
 
     @property
     @abstractmethod

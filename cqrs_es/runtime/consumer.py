@@ -31,7 +31,7 @@ from cqrs_es.runtime.due import DueIntake
 from cqrs_es.runtime.redelivery import Gate, Redelivered, Redelivery
 from cqrs_es.runtime.roles import WORKER, Role
 from cqrs_es.runtime.waiting import unless
-from cqrs_es.telemetry import catalogue
+from cqrs_es.telemetry import metrics
 from cqrs_es.telemetry.metrics import Reading
 
 if TYPE_CHECKING:
@@ -110,12 +110,12 @@ class CommandWorker(Role):
         depths = await self._process.broker.queue_depth()
         self._depths = {number: depth for number, depth in depths.items() if number in held}
         figures = [
-            Reading(catalogue.QUEUE_COMMANDS, depth, (str(number),))
+            Reading(metrics.QUEUE_COMMANDS, depth, (str(number),))
             for number, depth in self._depths.items()
         ]
         if 0 in held:
             letters = await self._process.storage.dead_letters.count()
-            figures.append(Reading(catalogue.DEAD_LETTERS, letters))
+            figures.append(Reading(metrics.DEAD_LETTERS, letters))
         return figures
 
     async def _consume(self, consumers: Sequence[_Consumer], assignment: Assignment) -> None:

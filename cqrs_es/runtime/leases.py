@@ -13,7 +13,7 @@ from cqrs_es import errors
 from cqrs_es.execution.retry import backoff
 from cqrs_es.ports.leases import Part
 from cqrs_es.runtime.waiting import unless
-from cqrs_es.telemetry.meter import NO_METER, Meter
+from cqrs_es.telemetry.metrics import NO_METER, Meter
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

@@ -19,7 +19,7 @@ from cqrs_es.projection.parking import ParkingBreaker
 from cqrs_es.runtime.roles import LagMetrics, Role, projector_role
 from cqrs_es.runtime.topic import topic_within_log
 from cqrs_es.runtime.waiting import unless, within
-from cqrs_es.telemetry import catalogue
+from cqrs_es.telemetry import metrics
 from cqrs_es.telemetry.metrics import Reading
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class ProjectorLoop(Role):
         self._breaker = ParkingBreaker(process.clock)
         self.name = projector_role(definition.name)
         self.lag = LagMetrics(
-            catalogue.PROJECTOR_LAG_EVENTS, catalogue.PROJECTOR_LAG_SECONDS, (definition.name,)
+            metrics.PROJECTOR_LAG_EVENTS, metrics.PROJECTOR_LAG_SECONDS, (definition.name,)
         )
 
     async def run_partition(self, assignment: Assignment) -> None:
@@ -139,7 +139,7 @@ class ProjectorLoop(Role):
         if 0 not in held:
             return []
         parked = await self._storage.views.list_parked(await self._live_name())
-        return [Reading(catalogue.PARKED_AGGREGATES, len(parked), (self._definition.name,))]
+        return [Reading(metrics.PARKED_AGGREGATES, len(parked), (self._definition.name,))]
 
     async def _live_name(self) -> str:
         return live_name(await self._storage.views.generations(), self._definition.name)

@@ -15,7 +15,7 @@ from cqrs_es import errors
 from cqrs_es.runtime.roles import RELAY, LagMetrics, Role
 from cqrs_es.runtime.topic import topic_events, topic_within_log
 from cqrs_es.runtime.waiting import unless, within
-from cqrs_es.telemetry import catalogue
+from cqrs_es.telemetry import metrics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +38,7 @@ class Relay(Role):
     """Publishes partitions of one service's log."""
 
     name = RELAY
-    lag = LagMetrics(catalogue.RELAY_LAG_EVENTS, catalogue.RELAY_LAG_SECONDS)
+    lag = LagMetrics(metrics.RELAY_LAG_EVENTS, metrics.RELAY_LAG_SECONDS)
 
     def __init__(self, process: Process) -> None:
         self._storage = process.storage

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
     from cqrs_es.registry import Registry
     from cqrs_es.runtime.leases import Assignment
-    from cqrs_es.telemetry.catalogue import Metric
-    from cqrs_es.telemetry.metrics import Reading
+    from cqrs_es.telemetry.metrics import Metric, Reading
 
 WORKER: Final = "worker"
 RELAY: Final = "relay"

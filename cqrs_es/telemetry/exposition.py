@@ -18,15 +18,14 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from cqrs_es.telemetry.catalogue import PREFIX
+from cqrs_es.telemetry.metrics import PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from prometheus_client.metrics_core import Metric as Family
 
-    from cqrs_es.telemetry.catalogue import Metric
-    from cqrs_es.telemetry.metrics import Histogram, Metrics, Reading
+    from cqrs_es.telemetry.metrics import Histogram, Metric, Metrics, Reading
 
 
 class Exposition(Collector):

@@ -10,19 +10,17 @@ from __future__ import annotations
 import traceback
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+import orjson
 from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
+from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from cqrs_es import errors, wire
 from cqrs_es.telemetry.masking import mask_credentials
-from cqrs_es.telemetry.trace_context import (
-    TRACEPARENT,
-    carrying,
-    context_of,
-    sampled_context_of,
-)
 from cqrs_es.telemetry.tracing import CommandSpan, Tracing
 
 if TYPE_CHECKING:
@@ -34,6 +32,9 @@ if TYPE_CHECKING:
 
 INSTRUMENTATION: Final = "cqrs_es"
 UNKNOWN: Final = "unknown"
+TRACEPARENT: Final = "traceparent"
+_IN_JSON: Final = b'"traceparent"'
+_W3C: Final = TraceContextTextMapPropagator()
 
 _Attributes = dict[str, "AttributeValue"]
 
@@ -70,11 +71,13 @@ class RecordedCommand(CommandSpan):
 class Spans(Tracing):
     """Traces a service's messages over one broker."""
 
-    def __init__(self, service: str, system: str, commands: Collection[str] | None) -> None:
+    def __init__(
+        self, service: str, system: str, separator: str, commands: Collection[str] | None
+    ) -> None:
         self._tracer = trace.get_tracer(INSTRUMENTATION)
         self._service = service
         self._system = system
-        self._separator = "." if system == "rabbitmq" else ":"
+        self._separator = separator
         self._known = commands
 
     # --- Commands ------------------------------------------------------------
@@ -91,20 +94,20 @@ class Spans(Tracing):
         attributes = self._messaging("send", "send", "commands") | _about(message)
         span = self._start(f"send {message.type}", SpanKind.PRODUCER, None, attributes)
         stack.enter_context(_ended(span))
-        return carrying(message, trace.set_span_in_context(span))
+        return _carrying(message, trace.set_span_in_context(span))
 
     def executing(self, message: CommandMessage) -> tuple[CommandMessage, CommandSpan]:
         """Span `execute <command>`, a child of the caller's unless the metadata says otherwise."""
-        context = context_of(message.metadata)
+        context = _context_of(message.metadata)
         name = f"execute {self._name(message)}"
         span = self._start(name, SpanKind.INTERNAL, context, _about(message))
         if TRACEPARENT not in message.metadata and not message.body:
-            message = carrying(message, trace.set_span_in_context(span))
+            message = _carrying(message, trace.set_span_in_context(span))
         return message, RecordedCommand(span)
 
     def processing(self, message: CommandMessage, partition: int) -> CommandSpan:
         """Span `process <command>`, a child of the sender's."""
-        context = context_of(message.metadata) or Context()
+        context = _context_of(message.metadata) or Context()
         attributes = self._messaging("process", "process", "commands", partition) | _about(message)
         attributes["messaging.message.body.size"] = len(message.body)
         name = f"process {self._name(message)}"
@@ -130,7 +133,7 @@ class Spans(Tracing):
     @contextmanager
     def publishing(self, partition: int, events: Sequence[StoredEvent]) -> Generator[None]:
         """Span `publish events` below the first sender's whose trace is recorded."""
-        found = (sampled_context_of(event) for event in events)
+        found = (_sampled_context_of(event) for event in events)
         senders = [trace.get_current_span(context) for context in found if context is not None]
         attributes = self._messaging("publish", "send", "events", partition) | _batch_of(events)
         with self._batch("publish events", SpanKind.PRODUCER, senders, attributes):
@@ -142,7 +145,7 @@ class Spans(Tracing):
         spans = [
             self._projected(view, event, context)
             for event in events
-            if (context := sampled_context_of(event)) is not None
+            if (context := _sampled_context_of(event)) is not None
         ]
         attributes = {"cqrs_es.view": view} | _batch_of(events)
         try:
@@ -280,3 +283,38 @@ def _record(span: Span, exc: BaseException) -> None:
         "exception.stacktrace": mask_credentials("".join(lines)),
     }
     span.record_exception(exc, masked)
+
+
+# --- The context of a trace, in the metadata of commands and events ----------------
+# Always in the form of W3C Trace Context, whatever the process uses elsewhere.
+# What a sender made up is read as no context at all.
+
+
+def _context_of(metadata: Mapping[str, str]) -> Context | None:
+    """Return the context that metadata has, None where it has none that is valid."""
+    if TRACEPARENT not in metadata:
+        return None
+    context = _W3C.extract(metadata, Context())
+    return context if _span_context(context).is_valid else None
+
+
+def _sampled_context_of(event: StoredEvent) -> Context | None:
+    """Return the context that an event's command was sent in, None unless it is recorded."""
+    if _IN_JSON not in event.metadata:
+        return None
+    context = _context_of(orjson.loads(event.metadata))
+    return context if context is not None and _span_context(context).trace_flags.sampled else None
+
+
+def _span_context(context: Context) -> SpanContext:
+    return trace.get_current_span(context).get_span_context()
+
+
+def _carrying(message: CommandMessage, context: Context) -> CommandMessage:
+    """Return a message that carries a context; as it is, where its metadata has no room for one."""
+    carrier = dict(message.metadata)
+    _W3C.inject(carrier, context)
+    try:
+        return replace(message, metadata=wire.check_metadata(dict(carrier)), body=b"")
+    except errors.InvalidMessage:
+        return message

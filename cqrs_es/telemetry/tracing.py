@@ -84,9 +84,16 @@ class Tracing:
 NO_TRACING: Final = Tracing()
 
 
-def tracing_for(service: str, system: str, commands: Collection[str] | None = None) -> Tracing:
+def tracing_for(
+    service: str,
+    system: str,
+    commands: Collection[str] | None = None,
+    *,
+    separator: str = ":",
+) -> Tracing:
     """Return what traces a service's messages over a broker, by OpenTelemetry's name of it.
 
+    `separator` is what the broker's names have behind the service's.
     `commands` are the names that spans may have, all unless given: those that
     anybody may send would be without end. A provider that is set later is not
     noticed.
@@ -95,7 +102,7 @@ def tracing_for(service: str, system: str, commands: Collection[str] | None = No
         return NO_TRACING
     from cqrs_es.telemetry.spans import Spans  # noqa: PLC0415 - only where it is installed
 
-    return Spans(service, system, commands)
+    return Spans(service, system, separator, commands)
 
 
 def _is_set_up() -> bool:

@@ -8,7 +8,7 @@ import orjson
 import pytest
 import yaml
 
-from cqrs_es.telemetry.catalogue import EVERY, sample_names
+from cqrs_es.telemetry.metrics import EVERY, sample_names
 from tests.bank_data import PROJECT
 from tests.deployment.files import (
     CONFIG,

@@ -364,7 +364,9 @@ async def test_a_password_is_needed_and_not_shown(rabbitmq: RabbitServer, servic
     await send(allowed, 1)
     await allowed.close()
     refused = _broker(rabbitmq.port, service, f"{service}:wr0ng")
-    reason = await _raises_unavailable(refused.open())
+    with pytest.raises(errors.SettingsError) as refusal:
+        await refused.open()
+    reason = refusal.value.message
     assert "ACCESS_REFUSED" in reason
     assert "wr0ng" not in reason
     assert f"127.0.0.1:{rabbitmq.port}" in reason

@@ -20,7 +20,7 @@ from cqrs_es.execution.policy import ExecutionPolicy
 from cqrs_es.ports.broker import OutgoingCommand
 from cqrs_es.runtime.leases import LeaseKeeper, Membership
 from cqrs_es.stores import storage_for
-from cqrs_es.telemetry import catalogue
+from cqrs_es.telemetry import metrics as catalogue
 from cqrs_es.telemetry.metrics import Metrics
 from cqrs_es.testing import FakeClock
 from cqrs_es.types import utc_now

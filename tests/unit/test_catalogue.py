@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from cqrs_es.telemetry.catalogue import EVERY, Kind, Metric, sample_names
+from cqrs_es.telemetry.metrics import EVERY, Kind, Metric, sample_names
 from tests.bank_data import PROJECT
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cqrs_es.telemetry import catalogue
+from cqrs_es.telemetry import metrics as catalogue
 from cqrs_es.telemetry.exposition import Exposition
 from cqrs_es.telemetry.metrics import Metrics, Reading
 from worker.app import app

@@ -109,6 +109,7 @@ class AmqpBroker(Broker):
     """Commands, topic and replies of one service on a RabbitMQ server."""
 
     system = "rabbitmq"
+    separator = "."
 
     def __init__(self, address: Address, *, service: str) -> None:
         self._names = topology.Names(service)
