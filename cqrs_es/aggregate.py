@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeAlias, TypeVar
 
@@ -52,6 +52,14 @@ class Aggregate(ABC, Generic[C, E, S]):
     @abstractmethod
     def apply(self, event: E) -> None:
         """Change the state by an event that has happened; never refuse, never do I/O."""
+
+    def keys(self) -> Mapping[str, str]:
+        """Return what no other aggregate of this type may have at this moment, by name.
+
+        At most 16 values, none empty. A command after which a value would be another
+        aggregate's is rejected as `<name>_taken`. Computed from the state alone.
+        """
+        return {}
 
 
 @dataclass(frozen=True, slots=True)

@@ -224,10 +224,7 @@ class Application:
 
         See `OpenApplication.execute`.
         """
-        if self._opened is None:
-            message = "the application is not open: async with app.open(): …"
-            raise errors.ConfigurationError(message)
-        return await self._opened.execute(
+        return await self._open().execute(
             cls,
             aggregate_id,
             command,
@@ -235,6 +232,19 @@ class Application:
             metadata=metadata,
             expected_sequence=expected_sequence,
         )
+
+    async def find(self, cls: type[Aggregate[Any, Any, Any]], **key: str) -> str | None:
+        """Return the id of the aggregate that has a unique key, where the application is open.
+
+        See `OpenApplication.find`.
+        """
+        return await self._open().find(cls, **key)
+
+    def _open(self) -> OpenApplication:
+        if self._opened is None:
+            message = "the application is not open: async with app.open(): …"
+            raise errors.ConfigurationError(message)
+        return self._opened
 
 
 def _closing(stack: AsyncExitStack, server: Server) -> Server:

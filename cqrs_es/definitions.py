@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, Final, TypeAlias, TypeVar, cast
 
 import orjson
 
@@ -30,6 +30,10 @@ AnyAggregate: TypeAlias = Aggregate[Any, Any, Any]
 AnyView: TypeAlias = View[Any]
 AnyProjector: TypeAlias = Projector[Any]
 ServicesFactory: TypeAlias = Callable[[CommandContext], Any]
+
+
+MAX_TYPE_WITH_KEYS: Final = 59
+"""A row of `store_info` is called `keys:` and the type, and a name has 64 characters."""
 
 
 # --- Aggregates --------------------------------------------------------------
@@ -62,6 +66,11 @@ class AggregateDefinition:
     def type(self) -> str:
         """The aggregate's name on the wire and in the log."""
         return self.cls.aggregate_type
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether its aggregates may have unique keys."""
+        return self.cls.keys is not AnyAggregate.keys
 
     def decode(self, event: StoredEvent) -> list[object]:
         """Return the typed events that a stored one means today: one, or what it was split into.
@@ -137,6 +146,10 @@ def define_aggregate(
         message = f'{cls.__qualname__} has no type: class {cls.__name__}(Aggregate[…], type="…")'
         raise errors.DefinitionError(message)
     _check_field_names(cls, _OF_AGGREGATES)
+    if cls.keys is not AnyAggregate.keys and len(cls.aggregate_type) > MAX_TYPE_WITH_KEYS:
+        most = MAX_TYPE_WITH_KEYS
+        message = f"{cls.__qualname__} has unique keys: its type may have {most} characters at most"
+        raise errors.DefinitionError(message)
     command_types, event_types, _ = _type_arguments(cls, Aggregate, 3)
     events = [_define_event(event_class) for event_class in _members(event_types)]
     by_name = _unique({definition.spec.name: definition for definition in events}, events, cls)
@@ -235,6 +248,7 @@ _OF_AGGREGATES: Mapping[str, str] = {
     "aggregate_type": "is the name that the class was given as type=",
     "handle": "decides commands",
     "apply": "follows events",
+    "keys": "says what no other aggregate may have",
 }
 _OF_VIEWS: Mapping[str, str] = {
     "view_name": "is the name that the class was given as name=",

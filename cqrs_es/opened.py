@@ -14,6 +14,7 @@ from cqrs_es import errors, wire
 from cqrs_es.commands import new_command
 from cqrs_es.definitions import ViewDefinition
 from cqrs_es.execution.baselines import first_page, replayed
+from cqrs_es.execution.keys import KeysRebuild, KeysRebuilt, due, fingerprint
 from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome
 from cqrs_es.projection.folding import folding_for
 from cqrs_es.projection.generations import live_name, prepared_live, publish
@@ -103,6 +104,7 @@ class OpenApplication:
         )
         for definition in self.registry.projections.values():
             await self._initialise_view(definition)
+        await self._note_new_keys()
         if declare:
             await self.process.broker.declare(info.partitions, info.log_epoch)
         return info
@@ -209,6 +211,44 @@ class OpenApplication:
     def replay(self) -> AsyncIterator[Envelope[Any]]:
         """Read every event in the log, partition by partition; see `projection.replay`."""
         return replay(self.registry, self.storage.events)
+
+    # --- Unique keys ---------------------------------------------------------
+
+    async def find(self, cls: type[Aggregate[Any, Any, Any]], **key: str) -> str | None:
+        """Return the id of the aggregate that has a unique key, `email="a@x.org"` for example.
+
+        None where none has it. The value is that which `keys()` returns, in its spelling.
+        Sees everything that is committed. Raises `DefinitionError` for a class without
+        `keys()` and for anything but one name with a value.
+        """
+        definition = self._with_keys(cls)
+        if len(key) != 1:
+            message = f"find({cls.__qualname__}, …) takes one key by its name, not {len(key)}"
+            raise errors.DefinitionError(message)
+        ((name, value),) = key.items()
+        wanted = self.process.executor.keys.key(definition, name, value)
+        return (await self.storage.events.find_holders([wanted])).get(wanted)
+
+    async def rebuild_keys(self, cls: type[Aggregate[Any, Any, Any]]) -> KeysRebuilt:
+        """Make the unique keys of a type those that its aggregates claim today."""
+        definition = self._with_keys(cls)
+        return await KeysRebuild(definition, self.storage, self.process.executor.keys).run()
+
+    def _with_keys(self, cls: type[Aggregate[Any, Any, Any]]) -> AggregateDefinition:
+        definition = self.registry.aggregate_of(cls)
+        if not definition.has_keys:
+            message = f"{cls.__qualname__} has no unique keys: define keys(self) to say what it has"
+            raise errors.DefinitionError(message)
+        return definition
+
+    async def _note_new_keys(self) -> None:
+        """Record by what `keys()` keys are made, in a store in which there is nothing yet."""
+        every = self.registry.aggregates
+        types = due(every.values(), (await self.storage.info()).keys)
+        if not types or any((await self.storage.events.heads()).values()):
+            return
+        for type_ in types:
+            await self.storage.note_keys(type_, fingerprint(every[type_]))
 
     # --- Views ---------------------------------------------------------------
 

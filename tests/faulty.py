@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         StoredEvent,
         StoredOutcome,
         StoreInfo,
+        UniqueKey,
     )
     from cqrs_es.ports.views import ParkedAggregate, SqlRow, SqlValue, ViewRow, ViewTransaction
     from cqrs_es.types import AggregateKey
@@ -127,6 +128,9 @@ class FaultyStorage(Storage):
     async def info(self) -> StoreInfo:
         return await self._inner.info()
 
+    async def note_keys(self, aggregate_type: str, fingerprint: str) -> None:
+        await self._inner.note_keys(aggregate_type, fingerprint)
+
 
 class FaultyEvents(EventStore):
     """An event store that fails as `faults` says; `refuse_append` is asked before each append."""
@@ -158,6 +162,14 @@ class FaultyEvents(EventStore):
 
     async def forget_attempts(self, command_ids: Collection[str]) -> None:
         await self._inner.forget_attempts(command_ids)
+
+    async def find_holders(self, keys: Collection[UniqueKey]) -> dict[UniqueKey, str]:
+        return await self._inner.find_holders(keys)
+
+    async def list_keys(
+        self, aggregate_type: str, after: UniqueKey | None, limit: int
+    ) -> list[tuple[UniqueKey, str]]:
+        return await self._inner.list_keys(aggregate_type, after, limit)
 
     async def schedule(self, commands: Sequence[ScheduledCommand]) -> None:
         await self._faults.around("schedule", lambda: self._inner.schedule(commands))

@@ -11,6 +11,7 @@ from cqrs_es import errors
 from cqrs_es.application import make_broker, make_storage
 from cqrs_es.cli.exits import DONE, exit_code, sentence
 from cqrs_es.definitions import ViewDefinition
+from cqrs_es.execution.keys import due
 from cqrs_es.messages import CommandContext
 from cqrs_es.ports.clock import SystemClock
 from cqrs_es.ports.storage import check_service
@@ -50,7 +51,10 @@ async def check_everything(app: Application, settings: Settings) -> list[Finding
         named: dict[str, Check] = {"definitions": checks.definitions}
         for definition in app.registry.aggregates.values():
             named[f"aggregate {definition.type}"] = checks.handlers_of(definition)
-        named |= {"store": checks.store, "views": checks.views, "broker": checks.broker}
+        named |= {"store": checks.store, "views": checks.views}
+        if any(definition.has_keys for definition in app.registry.aggregates.values()):
+            named["unique keys"] = checks.keys
+        named["broker"] = checks.broker
         return [await _find(name, check) for name, check in named.items()]
 
 
@@ -121,6 +125,17 @@ class _Checks:
             if isinstance(definition, ViewDefinition):
                 await views.page(folding.key, limit=1)
         return f"{len(self._app.registry.projections)} with their tables"
+
+    async def keys(self) -> str:
+        """Compare what the unique keys were made by with what `keys()` is today."""
+        with_keys = [d for d in self._app.registry.aggregates.values() if d.has_keys]
+        if self._storage is None:
+            return "not looked at: there is no store yet"
+        if types := due(with_keys, (await self._storage.info()).keys):
+            verbs = ", ".join(f"`cqrs-es keys rebuild {type_}`" for type_ in types)
+            message = f"keys() is new or has changed, so keys are to be made anew: run {verbs}"
+            raise errors.ConfigurationError(message)
+        return f"of {', '.join(d.type for d in with_keys)}, as keys() says"
 
     async def broker(self) -> str:
         broker = make_broker(self._settings, self._service)

@@ -98,6 +98,7 @@ for _verb in (
     cli.command()(_verb)
 cli.add_typer(dead_letters.dead, name="dead")
 cli.add_typer(parked.parked, name="parked")
+cli.add_typer(rebuilding.keys, name="keys")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

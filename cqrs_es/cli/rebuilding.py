@@ -1,4 +1,4 @@
-"""The verb that rebuilds a view beside the live one: `rebuild`."""
+"""The verbs that fill anew: `rebuild` a view, `keys rebuild` unique keys."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from cqrs_es import errors
-from cqrs_es.cli.exits import INTERRUPTED
-from cqrs_es.cli.invocation import invocation_of
-from cqrs_es.cli.output import JsonFlag, print_fields, print_json
+from cqrs_es.cli.exits import FAILED, INTERRUPTED
+from cqrs_es.cli.invocation import invocation_of, with_application
+from cqrs_es.cli.output import JsonFlag, print_fields, print_json, print_table
 from cqrs_es.runtime.waiting import unless
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cqrs_es.application import Application
+    from cqrs_es.execution.keys import KeysRebuilt
+    from cqrs_es.opened import OpenApplication
     from cqrs_es.projection.rebuild import Rebuild, RebuildProgress
     from cqrs_es.settings import Settings
 
@@ -94,6 +96,56 @@ async def _work(
         await rebuild.switch_to(switch_to)
         return {"live": switch_to}
     return {"live": await rebuild.run()}
+
+
+# --- Unique keys -------------------------------------------------------------
+
+keys = typer.Typer(
+    help="Unique keys: values that one aggregate of a type has.", no_args_is_help=True
+)
+
+
+@keys.callback()
+def _keys() -> None:
+    """Keep `rebuild` a verb of its own: of a single command typer would make the whole group."""
+
+
+@keys.command("rebuild")
+def rebuild_keys(
+    context: typer.Context,
+    type_: Annotated[str, typer.Argument(metavar="TYPE", help="The type of aggregate.")],
+    json: JsonFlag = False,
+) -> None:
+    """Make the unique keys of a type anew, after its `keys()` has changed.
+
+    Run it when no older code runs any more. Commands go on meanwhile, guarded by the keys
+    that there are. Where two aggregates have one value both are named, and the exit code
+    is 1: change one of them, then run it again.
+
+    Example: cqrs-es keys rebuild user
+    """
+
+    async def work(opened: OpenApplication) -> KeysRebuilt:
+        definition = opened.registry.aggregates.get(type_)
+        if definition is None:
+            known = ", ".join(opened.registry.aggregates) or "none"
+            message = f"there is no aggregate type {type_!r}; the application's are {known}"
+            raise errors.NotFound(message)
+        return await opened.rebuild_keys(definition.cls)
+
+    done = with_application(context, work)
+    collisions = [
+        {"key": each.name, "holder": each.holder, "other": each.other} for each in done.collisions
+    ]
+    counts = {"aggregates": done.aggregates, "added": done.added, "removed": done.removed}
+    if json:
+        print_json({"type": type_, **counts, "collisions": collisions})
+    else:
+        print_fields({"type": type_, **counts, "collisions": len(collisions)})
+        if collisions:
+            print_table(("key", "holder", "other"), [list(each.values()) for each in collisions])
+    if collisions:
+        raise typer.Exit(FAILED)
 
 
 # --- Progress ----------------------------------------------------------------

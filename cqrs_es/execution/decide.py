@@ -24,6 +24,7 @@ from cqrs_es import errors
 from cqrs_es.codec import to_json
 from cqrs_es.execution.baselines import Baseline, freeze
 from cqrs_es.execution.causes import MOST_COMMANDS, Cause, Causes
+from cqrs_es.execution.keys import NONE, Claims, Keys
 from cqrs_es.execution.policy import MAX_EVENTS_PER_COMMAND, NO_HOOKS, ExecutionPolicy, Hooks
 from cqrs_es.execution.report import ids_of
 from cqrs_es.execution.stages import Decided, Prepared, Submission
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from cqrs_es.definitions import AggregateDefinition, AnyAggregate
+    from cqrs_es.ports.store import KeyMoves
     from cqrs_es.types import AggregateKey, JsonObject
 
 log = structlog.get_logger("cqrs_es.execution")
@@ -67,6 +69,7 @@ class Decider:
         now: Callable[[], datetime],
         partitions: int,
         causes: Causes,
+        keys: Keys,
         begin: Callable[[Submission], bool] = lambda _: True,
         hooks: Hooks = NO_HOOKS,
     ) -> None:
@@ -74,13 +77,14 @@ class Decider:
         self._now = now
         self._partitions = partitions
         self._causes = causes
+        self._keys = keys
         self._begin = begin
         self._hooks = hooks
         self.ending = False
 
     async def decide(self, prepared: Prepared) -> Decided:
         """Decide the commands in order, up to one that has to wait for its next attempt."""
-        lineage = _Lineage.of(prepared)
+        lineage = _Lineage.of(prepared, self._keys)
         submissions: list[Submission] = []
         commands: list[DecidedCommand] = []
         later: _Later | None = None
@@ -105,6 +109,7 @@ class Decider:
                 base_sequence=None if lineage is None else lineage.base.sequence,
                 commands=tuple(commands),
                 snapshot=None if lineage is None else lineage.snapshot,
+                moves=None if lineage is None else lineage.moves,
             ),
             baseline=None if lineage is None else lineage.baseline,
             size=sum(len(event.payload) + ROW_BYTES for each in commands for event in each.events),
@@ -210,11 +215,11 @@ class Decider:
             return _rejected(submission, exc.code, exc.message, lineage.sequence)
         except errors.TooLarge as exc:
             return self._failed(submission, "internal_error", exc.message)
-        if not yielded.intents and not yielded.cancelled:
-            lineage.extend(yielded.events)
-            return _accepted(submission, lineage.sequence, yielded.events)
         caused = self._caused(submission, lineage.sequence, yielded)
-        lineage.extend(yielded.events, ended_timers=yielded.ended_timers)
+        try:
+            lineage.extend(yielded.events, submission.taken, yielded.ended_timers)
+        except _KeyTaken as exc:
+            return _rejected(submission, f"{exc.name}_taken", str(exc), lineage.sequence)
         cancelled = tuple(yielded.cancelled)
         return _accepted(submission, lineage.sequence, yielded.events, caused, cancelled)
 
@@ -268,6 +273,14 @@ class _Later:
     behind: tuple[Submission, ...] = ()
 
 
+class _KeyTaken(Exception):
+    """Another aggregate has a value that this one would have."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"another aggregate has this {name}")
+        self.name = name
+
+
 class _Lineage:
     """An aggregate's state as the commands go on: its baseline plus what was accepted so far.
 
@@ -276,20 +289,26 @@ class _Lineage:
     stored, and state that a handler changed without an event leaves no trace.
     """
 
-    def __init__(self, key: AggregateKey, definition: AggregateDefinition, base: Baseline) -> None:
+    def __init__(
+        self, key: AggregateKey, definition: AggregateDefinition, base: Baseline, keys: Keys
+    ) -> None:
         self._key = key
         self._definition = definition
+        self._keys = keys
+        self._held: Claims | None = None
+        self._had: Claims = NONE
+        self._claims: Claims = NONE
         self.base = base
         self.baseline = base
         self.snapshot: Snapshot | None = None
         self.ended_timers: set[str] = set()
 
     @classmethod
-    def of(cls, prepared: Prepared) -> _Lineage | None:
+    def of(cls, prepared: Prepared, keys: Keys) -> _Lineage | None:
         """Begin with what was prepared, if the aggregate's state was needed and could be had."""
         if prepared.definition is None or prepared.baseline is None:
             return None
-        return cls(prepared.key, prepared.definition, prepared.baseline)
+        return cls(prepared.key, prepared.definition, prepared.baseline, keys)
 
     @property
     def sequence(self) -> int:
@@ -300,29 +319,47 @@ class _Lineage:
         """Return a copy of the present state for a handler to work on."""
         return self.baseline.thaw(self._definition)
 
-    def extend(self, new: Sequence[NewEvent], ended_timers: Iterable[str] = ()) -> None:
+    @property
+    def moves(self) -> KeyMoves | None:
+        """How the accepted events move unique keys, None where they move none."""
+        if self._held is None:
+            return None
+        return self._keys.moves(self._claims, (self._had | self._claims) - self._held)
+
+    def extend(self, new: Sequence[NewEvent], taken: Claims, ended_timers: Iterable[str]) -> None:
         """Apply accepted events, taking the snapshot that falls due among them.
 
-        Raises, with the lineage unchanged, what decoding, `apply` or encoding raise.
+        Raises, with the lineage unchanged, what decoding, `apply`, `keys` or encoding
+        raise, and `_KeyTaken` where the events would claim what is `taken`.
         """
         if new:
-            self._apply(new)
+            self._apply(new, taken)
         self.ended_timers.update(ended_timers)
 
-    def _apply(self, new: Sequence[NewEvent]) -> None:
+    def _apply(self, new: Sequence[NewEvent], taken: Claims) -> None:
         due = self._snapshot_due(len(new))
         live, sequence, snapshot = self.scratch(), self.sequence, self.snapshot
+        held = self._claimed_by(live) if self._held is None else self._held
         for event in new:
             live.apply(self._definition.events[event.event_type].codec.read_back(event.payload))
             sequence += 1
             if sequence == due:
                 snapshot = self._snapshot(live, sequence)
         state = freeze(self._definition, live)
-        base, taken = self.base, snapshot is not None
+        holds = self._claimed_by(live)
+        if names := [key.name for key in sorted((holds - held) & taken)]:
+            raise _KeyTaken(names[0])
+        if self._held is None:
+            self._had = held
+        self._held, self._claims = holds, self._claims | (holds - held)
+        base, new_snapshot = self.base, snapshot is not None
         self.snapshot = snapshot
         self.baseline = Baseline(
-            state, sequence, base.snapshot + taken, base.mend_snapshot and not taken
+            state, sequence, base.snapshot + new_snapshot, base.mend_snapshot and not new_snapshot
         )
+
+    def _claimed_by(self, state: AnyAggregate) -> Claims:
+        return self._keys.of(self._definition, state)
 
     def _snapshot_due(self, new_events: int) -> int | None:
         if self.base.mend_snapshot:

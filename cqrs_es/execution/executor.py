@@ -26,6 +26,7 @@ from cqrs_es.execution.baselines import BaselineCache, BaselineLoader
 from cqrs_es.execution.causes import Causes
 from cqrs_es.execution.decide import Decider
 from cqrs_es.execution.inbox import Inbox, known_outcome
+from cqrs_es.execution.keys import Keys
 from cqrs_es.execution.policy import NO_HOOKS, ExecutionPolicy, Hooks
 from cqrs_es.execution.report import Counts, Reporter
 from cqrs_es.execution.retry import Outage
@@ -77,7 +78,10 @@ class Executor:
         self._reporter = Reporter(clock.monotonic, hooks.meter)
         self._inbox = Inbox(policy.batch_size, self._reporter)
         causes = Causes(registry, partitions, secret, policy.max_message_bytes)
-        self._decider = Decider(policy, clock.now, partitions, causes, self._inbox.begin, hooks)
+        self.keys = Keys(secret, partitions)
+        self._decider = Decider(
+            policy, clock.now, partitions, causes, self.keys, self._inbox.begin, hooks
+        )
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
@@ -338,7 +342,8 @@ class Executor:
             self._reporter.conflict()
             for each in decided.submissions:
                 each.span.conflicted()
-            self._again(decided.key, _all_of(decided))
+            again = [replace(each, taken=result.taken) for each in decided.submissions]
+            self._again(decided.key, [*again, *decided.waiting])
             return
         if decided.baseline is not None:
             self._baselines.put(decided.key, decided.baseline)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cqrs_es.definitions import AggregateDefinition
     from cqrs_es.execution.baselines import Baseline
     from cqrs_es.messages import CommandMessage, Outcome
-    from cqrs_es.ports.store import Chain, ScheduledCommand
+    from cqrs_es.ports.store import Chain, ScheduledCommand, UniqueKey
     from cqrs_es.types import AggregateKey
 
 Answer: TypeAlias = "asyncio.Future[Outcome]"
@@ -36,7 +36,8 @@ class Submission:
     commit is unknown. `alone`: it was part of one that the store refused, so it
     is decided and appended by itself. `scheduled`: the row that it was taken from, whose
     deletion is part of deciding it. `untrusted`: anybody may have sent it, so it can't be
-    one that only the framework sends.
+    one that only the framework sends. `taken`: unique keys that another aggregate held
+    when it was to be appended.
     """
 
     message: CommandMessage
@@ -50,6 +51,7 @@ class Submission:
     alone: bool = False
     scheduled: ScheduledCommand | None = None
     untrusted: bool = False
+    taken: frozenset[UniqueKey] = frozenset()
     span: CommandSpan = NO_SPAN
 
 

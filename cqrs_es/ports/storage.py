@@ -62,6 +62,10 @@ class Storage(ABC):
     async def info(self) -> StoreInfo:
         """Read what `initialise` fixed; raise `StoreNotInitialised`, `SchemaTooNew`."""
 
+    @abstractmethod
+    async def note_keys(self, aggregate_type: str, fingerprint: str) -> None:
+        """Record which `keys()` a type's unique keys were made by, for `StoreInfo.keys`."""
+
     async def check(self) -> StoreInfo:
         """Do as `info` does, and look whether the tables are those that `initialise` makes.
 

@@ -21,6 +21,7 @@ leaves the store usable; a cancelled `append` may have been committed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
 from cqrs_es.messages import StoredEvent as StoredEvent  # noqa: TC001
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Sequence
     from datetime import timedelta
 
     from cqrs_es.messages import Outcome
@@ -129,6 +130,28 @@ IMMEDIATELY: Final = datetime(1970, 1, 1, tzinfo=UTC)
 """When a command is due that is to be decided at once: before any clock's time."""
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class UniqueKey:
+    """A value that one aggregate of a type has under a name, as `unique_keys` has it: hashed."""
+
+    aggregate_type: str
+    name: str
+    value_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyMoves:
+    """How a chain moves keys: `claims` are checked, and held but for those in `releases`.
+
+    `partitions` are those whose heads are locked for it: whoever moves a key locks the
+    same one, so two that want a key never look at the same time.
+    """
+
+    claims: frozenset[UniqueKey]
+    releases: frozenset[UniqueKey]
+    partitions: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecidedCommand:
     """A command's outcome (its `partition` and `offset` still None) and what goes with it.
@@ -165,6 +188,7 @@ class Chain:
     `base_sequence` is the aggregate's sequence that the first decision was made
     on, None when the aggregate was not looked at (there is then no version to
     check and no event to write). `snapshot` replaces number `snapshot.number - 1`.
+    A chain without commands only moves keys.
     """
 
     key: AggregateKey
@@ -172,6 +196,7 @@ class Chain:
     base_sequence: int | None
     commands: tuple[DecidedCommand, ...]
     snapshot: Snapshot | None = None
+    moves: KeyMoves | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,10 +211,12 @@ class Conflicted:
     """The chain was not written: decide it again on what the store holds now.
 
     `actual` is the aggregate's sequence in the store. When it equals the
-    chain's base, an outcome or the snapshot stood in the way.
+    chain's base, an outcome or the snapshot stood in the way, or what is `taken`: keys
+    that it claims and that another aggregate holds.
     """
 
     actual: int | None
+    taken: frozenset[UniqueKey] = frozenset()
 
 
 ChainResult: TypeAlias = Committed | Conflicted
@@ -201,6 +228,7 @@ class StoreInfo:
 
     `secret` is the key of what the framework signs or derives; never shown or sent.
     `service` is None in a store that nobody has claimed yet.
+    `keys` says, for aggregate types, which `keys()` their unique keys were made by.
     """
 
     partitions: int
@@ -208,6 +236,7 @@ class StoreInfo:
     schema_version: int
     secret: bytes = field(default=b"", repr=False)
     service: str | None = None
+    keys: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 class EventStore(ABC):
@@ -252,6 +281,18 @@ class EventStore(ABC):
     @abstractmethod
     async def forget_attempts(self, command_ids: Collection[str]) -> None:
         """Delete what was recorded; ids that were not attempted are no error."""
+
+    # --- Unique keys -----------------------------------------------------------
+
+    @abstractmethod
+    async def find_holders(self, keys: Collection[UniqueKey]) -> dict[UniqueKey, str]:
+        """Look up the ids of the aggregates that hold those keys that are held, as committed."""
+
+    @abstractmethod
+    async def list_keys(
+        self, aggregate_type: str, after: UniqueKey | None, limit: int
+    ) -> list[tuple[UniqueKey, str]]:
+        """Read up to `limit` keys of a type above `after`, and who holds them, in their order."""
 
     # --- Commands that events cause, and those for later ---------------------
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         NewEvent,
         ScheduledCommand,
         Snapshot,
+        UniqueKey,
     )
     from cqrs_es.types import AggregateKey
 
@@ -38,7 +39,8 @@ class AppendState:
     `heads`: of every locked partition. `versions`: the last sequence of each
     aggregate that has events. `snapshot_numbers`: of the aggregates in
     `snapshot_keys` that have one. `scheduled`: those of `scheduled_ids` that have a
-    row. `now` is the store's time, needed where `counts_from_now`.
+    row. `now` is the store's time, needed where `counts_from_now`. `holders`: of those of
+    `unique_keys` that are held.
     """
 
     heads: Mapping[int, int]
@@ -47,6 +49,7 @@ class AppendState:
     snapshot_numbers: Mapping[AggregateKey, int]
     scheduled: Collection[str] = ()
     now: datetime | None = None
+    holders: Mapping[UniqueKey, str] = field(default_factory=dict["UniqueKey", str])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,8 @@ class AppendPlan:
     deleted, `ended_timers` timers whose rows are, if there are any, before
     `scheduled` are added. Rows for the targets `held_back` are held back from now on, those for
     the targets `let_go` no longer.
+    `freed_keys` are deleted before `held_keys` are added, each with
+    its holder.
     """
 
     results: Sequence[ChainResult]
@@ -77,6 +82,8 @@ class AppendPlan:
     scheduled: Sequence[ScheduledCommand] = ()
     held_back: Sequence[AggregateKey] = ()
     let_go: Sequence[AggregateKey] = ()
+    freed_keys: Sequence[UniqueKey] = ()
+    held_keys: Sequence[tuple[UniqueKey, str]] = ()
 
     @property
     def writes(self) -> bool:
@@ -86,7 +93,8 @@ class AppendPlan:
 
 def locked_partitions(chains: Sequence[Chain]) -> list[int]:
     """Return the partitions whose heads an append locks, in the order it locks them."""
-    return sorted({chain.partition for chain in chains})
+    moved = {partition for c in chains if c.moves for partition in c.moves.partitions}
+    return sorted(moved | {chain.partition for chain in chains})
 
 
 def versioned_keys(chains: Sequence[Chain]) -> list[AggregateKey]:
@@ -107,6 +115,11 @@ def command_ids(chains: Sequence[Chain]) -> list[str]:
 def scheduled_ids(chains: Sequence[Chain]) -> list[str]:
     """Return the command ids that an append takes from `outgoing_commands`, sorted."""
     return sorted(c.outcome.command_id for chain in chains for c in chain.commands if c.scheduled)
+
+
+def unique_keys(chains: Sequence[Chain]) -> list[UniqueKey]:
+    """Return the keys whose holders an append has to read, sorted."""
+    return sorted({key for c in chains if c.moves for key in c.moves.claims | c.moves.releases})
 
 
 def counts_from_now(chains: Sequence[Chain]) -> bool:
@@ -151,19 +164,24 @@ class _Draft:
     sent: list[ScheduledCommand] = field(default_factory=list["ScheduledCommand"])
     held_back: set[AggregateKey] = field(default_factory=set["AggregateKey"])
     let_go: set[AggregateKey] = field(default_factory=set["AggregateKey"])
+    holders: dict[UniqueKey, str | None] = field(default_factory=dict["UniqueKey", "str | None"])
 
     def settle(self, chain: Chain) -> ChainResult:
         """Add a chain whole, or answer that it conflicts and add nothing of it."""
         if self._conflicts(chain):
             return Conflicted(self._actual(chain))
+        if taken := self._taken(chain):
+            return Conflicted(self._actual(chain), taken)
         outcomes = self._add_commands(chain)
         if chain.snapshot is not None:
             self.snapshots.append(chain.snapshot)
+        self._move_keys(chain)
         return Committed(tuple(outcomes))
 
     def finish(self, results: list[ChainResult]) -> AppendPlan:
         """Put what was added in the order in which it is written."""
-        numbers = self.state.snapshot_numbers
+        numbers, before = self.state.snapshot_numbers, self.state.holders
+        moved = sorted(key for key, id_ in self.holders.items() if before.get(key) != id_)
         return AppendPlan(
             results=results,
             events=self.events,
@@ -180,6 +198,8 @@ class _Draft:
             scheduled=[*self.sent, *self.timers.values()],
             held_back=sorted(self.held_back),
             let_go=sorted(self.let_go - self.held_back),
+            freed_keys=[key for key in moved if key in before],
+            held_keys=[(key, id_) for key in moved if (id_ := self.holders[key]) is not None],
         )
 
     # --- Conflicts ---
@@ -226,7 +246,26 @@ class _Draft:
             for command in chain.commands
         )
 
+    def _taken(self, chain: Chain) -> frozenset[UniqueKey]:
+        """Return what the chain claims and another holds, here or earlier in this append."""
+        if chain.moves is None:
+            return frozenset()
+        mine = {None, chain.key.id}
+        return frozenset(key for key in chain.moves.claims if self._holder(key) not in mine)
+
+    def _holder(self, key: UniqueKey) -> str | None:
+        return self.holders.get(key, self.state.holders.get(key))
+
     # --- Additions ---
+
+    def _move_keys(self, chain: Chain) -> None:
+        """Hold what the chain claims, then give up what it releases, as far as that is its own."""
+        if chain.moves is None:
+            return
+        self.holders |= dict.fromkeys(chain.moves.claims, chain.key.id)
+        for key in chain.moves.releases:
+            if self._holder(key) == chain.key.id:
+                self.holders[key] = None
 
     def _add_commands(self, chain: Chain) -> list[Outcome]:
         if chain.partition not in self.heads:

@@ -244,6 +244,10 @@ class TestApp:
         """Read an aggregate's events."""
         return await self.opened.events(cls, aggregate_id)
 
+    async def find(self, cls: type[Aggregate[Any, Any, Any]], **key: str) -> str | None:
+        """Return the id of the aggregate that has a unique key, None when none has it."""
+        return await self.opened.find(cls, **key)
+
     async def view(self, cls: type[V], view_id: str) -> V | None:
         """Read one row of a view, None when there is none; `drain` first."""
         return await self.opened.view(cls, view_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,11 @@ from cqrs_es.ports.store import (
     Committed,
     Conflicted,
     DecidedCommand,
+    KeyMoves,
     NewEvent,
     Snapshot,
     StoredOutcome,
+    UniqueKey,
 )
 from cqrs_es.stores.append_plan import (
     AppendState,
@@ -27,6 +30,7 @@ from cqrs_es.stores.append_plan import (
     locked_partitions,
     plan_append,
     snapshot_keys,
+    unique_keys,
     versioned_keys,
 )
 from cqrs_es.types import AggregateKey
@@ -269,3 +273,44 @@ def test_offsets_have_no_holes(shapes: list[tuple[int, int, bool]]) -> None:
     for partition, head in heads.items():
         offsets = [e.offset for e in made.events if e.partition == partition]
         assert offsets == list(range(head + 1, made.new_heads.get(partition, head) + 1))
+
+
+# --- Unique keys -------------------------------------------------------------
+
+K, L = (UniqueKey("account", "email", name) for name in "kl")
+
+
+def claiming(made: Chain, *claims: UniqueKey, releases: tuple[UniqueKey, ...] = ()) -> Chain:
+    moves = KeyMoves(frozenset(claims), frozenset(releases), (7,))
+    return dataclasses.replace(made, moves=moves)
+
+
+def test_heads_of_the_partitions_of_keys_are_locked_too() -> None:
+    """In one ascending order with those that grow, and without new heads of their own."""
+    chains = [claiming(chain(A, 0, command("1"), partition=9), K)]
+    assert locked_partitions(chains) == [7, 9]
+    assert unique_keys(chains) == [K]
+    made = plan(*chains, found=state(heads={7: 3, 9: 5}, versions={A: 0}))
+    assert made.new_heads == {9: 6}
+
+
+def test_keys_pass_from_hand_to_hand_within_one_append() -> None:
+    """What one chain releases the next may claim; a third is told that it is taken."""
+    found = dataclasses.replace(state(versions={A: 0, B: 0, C: 0}), holders={K: "A"})
+    made = plan(
+        claiming(chain(A, 0, command("1")), L, releases=(K,)),
+        claiming(chain(B, 0, command("2")), K),
+        claiming(chain(C, 0, command("3")), K, L),
+        found=found,
+    )
+    assert made.results[2] == Conflicted(0, frozenset({K, L}))
+    assert list(made.freed_keys) == [K]
+    assert list(made.held_keys) == [(K, "B"), (L, "A")]
+
+
+def test_a_chain_that_conflicts_moves_no_key() -> None:
+    """Nor is it told what is taken: it was decided on another state."""
+    found = dataclasses.replace(state(versions={A: 4}), holders={K: "B"})
+    made = plan(claiming(chain(A, 0, command("1")), K, L), found=found)
+    assert made.results == [Conflicted(4)]
+    assert (made.freed_keys, made.held_keys) == ([], [])

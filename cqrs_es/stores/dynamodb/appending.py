@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from cqrs_es.messages import StoredEvent
-    from cqrs_es.ports.store import Chain, ChainResult, Snapshot, StoredOutcome
+    from cqrs_es.ports.store import Chain, ChainResult, Snapshot, StoredOutcome, UniqueKey
     from cqrs_es.stores.append_plan import AppendPlan
     from cqrs_es.stores.dynamodb.actions import Action, Condition, Key
     from cqrs_es.stores.dynamodb.table import Table
@@ -104,9 +104,10 @@ class Appender:
         ids = append_plan.command_ids(chains)
         head = places.head_key(chains[0].partition)
         snapshots = {places.snapshot_key(k): k for k in append_plan.snapshot_keys(chains)}
+        keys = {places.unique_key(key): key for key in append_plan.unique_keys(chains)}
         probes = [key for chain in chains for key in _probes(chain)]
         small, outcomes = await asyncio.gather(
-            self._table.get_many([head, *snapshots, *probes], "head", "current_snapshot"),
+            self._table.get_many([head, *snapshots, *probes, *keys], *_SMALL),
             self._table.get_many(map(places.outcome_key, ids)),
         )
         known = {id_: outcomes.get(places.outcome_key(id_)) for id_ in ids}
@@ -118,6 +119,9 @@ class Appender:
                 key: small[place]["current_snapshot"]
                 for place, key in snapshots.items()
                 if place in small
+            },
+            holders={
+                key: small[place]["aggregate_id"] for place, key in keys.items() if place in small
             },
         )
 
@@ -135,6 +139,9 @@ class Appender:
         stream = places.all_of(places.stream_of(key))
         found = await self._table.query(stream, limit=1, descending=True, attributes=("sequence",))
         return int(found[0]["sequence"]) if found else 0
+
+
+_SMALL: Final = ("head", "current_snapshot", "aggregate_id")
 
 
 def _check_partition(chain: Chain, partitions: int) -> None:
@@ -174,6 +181,7 @@ def _actions(
         *(delete(places.attempts_key(id_)) for id_ in plan.settled_attempts),
         *(delete(places.letter_key(id_)) for id_ in plan.settled_letters),
         *(dead_letters.adding(letter) for letter in plan.dead_letters),
+        *_moved_keys(chains, state, plan),
     ]
 
 
@@ -218,6 +226,23 @@ def _unmoved(chains: Sequence[Chain], plan: AppendPlan) -> Iterator[Action]:
         silent = not any(command.events for command in chain.commands)
         if isinstance(result, Committed) and silent and chain.base_sequence is not None:
             yield check(places.event_key(chain.key, chain.base_sequence + 1), ABSENT)
+
+
+def _moved_keys(chains: Sequence[Chain], state: AppendState, plan: AppendPlan) -> Iterator[Action]:
+    """Change holders from those that were read; check also what is claimed and given up at once."""
+    holders: dict[UniqueKey, str | None] = dict.fromkeys(plan.freed_keys)
+    holders |= dict(plan.held_keys)
+    for chain, result in zip(chains, plan.results, strict=True):
+        if chain.moves is not None and isinstance(result, Committed):
+            passing = chain.moves.claims - state.holders.keys()
+            holders = {**dict.fromkeys(passing), **holders}
+    for key, holder in holders.items():
+        was, place = state.holders.get(key), places.unique_key(key)
+        only_if = ABSENT if was is None else condition("#aggregate_id = :was", was=was)
+        if holder is not None:
+            yield put(place, {"aggregate_id": holder}, only_if)
+        else:
+            yield check(place, only_if) if was is None else delete(place, only_if)
 
 
 def _outcome(stored: StoredOutcome, only_if: Condition, recorded_at: datetime) -> Action:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from cqrs_es import errors
-from cqrs_es.ports.store import EventStore, LoadedAggregate, page_size
+from cqrs_es.ports.store import EventStore, LoadedAggregate, UniqueKey, page_size
 from cqrs_es.stores.dynamodb import items, log, places
 from cqrs_es.stores.dynamodb.actions import condition, delete, found_key, update
 from cqrs_es.stores.dynamodb.appending import Appender
@@ -122,6 +122,25 @@ class DynamoEvents(EventStore):
     async def forget_attempts(self, command_ids: Collection[str]) -> None:
         """Delete what was counted."""
         await self._table.delete_many(map(places.attempts_key, command_ids))
+
+    # --- Unique keys ---------------------------------------------------------
+
+    async def find_holders(self, keys: Collection[UniqueKey]) -> dict[UniqueKey, str]:
+        """Look up the ids of the aggregates that hold those keys that are held."""
+        found_at = {places.unique_key(key): key for key in keys}
+        found = await self._table.get_many(found_at)
+        return {found_at[place]: fields["aggregate_id"] for place, fields in found.items()}
+
+    async def list_keys(
+        self, aggregate_type: str, after: UniqueKey | None, limit: int
+    ) -> list[tuple[UniqueKey, str]]:
+        """Read up to `limit` keys of a type above `after`, and who holds them."""
+        behind = places.unique_key(after).sk if after else ""
+        where = places.above(places.keys_of(aggregate_type), behind)
+        return [
+            (UniqueKey(aggregate_type, *fields["sk"].split(" ")), fields["aggregate_id"])
+            for fields in await self._table.query(where, limit=limit)
+        ]
 
     # --- Scheduled commands --------------------------------------------------
 

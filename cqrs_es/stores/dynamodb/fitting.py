@@ -61,6 +61,8 @@ def _sizes(chain: Chain) -> Iterator[int]:
         yield from _sizes_around(command)
     if chain.snapshot is not None:
         yield around + len(chain.snapshot.payload)
+    if chain.moves is not None:
+        yield from [around] * len(chain.moves.claims | chain.moves.releases)
 
 
 def _sizes_around(command: DecidedCommand) -> Iterator[int]:

@@ -12,6 +12,7 @@ from cqrs_es import errors
 from cqrs_es.stores.dynamodb.actions import MAX_SORT_KEY_BYTES, Condition, Key, condition
 
 if TYPE_CHECKING:
+    from cqrs_es.ports.store import UniqueKey
     from cqrs_es.types import AggregateKey
 
 INFO: Final = Key("info")
@@ -63,6 +64,16 @@ def outcome_key(command_id: str) -> Key:
 def attempts_key(command_id: str) -> Key:
     """Return the key of the attempts at a command."""
     return Key(f"attempts/{command_id}")
+
+
+def keys_of(aggregate_type: str) -> str:
+    """Name the partition key of a type's unique keys."""
+    return f"keys/{aggregate_type}"
+
+
+def unique_key(key: UniqueKey) -> Key:
+    """Return the key of a unique key; a space is before all that names are made of."""
+    return Key(keys_of(key.aggregate_type), f"{key.name} {key.value_hash}")
 
 
 def letter_key(letter_id: str) -> Key:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import uuid
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
+
+import orjson
 
 from cqrs_es import errors
 from cqrs_es.ports.storage import Storage, check_service
-from cqrs_es.ports.store import StoreInfo
+from cqrs_es.ports.store import SECRET_BYTES, StoreInfo
 from cqrs_es.stores.dynamodb import places
 from cqrs_es.stores.dynamodb.actions import ABSENT, condition, delete, put, update
 from cqrs_es.stores.dynamodb.dead_letters import DynamoDeadLetters
@@ -82,6 +86,8 @@ class DynamoStorage(Storage):
                 " set CQRS_ES_PARTITIONS to that"
             )
             raise errors.PartitionsMismatch(message)
+        if not info.secret:
+            await self._add_secret()
         if new_epoch:
             await self._renew_epoch(partitions)
         if service is not None and info.service is None:
@@ -95,12 +101,31 @@ class DynamoStorage(Storage):
             raise errors.StoreNotInitialised
         info = _info_of(found)
         _check_schema(info.schema_version)
+        if not info.secret:
+            message = "the store is older than this program: run `cqrs-es init`"
+            raise errors.StoreNotInitialised(message, partitions=info.partitions)
         return info
 
     async def check(self) -> StoreInfo:
         """Do as `info` does, and look at the table's keys and index."""
         await self._status()
         return await self.info()
+
+    async def note_keys(self, aggregate_type: str, fingerprint: str) -> None:
+        """Record which `keys()` a type's unique keys were made by; others' are kept."""
+        while True:
+            found = await self._table.get(places.INFO) or {}
+            noted: dict[str, str] = orjson.loads(found.get("keys", "{}"))
+            text = orjson.dumps(noted | {aggregate_type: fingerprint}).decode()
+            same = "#keys = :was" if noted else "attribute_not_exists(#keys)"
+            only_if = condition(same, **({"was": found["keys"]} if noted else {}))
+            try:
+                await self._table.write(
+                    update(places.INFO, condition("SET #keys = :keys", keys=text), only_if)
+                )
+            except ConditionFailed:
+                continue
+            return
 
     async def _create_table(self) -> None:
         try:
@@ -146,6 +171,7 @@ class DynamoStorage(Storage):
             "partitions": partitions,
             "logepoch": str(uuid.uuid4()),
             "schema_version": SCHEMA_VERSION,
+            "secret": secrets.token_bytes(SECRET_BYTES),
         }
         if service is not None:
             fields["service"] = service
@@ -154,6 +180,13 @@ class DynamoStorage(Storage):
         except ConditionFailed:
             fields = await self._table.get(places.INFO) or fields
         return _info_of(fields)
+
+    async def _add_secret(self) -> None:
+        """Give a store a secret that was made without one."""
+        new = condition("SET #secret = :new", new=secrets.token_bytes(SECRET_BYTES))
+        with suppress(ConditionFailed):
+            only_if = condition("attribute_not_exists(#secret)")
+            await self._table.write(update(places.INFO, new, only_if))
 
     async def _renew_epoch(self, partitions: int) -> None:
         """Begin a new epoch of the log, in which nothing has been published yet."""
@@ -191,6 +224,8 @@ def _info_of(fields: Mapping[str, Any]) -> StoreInfo:
         log_epoch=fields["logepoch"],
         schema_version=fields["schema_version"],
         service=fields.get("service"),
+        secret=bytes(fields.get("secret", b"")),
+        keys=orjson.loads(fields.get("keys", "{}")),
     )
 
 

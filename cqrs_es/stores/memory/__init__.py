@@ -60,7 +60,9 @@ class MemoryStorage(Storage):
     ) -> StoreInfo:
         """Fix the number of partitions, the log's epoch and whose it is, idempotently."""
         if self._info is None:
-            self._info = _new_info(partitions, secrets.token_bytes(SECRET_BYTES), service)
+            secret = secrets.token_bytes(SECRET_BYTES)
+            epoch = str(uuid.uuid4())
+            self._info = StoreInfo(partitions, epoch, SCHEMA_VERSION, secret, service)
             self._log.create_partitions(partitions)
         check_service(self._info.service, service)
         _check(self._info, partitions)
@@ -68,7 +70,7 @@ class MemoryStorage(Storage):
         if new_epoch:
             async with self.views.transaction() as transaction:
                 await transaction.forget(RELAY_MARK)
-            self._info = _new_info(partitions, self._info.secret, self._info.service)
+            self._info = replace(self._info, log_epoch=str(uuid.uuid4()))
         return self._info
 
     async def info(self) -> StoreInfo:
@@ -77,9 +79,10 @@ class MemoryStorage(Storage):
             raise errors.StoreNotInitialised
         return self._info
 
-
-def _new_info(partitions: int, secret: bytes, service: str | None) -> StoreInfo:
-    return StoreInfo(partitions, str(uuid.uuid4()), SCHEMA_VERSION, secret, service)
+    async def note_keys(self, aggregate_type: str, fingerprint: str) -> None:
+        """Record which `keys()` a type's unique keys were made by."""
+        info = await self.info()
+        self._info = replace(info, keys={**info.keys, aggregate_type: fingerprint})
 
 
 def _check(info: StoreInfo, partitions: int) -> None:

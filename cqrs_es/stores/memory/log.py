@@ -17,6 +17,7 @@ from cqrs_es.ports.store import (
     Snapshot,
     StoredEvent,
     StoredOutcome,
+    UniqueKey,
     page_size,
 )
 from cqrs_es.stores.append_plan import (
@@ -27,6 +28,7 @@ from cqrs_es.stores.append_plan import (
     plan_append,
     scheduled_ids,
     snapshot_keys,
+    unique_keys,
     versioned_keys,
 )
 
@@ -52,6 +54,7 @@ class MemoryEvents(EventStore):
         self._now = now
         self._scheduled: dict[str, ScheduledCommand] = {}
         self._held_back: set[AggregateKey] = set()
+        self._holders: dict[UniqueKey, str] = {}
         self._log: list[list[StoredEvent]] = []
         self._streams: dict[AggregateKey, list[StoredEvent]] = {}
         self._snapshots: dict[AggregateKey, Snapshot] = {}
@@ -89,6 +92,7 @@ class MemoryEvents(EventStore):
             },
             scheduled=[i for i in scheduled_ids(chains) if self._is_there(i)],
             now=self._now(),
+            holders=self._held(unique_keys(chains)),
         )
 
     def _write(self, plan: AppendPlan, recorded_at: datetime) -> None:
@@ -114,6 +118,28 @@ class MemoryEvents(EventStore):
         self.add_scheduled(plan.scheduled)
         self._held_back |= set(plan.held_back)
         self._held_back -= set(plan.let_go)
+        freed = set(plan.freed_keys)
+        kept = {key: id_ for key, id_ in self._holders.items() if key not in freed}
+        self._holders = (kept if freed else self._holders) | dict(plan.held_keys)
+
+    # --- Unique keys ---------------------------------------------------------
+
+    async def find_holders(self, keys: Collection[UniqueKey]) -> dict[UniqueKey, str]:
+        """Look up the ids of the aggregates that hold those keys that are held."""
+        return self._held(keys)
+
+    def _held(self, keys: Iterable[UniqueKey]) -> dict[UniqueKey, str]:
+        return {key: self._holders[key] for key in keys if key in self._holders}
+
+    async def list_keys(
+        self, aggregate_type: str, after: UniqueKey | None, limit: int
+    ) -> list[tuple[UniqueKey, str]]:
+        """Read up to `limit` keys of a type above `after`, and who holds them."""
+        return [
+            (key, holder)
+            for key, holder in sorted(self._holders.items())
+            if key.aggregate_type == aggregate_type and (after is None or key > after)
+        ][:limit]
 
     # --- Scheduled commands --------------------------------------------------
 

@@ -9,7 +9,7 @@ from cqrs_es import errors
 from cqrs_es.ports.store import IMMEDIATELY, EventStore, LoadedAggregate, page_size
 from cqrs_es.stores import append_plan
 from cqrs_es.stores.append_plan import AppendState
-from cqrs_es.stores.sql import dead_letters, outcomes, scheduled
+from cqrs_es.stores.sql import dead_letters, outcomes, scheduled, unique_keys
 from cqrs_es.stores.sql.dialect import marks
 from cqrs_es.stores.sql.rows import event_of, event_row, snapshot_of, snapshot_row
 from cqrs_es.stores.sql.session import chunks
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         ScheduledCommand,
         Snapshot,
         StoredOutcome,
+        UniqueKey,
     )
     from cqrs_es.stores.append_plan import AppendPlan
     from cqrs_es.stores.sql.session import Database, Row, Session
@@ -99,6 +100,18 @@ class SqlEvents(EventStore):
         """Delete what was counted."""
         ids = sorted(command_ids)
         await self._database.run(lambda session: outcomes.forget_attempts(session, ids))
+
+    async def find_holders(self, keys: Collection[UniqueKey]) -> dict[UniqueKey, str]:
+        """Look up the ids of the aggregates that hold those keys that are held."""
+        return await self._database.read(lambda session: unique_keys.find(session, keys))
+
+    async def list_keys(
+        self, aggregate_type: str, after: UniqueKey | None, limit: int
+    ) -> list[tuple[UniqueKey, str]]:
+        """Read up to `limit` keys of a type above `after`, and who holds them."""
+        return await self._database.read(
+            lambda session: unique_keys.page(session, aggregate_type, after, limit)
+        )
 
     async def schedule(self, commands: Sequence[ScheduledCommand]) -> None:
         """Add rows; an id that has a row or an outcome already is passed over."""
@@ -177,6 +190,7 @@ async def _lock_and_read(session: Session, chains: Sequence[Chain]) -> AppendSta
         ),
         scheduled=await scheduled.find(session, append_plan.scheduled_ids(chains), free=True),
         now=await session.now() if append_plan.counts_from_now(chains) else None,
+        holders=await unique_keys.find(session, append_plan.unique_keys(chains)),
     )
 
 
@@ -214,6 +228,7 @@ async def _write(session: Session, plan: AppendPlan, recorded_at: datetime) -> N
     await scheduled.add(session, plan.scheduled)
     await scheduled.hold_back(session, plan.held_back)
     await scheduled.let_go(session, plan.let_go)
+    await unique_keys.move(session, plan.freed_keys, plan.held_keys)
 
 
 async def _write_events(session: Session, plan: AppendPlan, recorded_at: datetime) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cqrs_es.stores.sql.session import Database, Session
 
 RELAY_MARK: Final = "$relay"
+KEYS: Final = "keys:"
 _INFO: Final = "SELECT name, value FROM store_info"
 
 
@@ -92,6 +93,15 @@ class SqlStorage(Storage):
         await self._database.read(lambda s: check_tables(s, FRAMEWORK, complete=True))
         return info
 
+    async def note_keys(self, aggregate_type: str, fingerprint: str) -> None:
+        """Record which `keys()` a type's unique keys were made by."""
+
+        async def work(session: Session) -> None:
+            row = (f"{KEYS}{aggregate_type}", fingerprint)
+            await session.write(session.dialect.upsert(STORE_INFO), [row])
+
+        await self._database.run(work)
+
 
 async def _fix_once(session: Session, partitions: int, service: str | None) -> None:
     """Fix P, the log's epoch and whose it is, unless they are.
@@ -136,6 +146,11 @@ async def _read_info(session: Session) -> StoreInfo:
             schema_version=int(found["schema_version"]),
             secret=bytes.fromhex(found.get("secret", "")),
             service=found.get("service"),
+            keys={
+                name.removeprefix(KEYS): value
+                for name, value in found.items()
+                if name.startswith(KEYS)
+            },
         )
     except KeyError as exc:
         raise errors.StoreNotInitialised from exc

@@ -1,0 +1,100 @@
+"""Users with an e-mail address that no other has; as a program, many who want the same ones.
+
+python -m tests.apps.users register PREFIX COUNT ADDRESS   registers COUNT users at once
+python -m tests.apps.users change PREFIX SEED              changes addresses until it is killed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
+
+import orjson
+
+from cqrs_es import Aggregate, command, event
+from cqrs_es.application import Application
+
+ADDRESSES = tuple(f"{name}@x.org" for name in ("ada", "bob", "cid", "dan", "eve"))
+USERS = 4
+
+
+@command
+class Register:
+    email: str
+
+
+@command
+class Leave:
+    pass
+
+
+@event
+class Registered:
+    email: str
+
+
+@event
+class Left:
+    pass
+
+
+@dataclass
+class User(Aggregate[Register | Leave, Registered | Left, None], type="user"):
+    email: str | None = None
+
+    def handle(
+        self,
+        command: Register | Leave,
+        services: None,  # noqa: ARG002
+    ) -> Iterator[Registered | Left]:
+        match command:
+            case Register(email):
+                yield Registered(email)
+            case Leave():
+                yield Left()
+
+    def apply(self, event: Registered | Left) -> None:
+        self.email = event.email if isinstance(event, Registered) else None
+
+    def keys(self) -> Mapping[str, str]:
+        return {"email": self.email.casefold()} if self.email else {}
+
+
+app = Application("users")
+app.aggregate(User)
+
+
+async def register(prefix: str, users: int, email: str) -> None:
+    """Register users with one address at once; print how many outcomes of each kind there are."""
+    async with app.open() as opened:
+        outcomes = await asyncio.gather(
+            *(opened.execute(User, f"{prefix}-{n}", Register(email)) for n in range(users))
+        )
+    kinds = Counter(o.error.code if o.error else o.status.value for o in outcomes)
+    sys.stdout.write(orjson.dumps(kinds).decode())
+
+
+async def change(prefix: str, seed: str) -> None:
+    """Have a few users take each other's addresses, for ever."""
+    chosen = random.Random(seed)
+    async with app.open() as opened:
+        for number in count():
+            user = f"{prefix}-{chosen.randrange(USERS)}"
+            email = chosen.choice((*ADDRESSES, None))
+            await opened.execute(User, user, Register(email) if email else Leave())
+            if number == 0:
+                sys.stdout.write("changing\n")
+                sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    verb, prefix, *rest = sys.argv[1:]
+    if verb == "register":
+        asyncio.run(register(prefix, int(rest[0]), rest[1]))
+    else:
+        asyncio.run(change(prefix, rest[0]))
