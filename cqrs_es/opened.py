@@ -17,12 +17,12 @@ from cqrs_es.execution.baselines import first_page, replayed
 from cqrs_es.execution.keys import KeysRebuild, KeysRebuilt, due, fingerprint
 from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome
 from cqrs_es.projection.folding import folding_for
-from cqrs_es.projection.generations import live_name, prepared_live, publish
+from cqrs_es.projection.generations import live_name, prepared_live, publish, remove
 from cqrs_es.projection.parking import ParkedRetry, Tracebacks
 from cqrs_es.projection.rebuild import Rebuild
 from cqrs_es.projection.replay import replay, stored_stream
 from cqrs_es.projection.seen import wait_until_seen
-from cqrs_es.projector import generation_of
+from cqrs_es.projector import check_view_name, generation_of
 from cqrs_es.runtime.republishing import republish
 from cqrs_es.runtime.supervisor import Supervisor
 from cqrs_es.runtime.waiting import Home
@@ -302,6 +302,17 @@ class OpenApplication:
     ) -> Rebuild:
         """Make what rebuilds a view, or changes between its generations; raise `NotFound`."""
         return Rebuild(self.registry, self.storage, self.projection(name), on_progress=on_progress)
+
+    async def remove_view(self, name: str) -> list[str]:
+        """Drop every generation of a view or table that the application has no more.
+
+        Returns the tables that were dropped. Raises `ConfigurationError` for a name that it
+        still has, `NotFound` where nothing is left of one.
+        """
+        if self.registry.has_name(check_view_name(name)):
+            message = f"the application has {name}: take it out before you remove its tables"
+            raise errors.ConfigurationError(message)
+        return await remove(self.storage.views, name)
 
     async def parked(self, name: str | None = None) -> list[ParkedAggregate]:
         """Return the parked aggregates of a view's live generation, or of all views'."""

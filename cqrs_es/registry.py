@@ -71,12 +71,16 @@ class Registry:
 
     def add_projection(self, definition: ProjectionDefinition) -> None:
         """Add a view or projector; raise `DefinitionError` when a name of its is taken."""
-        taken = {name.lower() for other in self.projections.values() for name in _names(other)}
         for name in _names(definition):
-            if name.lower() in taken | RESERVED_NAMES:
+            if self.has_name(name):
                 message = f"the view or table name {name!r} is taken (case does not count)"
                 raise errors.DefinitionError(message)
         self.projections[definition.name] = definition
+
+    def has_name(self, name: str) -> bool:
+        """Tell whether a view, projector or table is called so, whatever the case."""
+        taken = {taken.lower() for other in self.projections.values() for taken in _names(other)}
+        return name.lower() in taken | RESERVED_NAMES
 
     def check(self) -> None:
         """Check that views fold only events that aggregates yield; raise `DefinitionError`."""

@@ -220,11 +220,17 @@ class FaultyViews(ViewStore):
     async def columns(self, table: str) -> list[str]:
         return await self._inner.columns(table)
 
+    async def list_tables(self) -> list[str]:
+        return await self._inner.list_tables()
+
     async def drop_table(self, table: str) -> None:
         await self._inner.drop_table(table)
 
     async def publish_table(self, name: str, table: str) -> None:
         await self._inner.publish_table(name, table)
+
+    async def unpublish_table(self, name: str) -> None:
+        await self._inner.unpublish_table(name)
 
     async def get(self, table: str, view_id: str) -> ViewRow | None:
         return await self._inner.get(table, view_id)

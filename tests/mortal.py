@@ -55,6 +55,10 @@ class MortalViews(FaultyViews):
         self._step()
         return await super().columns(table)
 
+    async def list_tables(self) -> list[str]:
+        self._step()
+        return await super().list_tables()
+
     async def drop_table(self, table: str) -> None:
         self._step()
         await super().drop_table(table)
@@ -62,6 +66,10 @@ class MortalViews(FaultyViews):
     async def publish_table(self, name: str, table: str) -> None:
         self._step()
         await super().publish_table(name, table)
+
+    async def unpublish_table(self, name: str) -> None:
+        self._step()
+        await super().unpublish_table(name)
 
     async def checkpoints(self, projector: str) -> dict[int, int]:
         self._step()

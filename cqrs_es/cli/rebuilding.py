@@ -42,6 +42,10 @@ def rebuild(
     drop: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Drop generation N, which is not live.")
     ] = None,
+    remove: Annotated[
+        bool,
+        typer.Option("--remove", help="Drop all of a view or table that the code has no more."),
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Fill a view anew beside the live one, then switch to it.
@@ -51,16 +55,25 @@ def rebuild(
 
     Example: cqrs-es rebuild account_query
     """
-    if sum([abort, switch_to is not None, drop is not None]) > 1:
-        raise errors.ConfigurationError("give one of --abort, --switch-to and --drop")
-    settings, app = invocation_of(context).load()
-    done = asyncio.run(_rebuild(app, settings, name, abort=abort, switch_to=switch_to, drop=drop))
+    if sum([abort, switch_to is not None, drop is not None, remove]) > 1:
+        raise errors.ConfigurationError("give one of --abort, --switch-to, --drop and --remove")
+    if remove:
+        done: dict[str, object] | None = _remove(context, name)
+    else:
+        settings, app = invocation_of(context).load()
+        work = _rebuild(app, settings, name, abort=abort, switch_to=switch_to, drop=drop)
+        done = asyncio.run(work)
     if done is None:
         raise typer.Exit(INTERRUPTED)
     if json:
         print_json(done)
     else:
         print_fields(done)
+
+
+def _remove(context: typer.Context, name: str) -> dict[str, object]:
+    tables = with_application(context, lambda opened: opened.remove_view(name))
+    return {"view": name, "removed": tables}
 
 
 async def _rebuild(

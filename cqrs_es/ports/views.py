@@ -99,7 +99,7 @@ class ViewTransaction(SqlSession):
 
     @abstractmethod
     async def forget(self, projector: str) -> None:
-        """Delete a projector's checkpoints and parked markers."""
+        """Delete a projector's checkpoints, parked markers and row of `generations`."""
 
     @abstractmethod
     async def schedule(self, commands: Sequence[ScheduledCommand]) -> None:
@@ -130,12 +130,20 @@ class ViewStore(ABC):
         """Return the names of a table's columns, in order; none where there is no such table."""
 
     @abstractmethod
+    async def list_tables(self) -> list[str]:
+        """Return the names of all tables, in the case that the database gives them."""
+
+    @abstractmethod
     async def drop_table(self, table: str) -> None:
         """Drop a table if it is there."""
 
     @abstractmethod
     async def publish_table(self, name: str, table: str) -> None:
         """Make `name` show what `table` holds (an SQL view, replaced idempotently)."""
+
+    @abstractmethod
+    async def unpublish_table(self, name: str) -> None:
+        """Drop the SQL view `name` if it is there; refused where something depends on it."""
 
     @abstractmethod
     async def get(self, table: str, view_id: str) -> ViewRow | None:

@@ -43,8 +43,9 @@ class Folding(ABC):
 
     async def missing_tables(self, views: ViewStore) -> list[str]:
         """Return the names of those of the generation's tables that are not there."""
+        there = {table.lower() for table in await views.list_tables()}
         tables = [self._physical(name) for name in self.tables]
-        return [table for table in tables if not await views.columns(table)]
+        return [table for table in tables if table.lower() not in there]
 
     async def drop_tables(self, views: ViewStore) -> None:
         """Drop the generation's tables."""

@@ -12,6 +12,7 @@ Everything here that changes a number locks the table first.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -19,10 +20,10 @@ import structlog
 
 from cqrs_es import errors
 from cqrs_es.projection.folding import folding_for
-from cqrs_es.projector import physical_name
+from cqrs_es.projector import generation_of, physical_name, view_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from cqrs_es.definitions import ProjectionDefinition
     from cqrs_es.ports.views import ViewStore, ViewTransaction
@@ -213,3 +214,58 @@ async def publish_if_needed(views: ViewStore, definition: ProjectionDefinition) 
         await publish(views, definition)
     except errors.ConfigurationError as exc:
         log.warning("name not published", view=name, error=exc.message)
+
+
+# --- What no code has any more -----------------------------------------------
+
+# Generations have small numbers: a date is another program's.
+_GENERATION: Final = re.compile(r"(.+)__[1-9][0-9]{0,4}")
+
+
+async def remove(views: ViewStore, name: str) -> list[str]:
+    """Drop all generations of a view, projector or table, and forget them; return the tables.
+
+    Killed at any step, the same again removes the rest: what `checkpoints` and `generations`
+    say goes last, so that tables with rows never pass for new ones. A table that has the name
+    itself is another program's. Case does not count, as some databases fold it. Raises
+    `NotFound` where there is nothing, `ConfigurationError` where something depends on the name.
+    """
+    noted, there = await views.generations(), await views.list_tables()
+    keys = [key for key in noted if key.rpartition(":")[2].lower() == name.lower()]
+    tables = sorted(table for table in there if _is_generation_of(table, name))
+    if not keys and not tables:
+        message = f"nothing is left of a view or table {name}"
+        raise errors.NotFound(message)
+    names = {name, *(key.rpartition(":")[2] for key in keys), *map(view_of, tables)}
+    if name.lower() not in {table.lower() for table in there}:
+        for each in names:
+            await _unpublish(views, each)
+    for table in tables:
+        await views.drop_table(table)
+    for each in names:
+        numbers = {*range(1, generations_of(noted, each).last + 1), *map(generation_of, tables)}
+        for number in sorted(numbers):
+            await _forget(views, [physical_name(each, number)])
+    await _forget(views, keys)
+    return tables
+
+
+def _is_generation_of(table: str, name: str) -> bool:
+    found = _GENERATION.fullmatch(table)
+    return found is not None and found[1].lower() == name.lower()
+
+
+async def _unpublish(views: ViewStore, name: str) -> None:
+    try:
+        await views.unpublish_table(name)
+    except errors.Unavailable:
+        raise
+    except errors.StoreError as exc:
+        message = f"nothing is removed, as {name} can't be dropped: {' '.join(exc.message.split())}"
+        raise errors.ConfigurationError(f"{message}; drop it, or what depends on it") from exc
+
+
+async def _forget(views: ViewStore, keys: Sequence[str]) -> None:
+    async with views.transaction() as transaction:
+        for key in keys:
+            await transaction.forget(key)

@@ -497,6 +497,17 @@ async def test_own_upsert_inserts_and_changes(storage: Storage) -> None:
 
 
 @on_sql
+async def test_own_upsert_of_rows_that_are_nothing_but_a_key(storage: Storage) -> None:
+    """What is there already stays; the rest is added."""
+    await storage.views.create_table("seen__1", "n BIGINT NOT NULL, m BIGINT, PRIMARY KEY (n, m)")
+    for last in (1, 2):
+        async with storage.views.transaction() as sql:
+            rows: list[dict[str, SqlValue]] = [{"n": n, "m": n} for n in range(last + 1)]
+            await sql.upsert("seen__1", ["n", "m"], rows)
+    assert await storage.views.query("SELECT n FROM seen__1 ORDER BY n") == [(0,), (1,), (2,)]
+
+
+@on_sql
 async def test_own_upserts_of_many_rows_never_wait_in_a_circle(storage: Storage) -> None:
     """Whatever order they are given in, two transactions lock them in one; nothing is lost."""
     names = [f"day {number}" for number in range(100)]

@@ -118,6 +118,14 @@ async def test_columns_of_a_table(storage: Storage) -> None:
     assert await storage.views.columns("nothing__1") == []
 
 
+async def test_tables_are_listed(storage: Storage) -> None:
+    """Tables by their names, whose case may be folded; no SQL views."""
+    await storage.views.create_table("Other__2")
+    await storage.views.publish_table("ledger", TABLE)
+    ours = {name.lower() for name in await storage.views.list_tables() if "__" in name}
+    assert ours == {TABLE, "other__2"}
+
+
 @on_sql
 async def test_columns_of_a_table_of_ones_own(storage: Storage) -> None:
     """Their names are those of the definitions, without constraints."""
@@ -169,6 +177,18 @@ async def test_old_generation_is_dropped_after_the_switch(storage: Storage) -> N
 
 
 # --- Queries -----------------------------------------------------------------
+
+
+@on_sql
+async def test_a_name_that_shows_a_table_is_dropped(storage: Storage) -> None:
+    """A second time too, and the table stays."""
+    await save(storage, [row("1")])
+    await storage.views.publish_table("ledger", TABLE)
+    for _ in range(2):
+        await storage.views.unpublish_table("ledger")
+    with pytest.raises(errors.StoreError):
+        await storage.views.query("SELECT view_id FROM ledger")
+    assert await storage.views.count(TABLE) == 1
 
 
 @on_sql
@@ -431,11 +451,12 @@ async def test_g9_markers_of_parked_aggregates(storage: Storage) -> None:
 
 
 async def test_forgetting_a_projector(storage: Storage) -> None:
-    """Forgetting deletes a projector's checkpoints and markers, and nobody else's."""
+    """Forgetting deletes a projector's checkpoints, markers and generation, and nobody else's."""
     kept = marker("totals__1", account())
     async with storage.views.transaction() as transaction:
         for name in ("ledger__1", "totals__1"):
             await transaction.advance(name, 0, 0, 5)
+            await transaction.set_generation(name, 1)
         await transaction.park(marker("ledger__1", account()))
         await transaction.park(kept)
     for _ in range(2):
@@ -443,4 +464,5 @@ async def test_forgetting_a_projector(storage: Storage) -> None:
             await transaction.forget("ledger__1")
     assert await storage.views.checkpoints("ledger__1") == {}
     assert await storage.views.checkpoints("totals__1") == {0: 5}
+    assert await storage.views.generations() == {"totals__1": 1}
     assert await storage.views.list_parked() == [kept]

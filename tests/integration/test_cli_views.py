@@ -82,6 +82,18 @@ def test_drop_and_abort(bank: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     assert views(bank, *FRAGILE)["fragile"] == (1, None)
 
 
+def test_removing_what_the_code_has_no_more(bank: Here) -> None:
+    """A view of other code is named with its tables; one's own is refused."""
+    bank.done(*FRAGILE, "run", "--until-idle")
+    assert bank.done("rebuild", "fragile", "--remove", "--json").json == {
+        "view": "fragile", "removed": ["fragile__1"]
+    }  # fmt: skip
+    assert bank("rebuild", "fragile", "--remove").code == 1
+    refused = bank("rebuild", "account_query", "--remove")
+    assert refused.code == 2
+    assert "take it out before you remove its tables" in refused.complaint
+
+
 def test_rebuild_of_a_view_that_fails(bank: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     """The event is named with its reason, and what readers see is as it was."""
     bank.done(*FRAGILE, "run", "--until-idle")
@@ -103,6 +115,9 @@ def test_rebuild_of_a_view_that_fails(bank: Here, monkeypatch: pytest.MonkeyPatc
         (("account_query", "--drop", "0"), 2),
         (("account_query", "--abort", "--drop", "1"), 2),
         (("account_query", "--switch-to", "1", "--drop", "1"), 2),
+        (("nothing", "--remove"), 1),
+        (("nothing", "--remove", "--abort"), 2),
+        (("events", "--remove"), 2),
     ],
 )
 def test_rebuild_of_what_is_not_there(bank: Here, arguments: tuple[str, ...], code: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
@@ -22,6 +22,7 @@ from cqrs_es.projection.generations import (
 )
 from cqrs_es.projection.rebuild import Rebuild, RebuildProgress
 from cqrs_es.projection.switch import Switch
+from cqrs_es.projector import Projector, SqlSession
 from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
 from cqrs_es.types import partition_of
@@ -32,7 +33,7 @@ from tests.tallies import Sums, check_complete, check_live, tallying_app
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Mapping, Sequence
 
     from cqrs_es.opened import OpenApplication
     from cqrs_es.ports.storage import Storage
@@ -122,6 +123,92 @@ async def test_to_the_next_generation_and_back(store_url: str, name: str) -> Non
         await opened.execute(Counter, "a", Add(1000))
         await project(opened)
         assert await check_complete(opened, name) == 3
+
+
+class Sides(Projector[Added], name="sides"):
+    """A projector that has two tables, until its code has one less."""
+
+    tables: ClassVar[Mapping[str, str]] = {
+        "sides": "n BIGINT NOT NULL PRIMARY KEY",
+        "OtherSides": "n BIGINT NOT NULL PRIMARY KEY",
+    }
+
+    async def project(self, events: Sequence[Envelope[Added]], sql: SqlSession) -> None:
+        numbers = [{"n": n} for n in {event.data.n for event in events}]
+        for name in self.tables:
+            await sql.upsert(self.table(name), ["n"], numbers)
+
+
+class OneSide(Sides, name="sides"):
+    tables: ClassVar[Mapping[str, str]] = {"sides": Sides.tables["sides"]}
+
+
+def folding(*views: type[View[Any] | Projector[Any]]) -> Application:
+    app = Application("tests")
+    app.aggregate(Counter, services=lambda _: Services())
+    for view in views:
+        if issubclass(view, View):
+            app.view(view)
+        else:
+            app.projector(view)
+    return app
+
+
+async def test_a_view_that_the_code_has_no_more_is_removed(store_url: str) -> None:
+    """All generations go, with all that is noted of them; as a new view it begins anew."""
+    async with opened_on(store_url, folding(Totals)) as opened, another(store_url, opened) as store:
+        await project(opened)
+        await opened.rebuild("totals").run()
+        with pytest.raises(errors.ConfigurationError, match="the application has Totals"):
+            await opened.remove_view("Totals")
+        settings = Settings(store_url=store_url)
+        async with folding().open(settings, storage=store) as without:
+            assert await without.remove_view("totals") == ["totals__1", "totals__2"]
+            assert not [name for name in await store.views.list_tables() if "totals" in name]
+            assert not [name for name in await store.views.generations() if "totals" in name]
+            assert not any([await store.views.checkpoints(f"totals__{n}") for n in (1, 2)])
+            with pytest.raises(errors.NotFound, match="nothing is left of a view or table totals"):
+                await without.remove_view("totals")
+        async with folding(Totals).open(settings, storage=store, initialise=True) as again:
+            await project(again)
+            assert await check_live(again, "totals") == 1
+
+
+@on_sql
+async def test_a_table_that_a_projector_has_no_more_is_removed(store_url: str) -> None:
+    """The others stay, and so does a table that is called so itself, or ends in a date."""
+    async with opened_on(store_url, folding(Sides)) as opened, another(store_url, opened) as store:
+        await project(opened)
+        await opened.rebuild("sides").run()
+        settings = Settings(store_url=store_url)
+        async with folding(OneSide).open(settings, storage=store) as smaller:
+            await smaller.rebuild("sides").drop(1)
+            await store.views.create_table("OtherSides__20261129")
+            removed = await smaller.remove_view("OtherSides")
+            assert [name.lower() for name in removed] == ["othersides__1", "othersides__2"]
+            await store.views.create_table("OtherSides")
+            left = {name.lower() for name in await store.views.list_tables() if "ides" in name}
+            assert left == {"sides__2", "othersides", "othersides__20261129"}
+            await store.views.create_table("OtherSides__3")
+            await smaller.remove_view("OtherSides")
+            assert await store.views.count("OtherSides") == 0
+            await project(smaller)
+            assert await store.views.count("sides") == 100
+
+
+async def test_a_view_whose_name_has_capitals(store_url: str) -> None:
+    """It has its tables, whatever the database makes of their names: it opens and rebuilds."""
+
+    @dataclass
+    class Capitals(Totals, name="CapitalTotals"):
+        pass
+
+    async with opened_on(store_url, folding(Capitals)) as opened:
+        await project(opened)
+        assert await opened.rebuild("CapitalTotals").run() == 2
+        await opened.initialise()
+        await project(opened)
+        assert await check_live(opened, "CapitalTotals") == 2
 
 
 @on_sql

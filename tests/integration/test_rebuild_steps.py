@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import pytest
 
 from cqrs_es import errors
-from cqrs_es.projection.generations import Generations, read_generations
+from cqrs_es.projection.generations import Generations, read_generations, remove
 from cqrs_es.projection.rebuild import Rebuild
 from cqrs_es.projector import physical_name
 from cqrs_es.settings import Settings
@@ -122,6 +122,32 @@ async def test_an_abort_killed_at_every_step(store_url: str, name: str) -> None:
             if not died:
                 assert step > 3
                 return
+
+
+@on_sql
+@pytest.mark.parametrize("name", VIEWS)
+async def test_a_removal_killed_at_every_step(store_url: str, name: str) -> None:
+    """What is left is never taken for a new view, and the same again removes it."""
+    async with tallying(store_url) as opened:
+        for step in itertools.count(1):
+            await opened.rebuild(name).run()
+            died = True
+            try:
+                await remove(MortalStorage(opened.storage, dies_at=step).views, name)
+                died = False
+            except Killed:
+                pass
+            if not died:
+                assert step > 8
+                return
+            with suppress(errors.ViewLost):
+                await opened.initialise()
+                await check_live(opened, name)
+            await remove(opened.storage.views, name)
+            assert not [n for n in await opened.storage.views.list_tables() if name in n]
+            await opened.initialise()
+            await project(opened)
+            assert await check_complete(opened, name) == 1
 
 
 @on_sql

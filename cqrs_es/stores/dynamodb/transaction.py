@@ -174,7 +174,8 @@ class DynamoTransaction(ViewTransaction):
         self._set(places.marker_key(projector, key), None)
 
     async def forget(self, projector: str) -> None:
-        """Delete a projector's checkpoints and parked markers: as many as fit in a transaction."""
+        """Delete a projector's checkpoints, markers and generation: as many as fit at once."""
+        self._set(Key(places.GENERATIONS, projector), None)
         for where in (
             places.all_of(places.checkpoints_of(projector)),
             places.beginning(places.PARKED, f"{projector}/"),

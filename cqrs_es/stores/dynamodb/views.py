@@ -42,6 +42,11 @@ class DynamoViews(ViewStore):
         there = await self._table.get(Key(places.TABLES, table))
         return [] if there is None else ["view_id", "version", "payload"]
 
+    async def list_tables(self) -> list[str]:
+        """Return the names of all views' tables."""
+        found = await self._table.query(places.all_of(places.TABLES), attributes=("sk",))
+        return [fields["sk"] for fields in found]
+
     async def drop_table(self, table: str) -> None:
         """Delete the rows of a view, then what says that it is there."""
         await self._delete_all(places.all_of(places.rows_of(table)))
@@ -49,6 +54,9 @@ class DynamoViews(ViewStore):
 
     async def publish_table(self, name: str, table: str) -> None:
         """Do nothing: who reads a view goes through `generations`, there is no SQL to read it."""
+
+    async def unpublish_table(self, name: str) -> None:
+        """Do nothing, as `publish_table` does."""
 
     async def get(self, table: str, view_id: str) -> ViewRow | None:
         """Return one row, None when there is none."""

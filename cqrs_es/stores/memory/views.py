@@ -44,7 +44,6 @@ _SCHEMA = (
         log_partition INTEGER, reason TEXT, attempts INTEGER,
         PRIMARY KEY (projector, aggregate_type, aggregate_id))""",
 )
-_COLUMNS = "SELECT name FROM pragma_table_info(?) ORDER BY cid"
 _VIEW_COLUMNS = "view_id TEXT PRIMARY KEY, version INTEGER NOT NULL, payload TEXT NOT NULL"
 
 
@@ -96,7 +95,12 @@ class MemoryViews(ViewStore):
     async def columns(self, table: str) -> list[str]:
         """Return the names of a table's columns, in order; none where there is no such table."""
         async with self._alone() as database:
-            return [name for (name,) in database.rows(_COLUMNS, table)]
+            return [name for (name,) in database.rows(SQLITE.list_columns, table)]
+
+    async def list_tables(self) -> list[str]:
+        """Return the names of all tables."""
+        async with self._alone() as database:
+            return [name for (name,) in database.rows(SQLITE.list_tables)]
 
     async def drop_table(self, table: str) -> None:
         """Drop a table if it is there."""
@@ -110,6 +114,11 @@ class MemoryViews(ViewStore):
             await transaction.execute(
                 f"CREATE VIEW {_quoted(name)} AS SELECT * FROM {_quoted(table)}"
             )
+
+    async def unpublish_table(self, name: str) -> None:
+        """Drop the SQL view `name` if it is there."""
+        async with self._alone() as database:
+            database.run(f"DROP VIEW IF EXISTS {_quoted(name)}")
 
     async def get(self, table: str, view_id: str) -> ViewRow | None:
         """Return one row, None when there is none."""
@@ -247,8 +256,8 @@ class _MemoryTransaction(ViewTransaction):
         )
 
     async def forget(self, projector: str) -> None:
-        self._database.run("DELETE FROM checkpoints WHERE projector = ?", projector)
-        self._database.run("DELETE FROM parked WHERE projector = ?", projector)
+        for table in ("checkpoints", "parked", "generations"):
+            self._database.run(f"DELETE FROM {table} WHERE projector = ?", projector)
 
     async def schedule(self, commands: Sequence[ScheduledCommand]) -> None:
         self.scheduled += commands

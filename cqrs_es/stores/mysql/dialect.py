@@ -65,6 +65,9 @@ MARIADB: Final = Dialect(
     on_duplicate=" ON DUPLICATE KEY UPDATE ",
     incoming="VALUES({column})",
     outcome_status="JSON_UNQUOTE(JSON_EXTRACT(outcome, '$.status'))",
+    list_tables="""
+        SELECT table_name FROM information_schema.tables
+        WHERE table_schema = DATABASE() AND table_type = 'BASE TABLE'""",
     list_columns="""
         SELECT column_name FROM information_schema.columns
         WHERE table_schema = DATABASE() AND table_name = ? ORDER BY ordinal_position""",

@@ -62,6 +62,7 @@ POSTGRES: Final = Dialect(
     outcome_status="outcome ->> 'status'",
     remake_view=_REMAKE_VIEW,
     own_types={"TIMESTAMP": "TIMESTAMPTZ", "BLOB": "BYTEA"},
+    list_tables="SELECT tablename FROM pg_tables WHERE schemaname = current_schema()",
     list_columns="""
         SELECT column_name FROM information_schema.columns
         WHERE table_schema = current_schema() AND table_name = ? ORDER BY ordinal_position""",

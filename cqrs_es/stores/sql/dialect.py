@@ -65,6 +65,7 @@ class Dialect:
     own_types: Mapping[str, str]
     own_value: Callable[[Parameter], Parameter] = _itself
     decimal_functions: Mapping[str, str] = field(default_factory=dict[str, str])
+    list_tables: str
     list_columns: str
     list_indexes: str
     list_key: str | None = None
@@ -97,10 +98,10 @@ class Dialect:
         """
         insert = self.insert(table)
         update = self.on_duplicate.format(key=", ".join(table.key))
+        others = [column for column in table.columns if column not in table.key]
         assignments = ", ".join(
             f"{column} = {self._value(table, (changes or {}).get(column, f'new.{column}'))}"
-            for column in table.columns
-            if column not in table.key
+            for column in others or table.key[:1]  # which stays what it is
         )
         return RowStatement(insert.head, insert.row, f"{self.row_alias}{update}{assignments}")
 

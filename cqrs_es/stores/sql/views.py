@@ -30,6 +30,7 @@ _UNPARK: Final = (
     "DELETE FROM parked WHERE projector = ? AND aggregate_type = ? AND aggregate_id = ?"
 )
 _FORGET_MARKERS: Final = "DELETE FROM parked WHERE projector = ?"
+_FORGET_GENERATION: Final = "DELETE FROM generations WHERE projector = ?"
 _IN_ORDER: Final = "ORDER BY projector, aggregate_type, aggregate_id"
 
 
@@ -62,6 +63,11 @@ class SqlViews(ViewStore):
         )
         return [name for (name,) in rows]
 
+    async def list_tables(self) -> list[str]:
+        """Return the names of all tables, in the case that the database gives them."""
+        rows = await self._database.read(lambda session: session.fetch(session.dialect.list_tables))
+        return [name for (name,) in rows]
+
     async def drop_table(self, table: str) -> None:
         """Drop a table if it is there."""
         async with self._database.migration() as session:
@@ -79,6 +85,11 @@ class SqlViews(ViewStore):
                 if dialect.remake_view is None:
                     raise
                 await session.execute(dialect.remake_view.format_map(names))
+
+    async def unpublish_table(self, name: str) -> None:
+        """Drop the SQL view `name` if it is there."""
+        async with self._database.migration() as session:
+            await session.execute(f"DROP VIEW IF EXISTS {session.dialect.quoted(name)}")
 
     async def get(self, table: str, view_id: str) -> ViewRow | None:
         """Return one row, None when there is none."""
@@ -209,6 +220,7 @@ class _SqlTransaction(ViewTransaction):
     async def forget(self, projector: str) -> None:
         await checkpoints.forget(self._session, projector)
         await self._session.execute(_FORGET_MARKERS, (projector,))
+        await self._session.execute(_FORGET_GENERATION, (projector,))
 
     async def schedule(self, commands: Sequence[ScheduledCommand]) -> None:
         await scheduled.add(self._session, commands)

@@ -47,6 +47,7 @@ SQLITE: Final = Dialect(
         "DROP VIEW IF EXISTS {name}",
         "CREATE VIEW {name} AS SELECT * FROM {table}",
     ),
+    list_tables="SELECT name FROM sqlite_master WHERE type = 'table'",
     list_columns="SELECT name FROM pragma_table_info(?) ORDER BY cid",
     list_indexes="SELECT name FROM sqlite_master WHERE type = 'index' AND tbl_name = ?",
 )
