@@ -30,6 +30,8 @@ from cqrs_es.telemetry.tracing import tracing_for
 from cqrs_es.types import NAME
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from cqrs_es.aggregate import Aggregate, SourceOfTruth
     from cqrs_es.definitions import ServicesFactory
     from cqrs_es.messages import CommandContext
@@ -239,6 +241,31 @@ class Application:
         See `OpenApplication.find`.
         """
         return await self._open().find(cls, **key)
+
+    async def schedule(
+        self,
+        cls: type[Aggregate[C, Any, Any]],
+        aggregate_id: str,
+        command: C,
+        *,
+        at: datetime,
+        command_id: str | None = None,
+        metadata: Mapping[str, str] = NO_METADATA,
+        expected_sequence: int | None = None,
+    ) -> str:
+        """Have a command decided at a moment, where the application is open; return its id.
+
+        See `OpenApplication.schedule`.
+        """
+        return await self._open().schedule(
+            cls,
+            aggregate_id,
+            command,
+            at=at,
+            command_id=command_id,
+            metadata=metadata,
+            expected_sequence=expected_sequence,
+        )
 
     def _open(self) -> OpenApplication:
         if self._opened is None:

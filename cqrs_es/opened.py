@@ -16,6 +16,7 @@ from cqrs_es.definitions import ViewDefinition
 from cqrs_es.execution.baselines import first_page, replayed
 from cqrs_es.execution.keys import KeysRebuild, KeysRebuilt, due, fingerprint
 from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome
+from cqrs_es.ports.store import ScheduledCommand
 from cqrs_es.projection.folding import folding_for
 from cqrs_es.projection.generations import live_name, prepared_live, publish, remove
 from cqrs_es.projection.parking import ParkedRetry, Tracebacks
@@ -33,6 +34,7 @@ from cqrs_es.types import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
+    from datetime import datetime
 
     from cqrs_es.aggregate import Aggregate
     from cqrs_es.definitions import AggregateDefinition, ProjectionDefinition
@@ -157,6 +159,40 @@ class OpenApplication:
         complete = _with_body(traced, self.process.settings.max_message_bytes)
         answer = self.process.executor.submit(complete, retrying=retrying, span=span)
         return await asyncio.shield(answer)
+
+    async def schedule(
+        self,
+        cls: type[Aggregate[C, Any, Any]],
+        aggregate_id: str,
+        command: C,
+        *,
+        at: datetime,
+        command_id: str | None = None,
+        metadata: Mapping[str, str] = NO_METADATA,
+        expected_sequence: int | None = None,
+    ) -> str:
+        """Have a command decided by the workers at a moment; return its id, once it is stored.
+
+        With a `command_id` of your own, scheduling again changes nothing. Raises
+        `InvalidMessage` for what no message may hold and for a moment without a time zone,
+        more than a day ago or ten years ahead.
+        """
+        self.registry.aggregate_of(cls)
+        message = new_command(
+            cls,
+            aggregate_id,
+            command,
+            command_id=command_id,
+            metadata=metadata,
+            expected_sequence=expected_sequence,
+        )
+        process = self.process
+        due = wire.check_due(at, process.clock.now())
+        complete = _with_body(message, process.settings.max_message_bytes)
+        row = ScheduledCommand.of(complete, due, process.partitions)
+        await self.storage.events.schedule([row])
+        process.timetable.poke({row.partition})
+        return row.command_id
 
     async def outcome(self, command_id: str) -> Outcome | None:
         """Look up what became of a command."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Final, cast
 
 import orjson
@@ -33,6 +36,11 @@ MAX_NESTING: Final = 16
 MAX_METADATA_ENTRIES: Final = 32
 MAX_METADATA_BYTES: Final = 8 * 1024
 MAX_SEQUENCE: Final = 2**63 - 1
+MAX_AHEAD: Final = timedelta(days=3653)
+MAX_BEHIND: Final = timedelta(days=1)
+_RFC_3339: Final = re.compile(
+    r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII
+)
 
 
 # --- Commands in -------------------------------------------------------------
@@ -64,16 +72,76 @@ def parse_command(body: bytes, max_bytes: int = MAX_MESSAGE_BYTES) -> CommandMes
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A command that is to be decided at a moment, as its sender asks for it."""
+
+    message: CommandMessage
+    due: datetime
+
+
+def parse_schedule(
+    body: bytes, now: datetime, max_bytes: int = MAX_MESSAGE_BYTES
+) -> Schedule | None:
+    """Read a schedule envelope; return None for any other message, valid or not.
+
+    How long ago it may be due is counted from when the command was sent, where it says so:
+    it may have waited in the queue. Raises `InvalidMessage`.
+    """
+    if b'"schedule"' not in body:
+        return None
+    envelope = _parse_object(body, max_bytes, MAX_NESTING + 1)
+    if "schedule" not in envelope or "type" in envelope:
+        return None
+    try:
+        message = parse_command(orjson.dumps(_object(envelope, "schedule")), max_bytes)
+    except errors.InvalidMessage as exc:
+        reason = f"schedule: {exc.message}"
+        raise errors.InvalidMessage(reason) from exc
+    due, sent_at = parse_moment(_text(envelope, "due"), "due"), now
+    if message.sent_at is not None and _RFC_3339.fullmatch(message.sent_at):
+        sent_at = min(now, parse_moment(message.sent_at, "sent_at"))
+    return Schedule(message, check_due(due, now, sent_at))
+
+
+def parse_sent(body: bytes, now: datetime, max_bytes: int = MAX_MESSAGE_BYTES) -> CommandMessage:
+    """Read the command of a message, or of a schedule envelope; raise `InvalidMessage`."""
+    schedule = parse_schedule(body, now, max_bytes)
+    return parse_command(body, max_bytes) if schedule is None else schedule.message
+
+
+def parse_moment(text: str, field: str) -> datetime:
+    """Read a moment in RFC 3339, with its zone; raise `InvalidMessage`."""
+    try:
+        if _RFC_3339.fullmatch(text):
+            return datetime.fromisoformat(text.upper()).astimezone(UTC)
+    except (ValueError, OverflowError):
+        pass
+    reason = f"{field} must be a moment such as 2027-01-01T00:00:00Z, not {shown(text)}"
+    raise errors.InvalidMessage(reason)
+
+
+def check_due(due: datetime, now: datetime, sent_at: datetime | None = None) -> datetime:
+    """Return a moment that a command may be due at, in UTC; raise `InvalidMessage`."""
+    if due.tzinfo is None:
+        reason = f"{due} has no time zone: datetime(…, tzinfo=UTC)"
+        raise errors.InvalidMessage(reason)
+    if not (sent_at or now) - MAX_BEHIND <= due <= now + MAX_AHEAD:
+        reason = f"due at {due}, more than a day ago or ten years ahead"
+        raise errors.InvalidMessage(reason)
+    return due.astimezone(UTC)
+
+
 def command_id_of(body: bytes) -> str | None:
     """Return the id of a message that may be invalid otherwise; None when it has none."""
     try:
         message = orjson.loads(body)
-        return parse_command_id(message["id"])
-    except (ValueError, TypeError, KeyError, errors.InvalidMessage):
+        return parse_command_id(message.get("schedule", message)["id"])
+    except (ValueError, TypeError, KeyError, AttributeError, errors.InvalidMessage):
         return None
 
 
-def _parse_object(body: bytes, max_bytes: int) -> JsonObject:
+def _parse_object(body: bytes, max_bytes: int, max_nesting: int = MAX_NESTING) -> JsonObject:
     if not body:
         reason = "message is not JSON but empty; on Redis it goes into the entry's field `command`"
         raise errors.InvalidMessage(reason)
@@ -86,9 +154,9 @@ def _parse_object(body: bytes, max_bytes: int) -> JsonObject:
     except orjson.JSONDecodeError as exc:
         reason = f"message is not JSON in UTF-8: {exc.msg} at character {exc.pos}"
         raise errors.InvalidMessage(reason) from exc
-    may_nest = body.count(b"{") + body.count(b"[") > MAX_NESTING
-    if may_nest and nests_deeper_than(message, MAX_NESTING):
-        reason = f"message nests deeper than {MAX_NESTING} levels"
+    may_nest = body.count(b"{") + body.count(b"[") > max_nesting
+    if may_nest and nests_deeper_than(message, max_nesting):
+        reason = f"message nests deeper than {max_nesting} levels"
         raise errors.InvalidMessage(reason)
     if not isinstance(message, dict):
         reason = f"message must be a JSON object, not {shown(message)}"
@@ -191,6 +259,12 @@ def encode_command(message: CommandMessage, sent_at: str | None = None) -> bytes
     }
     fields.update({name: value for name, value in optional.items() if value is not None})
     return orjson.dumps(fields)
+
+
+def encode_schedule(message: CommandMessage, due: datetime, sent_at: str | None = None) -> bytes:
+    """Write a schedule envelope."""
+    command = orjson.Fragment(encode_command(message, sent_at))
+    return orjson.dumps({"schedule": command, "due": due})
 
 
 # --- Outcomes ----------------------------------------------------------------

@@ -183,8 +183,14 @@ class FaultyEvents(EventStore):
     async def next_due(self, partitions: Collection[int]) -> dict[int, float]:
         return await self._inner.next_due(partitions)
 
+    async def count_due(self, partitions: Collection[int]) -> dict[int, int]:
+        return await self._inner.count_due(partitions)
+
     async def unschedule(self, command_ids: Collection[str]) -> set[str]:
         return await self._inner.unschedule(command_ids)
+
+    async def hasten(self, command_ids: Collection[str]) -> set[str]:
+        return await self._inner.hasten(command_ids)
 
     async def list_scheduled(
         self, after: tuple[datetime, str] | None, limit: int, key: AggregateKey | None = None

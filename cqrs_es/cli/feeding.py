@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from cqrs_es import errors, wire
 from cqrs_es.execution.retry import backoff
 from cqrs_es.ports.broker import OutgoingCommand
+from cqrs_es.types import utc_now
 
 if TYPE_CHECKING:
     from cqrs_es.ports.broker import Broker
@@ -53,7 +54,7 @@ class Feeder:
 
     def _outgoing(self, line: bytes) -> OutgoingCommand:
         try:
-            message = wire.parse_command(line, self._max_message_bytes)
+            message = wire.parse_sent(line, utc_now(), self._max_message_bytes)
         except errors.InvalidMessage:
             return OutgoingCommand(0, wire.command_id_of(line) or "", line)
         return OutgoingCommand(message.key.partition(self._partitions), message.id, line)

@@ -11,6 +11,7 @@ from cqrs_es.cli.invocation import with_application
 from cqrs_es.cli.output import Coloured, JsonFlag, print_json, print_table, print_text
 from cqrs_es.cli.showing import event_writer, print_outcome
 from cqrs_es.projection.replay import stored_stream
+from cqrs_es.runtime.due import overdue
 from cqrs_es.runtime.roles import known_roles
 from cqrs_es.types import AggregateKey
 
@@ -59,6 +60,16 @@ async def read_status(opened: OpenApplication) -> dict[str, Any]:
         ],
         "dead_letters": await storage.dead_letters.count(),
         "parked": len(await opened.parked()),
+        "scheduled": await _scheduled(opened),
+    }
+
+
+async def _scheduled(opened: OpenApplication) -> dict[str, Any]:
+    """Say how many scheduled commands are due, and for how many seconds the first has been."""
+    late = await overdue(opened.storage.events, range(opened.process.partitions))
+    return {
+        "due": sum(each.rows for each in late.values()),
+        "overdue_seconds": max((each.seconds for each in late.values()), default=0.0),
     }
 
 
@@ -114,7 +125,10 @@ def _print_status(found: dict[str, Any]) -> None:
     print_table(["role", "member", "partitions", "fit"], [*members, *vacant])
     print_text("")
     counts = {"dead letters": found["dead_letters"], "parked": found["parked"]}
-    print_table([], [[what, _bad(count)] for what, count in counts.items()])
+    due = found["scheduled"]["due"]
+    seconds = f"the first for {found['scheduled']['overdue_seconds']:.0f} s" if due else None
+    rows = [[what, _bad(count), None] for what, count in counts.items()]
+    print_table([], [*rows, ["scheduled, due", _late(due), seconds]])
 
 
 def _late(count: int) -> Coloured | int:

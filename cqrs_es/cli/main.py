@@ -21,6 +21,7 @@ from cqrs_es.cli import (
     rebuilding,
     republishing,
     running,
+    scheduled,
     sending,
 )
 from cqrs_es.cli.invocation import Invocation, invocation_of
@@ -99,6 +100,7 @@ for _verb in (
 cli.add_typer(dead_letters.dead, name="dead")
 cli.add_typer(parked.parked, name="parked")
 cli.add_typer(rebuilding.keys, name="keys")
+cli.add_typer(scheduled.scheduled, name="scheduled")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

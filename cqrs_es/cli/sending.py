@@ -18,6 +18,8 @@ from cqrs_es.runtime.waiting import within
 from cqrs_es.types import JsonObject, shown, utc_now
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from cqrs_es.messages import CommandMessage, Outcome
     from cqrs_es.opened import OpenApplication
     from cqrs_es.ports.broker import ReplyInbox
@@ -39,6 +41,10 @@ def send(  # noqa: PLR0913, PLR0917 - what a command message consists of
     expected: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="Reject unless at this sequence.")
     ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option("--at", metavar="TIME", help="Have it decided then: 2027-01-01T00:00:00Z."),
+    ] = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait for the outcome; exit 1 unless accepted.")
     ] = False,
@@ -47,12 +53,17 @@ def send(  # noqa: PLR0913, PLR0917 - what a command message consists of
 ) -> None:
     """Enqueue one command for the workers.
 
-    Prints its id, or with --wait its outcome.
+    Prints its id, or with --wait its outcome. With --at the workers keep it until then:
+    see `cqrs-es scheduled`.
 
     Example: cqrs-es send account ACCT-001 DepositMoney '{"amount": "200.00"}' --wait
     """
     from cqrs_es.commands import new_command
 
+    due = None if at is None else wire.check_due(wire.parse_moment(at, "--at"), utc_now())
+    if due is not None and wait:
+        text = "--wait does not go with --at: later, `cqrs-es outcome` has the outcome"
+        raise errors.ConfigurationError(text)
     message = new_command(
         aggregate_type,
         aggregate_id,
@@ -64,7 +75,9 @@ def send(  # noqa: PLR0913, PLR0917 - what a command message consists of
     )
     message = _checked(message, invocation_of(context).load()[0].max_message_bytes)
     if not wait:
-        with_application(context, lambda opened: _send(opened, message), durable=True, broker=True)
+        with_application(
+            context, lambda opened: _send(opened, message, due), durable=True, broker=True
+        )
         print_json({"command_id": message.id}) if json else print_text(message.id)
         return
     outcome = with_application(
@@ -93,13 +106,15 @@ def _checked(message: CommandMessage, max_bytes: int) -> CommandMessage:
     return wire.parse_command(wire.encode_command(message, sent_at=timestamp(utc_now())), max_bytes)
 
 
-async def _send(opened: OpenApplication, message: CommandMessage) -> None:
+async def _send(
+    opened: OpenApplication, message: CommandMessage, due: datetime | None = None
+) -> None:
     from cqrs_es.client.sending import outgoing
 
     process = opened.process
     with process.tracing.sending([message]) as (traced,):
         limit = process.settings.max_message_bytes
-        await process.broker.send([outgoing(traced, process.partitions, limit)])
+        await process.broker.send([outgoing(traced, process.partitions, limit, due)])
 
 
 async def _send_and_wait(

@@ -24,6 +24,7 @@ from cqrs_es.types import check_name, parse_command_id
 from cqrs_es.wire import MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
+    from datetime import datetime
     from types import TracebackType
 
     from cqrs_es.client.cursors import Cursor
@@ -141,17 +142,19 @@ class Client:
         payload: Payload = None,
         *,
         reply_to: str | None = None,
+        at: datetime | None = None,
         **options: Unpack[CommandOptions],
     ) -> str:
         """Enqueue one command and return its id, once the broker has it.
 
-        Arguments are those of `new_command`. Raises `InvalidMessage` for what
-        no worker would take, `BrokerUnavailable` when it may or may not have arrived.
+        With `at` it is kept in the service's store until then. The other arguments are those of
+        `new_command`. Raises `InvalidMessage` for what no worker would take, `BrokerUnavailable`
+        when it may or may not have arrived.
         """
         message = new_command(
             aggregate, aggregate_id, command, payload, reply_to=reply_to, **options
         )
-        (command_id,) = await self.send_many([message])
+        (command_id,) = await self._send([message], at)
         return command_id
 
     async def send_many(self, messages: Iterable[CommandMessage]) -> list[str]:
@@ -160,14 +163,20 @@ class Client:
         After `BrokerUnavailable` any of them may have arrived: send the same
         messages again, what arrives twice is done once.
         """
+        return await self._send(list(messages))
+
+    async def _send(
+        self, messages: Sequence[CommandMessage], at: datetime | None = None
+    ) -> list[str]:
         self._opened()
-        with self._tracing.sending(list(messages)) as traced:
-            commands = [self._outgoing(message) for message in traced]
+        with self._tracing.sending(messages) as traced:
+            commands = [self._outgoing(message, at) for message in traced]
             await self._enqueue(commands)
         return [command.command_id for command in commands]
 
-    def _outgoing(self, message: CommandMessage) -> OutgoingCommand:
-        return outgoing(message, len(self._opened().partitions), self._max_message_bytes)
+    def _outgoing(self, message: CommandMessage, at: datetime | None = None) -> OutgoingCommand:
+        partitions = len(self._opened().partitions)
+        return outgoing(message, partitions, self._max_message_bytes, at)
 
     async def _enqueue(self, commands: Sequence[OutgoingCommand]) -> None:
         try:

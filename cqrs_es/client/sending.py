@@ -14,6 +14,7 @@ from cqrs_es.types import shown, utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from datetime import datetime
 
     from cqrs_es.messages import CommandMessage
     from cqrs_es.ports.broker import Broker
@@ -128,12 +129,22 @@ def _settle(sent: asyncio.Future[None], error: Exception | None) -> None:
 
 
 def outgoing(
-    message: CommandMessage, partitions: int, max_bytes: int = wire.MAX_MESSAGE_BYTES
+    message: CommandMessage,
+    partitions: int,
+    max_bytes: int = wire.MAX_MESSAGE_BYTES,
+    at: datetime | None = None,
 ) -> OutgoingCommand:
-    """Encode a message and read it as a worker will; raise `InvalidMessage`, naming the field."""
+    """Encode a message and read it as a worker will; raise `InvalidMessage`, naming the field.
+
+    With `at` it goes into a schedule envelope.
+    """
+    now = utc_now()
     try:
-        body = wire.encode_command(message, sent_at=timestamp(utc_now()))
+        if at is None:
+            body = wire.encode_command(message, timestamp(now))
+        else:
+            body = wire.encode_schedule(message, wire.check_due(at, now), timestamp(now))
     except (TypeError, ValueError) as exc:
         raise errors.InvalidMessage(f"the message is not JSON: {shown(str(exc))}") from exc
-    checked = wire.parse_command(body, max_bytes)
+    checked = wire.parse_sent(body, now, max_bytes)
     return OutgoingCommand(checked.key.partition(partitions), checked.id, body)

@@ -15,6 +15,7 @@ from cqrs_es.client.asynchronous import Client
 from cqrs_es.wire import MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
+    from datetime import datetime
     from types import TracebackType
 
     from cqrs_es.client.cursors import Cursor
@@ -168,12 +169,13 @@ class SyncClient:
         payload: Payload = None,
         *,
         reply_to: str | None = None,
+        at: datetime | None = None,
         **options: Unpack[CommandOptions],
     ) -> str:
         """Enqueue one command and return its id; see `Client.send`."""
         return self._run(
             self._client.send(
-                aggregate, aggregate_id, command, payload, reply_to=reply_to, **options
+                aggregate, aggregate_id, command, payload, reply_to=reply_to, at=at, **options
             )
         )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
 import orjson
@@ -20,10 +20,10 @@ from cqrs_es import errors, wire
 from cqrs_es.intents import Elapsed, Later, Send
 from cqrs_es.messages import CommandMessage, spec_of
 from cqrs_es.ports.store import IMMEDIATELY, ScheduledCommand
-from cqrs_es.types import AggregateKey, check_aggregate_id, new_command_id, utc_now
+from cqrs_es.types import AggregateKey, check_aggregate_id, new_command_id, text_of, utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from cqrs_es.definitions import AggregateDefinition
     from cqrs_es.registry import Registry
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 MOST_HOPS: Final = 16
 MOST_COMMANDS: Final = 100
 """How many commands one event or command may cause."""
-MAX_AHEAD: Final = timedelta(days=3653)
-MAX_BEHIND: Final = timedelta(days=1)
 INHERITED: Final = ("correlation_id", "traceparent", "tracestate")
 ELAPSED: Final = spec_of(Elapsed).name
 
@@ -62,11 +60,13 @@ class Causes:
         partitions: int,
         secret: bytes,
         max_message_bytes: int = wire.MAX_MESSAGE_BYTES,
+        now: Callable[[], datetime] = utc_now,
     ) -> None:
         self._registry = registry
         self._partitions = partitions
         self._secret = secret
         self._max_message_bytes = max_message_bytes
+        self._now = now
 
     # --- Rows ----------------------------------------------------------------
 
@@ -84,7 +84,7 @@ class Causes:
             message = f"send({name}, …, {spec.name}(…)): {name} has no such command"
             raise errors.DefinitionError(message)
         key = AggregateKey(definition.type, intent.aggregate_id)
-        due = IMMEDIATELY if intent.at is None else checked_moment(intent.at)
+        due = IMMEDIATELY if intent.at is None else self._checked(intent.at)
         return self.row(key, spec.name, orjson.loads(codec.encode(intent.command)), cause, due)
 
     def timer(self, intent: Later, key: AggregateKey, cause: Cause) -> ScheduledCommand:
@@ -93,9 +93,10 @@ class Causes:
         if commands.get(ELAPSED) is None:
             message = f"{key.type} sets a timer, but Elapsed is not among its commands: add it"
             raise errors.DefinitionError(message)
-        due = intent.after if intent.at is None else checked_moment(intent.at)
+        due = intent.after if intent.at is None else intent.at
         assert due is not None  # noqa: S101 - `later` takes one of the two
-        return self.row(key, ELAPSED, {"name": intent.name}, cause, due, timer=intent.name)
+        payload: JsonObject = {"name": intent.name}
+        return self.row(key, ELAPSED, payload, cause, self._checked(due), timer=intent.name)
 
     def row(
         self,
@@ -133,6 +134,17 @@ class Causes:
         check_aggregate_id(intent.aggregate_id)
         return self._registry.aggregate_of(intent.target)
 
+    def _checked(self, due: datetime | timedelta) -> datetime | timedelta:
+        """Return when a command may be due; raise `DefinitionError` for any other time."""
+        now = self._now()
+        try:
+            moment = now + due if isinstance(due, timedelta) else due
+            checked = wire.check_due(moment, now)
+        except (OverflowError, errors.InvalidMessage) as exc:
+            message = f"a command can't be due at {due}: {text_of(exc, str)}"
+            raise errors.DefinitionError(message) from exc
+        return due if isinstance(due, timedelta) else checked
+
     # --- Metadata ------------------------------------------------------------
 
     def _metadata(self, command_id: str, cause: Cause) -> dict[str, str]:
@@ -154,18 +166,19 @@ class Causes:
 
     def hops(self, command_id: str | None, metadata: Mapping[str, str]) -> int:
         """Return how many commands lie between the first and this one; 0 where it is not signed."""
-        return int(metadata["hops"]) if self._believed(command_id, metadata) else 0
+        return int(metadata["hops"]) if self.signed(command_id, metadata) else 0
 
     def process_of(
         self, command_id: str | None, metadata: Mapping[str, str]
     ) -> AggregateKey | None:
         """Return the process manager that sent a command, None for any other command."""
-        if "process" not in metadata or not self._believed(command_id, metadata):
+        if "process" not in metadata or not self.signed(command_id, metadata):
             return None
         process_type, _, process_id = metadata["process"].partition("/")
         return AggregateKey(process_type, process_id)
 
-    def _believed(self, command_id: str | None, metadata: Mapping[str, str]) -> bool:
+    def signed(self, command_id: str | None, metadata: Mapping[str, str]) -> bool:
+        """Tell whether the metadata are those that this service gave the command."""
         hops, signature = metadata.get("hops", ""), metadata.get("process_mac")
         if command_id is None or signature is None or not hops.isascii() or not hops.isdigit():
             return False
@@ -175,12 +188,3 @@ class Causes:
     def _signature(self, command_id: str, hops: int, process: str) -> str:
         text = f"{command_id}|{hops}|{process}".encode()
         return hmac.new(self._secret, text, hashlib.sha256).hexdigest()
-
-
-def checked_moment(moment: datetime) -> datetime:
-    """Return a moment that a command may be due at; raise `DefinitionError` for another."""
-    now = utc_now()
-    if not now - MAX_BEHIND <= moment <= now + MAX_AHEAD:
-        message = f"{moment} is more than a day ago or ten years ahead"
-        raise errors.DefinitionError(message)
-    return moment.astimezone(UTC)

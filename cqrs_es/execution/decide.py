@@ -166,11 +166,11 @@ class Decider:
             reason = f"aggregate type {message.aggregate_type!r} is unknown here"
             return self._failed(submission, "unknown_aggregate_type", reason)
         codec = definition.commands.get(message.type)
-        if codec is None or (codec.cls is Elapsed and submission.untrusted):
+        if codec is None or (codec.cls is Elapsed and not self._trusted(submission)):
             reason = f"{message.aggregate_type} has no command {message.type!r}"
             return self._failed(submission, "unknown_command", reason)
         try:
-            command = codec.convert(self._payload(submission))
+            command = codec.convert(self._payload(codec.cls, submission))
         except errors.InvalidCommand as exc:
             return _rejected(submission, "invalid_command", exc.message, None)
         if lineage is None:
@@ -180,13 +180,21 @@ class Decider:
             )
         return await self._handle(definition, lineage, submission, command)
 
-    def _payload(self, submission: Submission) -> JsonObject:
+    def _trusted(self, submission: Submission) -> bool:
+        """Tell whether only the framework can have made a command; a row may be a sender's."""
+        message, row = submission.message, submission.scheduled
+        if row is None:
+            return not submission.untrusted
+        return self._causes.signed(message.id, message.metadata)
+
+    def _payload(self, cls: type[Any], submission: Submission) -> JsonObject:
         """Return the command's payload; a timer's is told when it was due, and the time."""
-        row, payload = submission.scheduled, submission.message.payload
-        if row is None or row.timer is None:
+        payload, row = submission.message.payload, submission.scheduled
+        if cls is not Elapsed:
             return payload
-        moments = {"due": row.moment.isoformat(), "now": self._now().isoformat()}
-        return payload | moments
+        now = self._now() if row is None else row.moment + row.late
+        due = now if row is None else row.moment
+        return payload | {"due": due.isoformat(), "now": now.isoformat()}
 
     async def _handle(
         self,

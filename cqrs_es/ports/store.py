@@ -23,7 +23,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
 
 # Part of this port's vocabulary, so it can be had from here.
@@ -31,9 +31,8 @@ from cqrs_es.messages import StoredEvent as StoredEvent  # noqa: TC001
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
-    from datetime import timedelta
 
-    from cqrs_es.messages import Outcome
+    from cqrs_es.messages import CommandMessage, Outcome
     from cqrs_es.ports.dead_letters import DeadLetter
     from cqrs_es.types import AggregateKey
 
@@ -42,6 +41,7 @@ LOAD_LIMIT: Final = 10_000
 """About how many events one `load` returns at most, of all aggregates together."""
 PAGE_LIMIT: Final = 1_000
 """How many events of one aggregate a `load` returns at most."""
+NOT_LATE: Final = timedelta(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,8 @@ class ScheduledCommand:
 
     `key` is its target, `partition` that of the target. `due` may be a span, which counts
     from when the row is written; what is read has the moment. `body` is the command message.
-    `timer` is the name of a timer of the target; there is one of a name at a time.
+    `timer` is the name of a timer of the target; there is one of a name at a time. `late` is how
+    long it had been due when it was found due, by the store's clock.
     """
 
     command_id: str
@@ -117,6 +118,18 @@ class ScheduledCommand:
     due: datetime | timedelta
     body: bytes
     timer: str | None = None
+    late: timedelta = NOT_LATE
+
+    @classmethod
+    def of(cls, message: CommandMessage, due: datetime, partitions: int) -> ScheduledCommand:
+        """Make the row of a command that was sent to be decided at a moment."""
+        return cls(
+            command_id=message.id,
+            key=message.key,
+            partition=message.key.partition(partitions),
+            due=due,
+            body=message.body,
+        )
 
     @property
     def moment(self) -> datetime:
@@ -319,8 +332,16 @@ class EventStore(ABC):
         """
 
     @abstractmethod
+    async def count_due(self, partitions: Collection[int]) -> dict[int, int]:
+        """Count the rows of each partition that are due, where there are any."""
+
+    @abstractmethod
     async def unschedule(self, command_ids: Collection[str]) -> set[str]:
         """Delete rows, each under its partition's lock; return the ids of those there were."""
+
+    @abstractmethod
+    async def hasten(self, command_ids: Collection[str]) -> set[str]:
+        """Make rows due now, by the store's clock; return the ids of those there were."""
 
     @abstractmethod
     async def list_scheduled(

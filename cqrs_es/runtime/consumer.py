@@ -4,6 +4,7 @@ A message that was received is in hand until it is settled:
 
     received ─▶ in the executor ─▶ answered ─▶ settled: the outcome is committed
         │              └─────────▶ handed back: no outcome; it stays in the queue
+        ├────▶ stored, as a scheduled command ─▶ settled
         └────▶ buried, among the dead letters ─▶ settled
 
 Nothing else settles a message. What is in hand when the process dies, or was
@@ -27,7 +28,8 @@ from cqrs_es import errors, wire
 from cqrs_es.execution.retry import backoff
 from cqrs_es.ports.broker import OutgoingReply
 from cqrs_es.ports.dead_letters import DeadLetter
-from cqrs_es.runtime.due import DueIntake
+from cqrs_es.ports.store import IMMEDIATELY, ScheduledCommand
+from cqrs_es.runtime.due import NOTHING_DUE, DueIntake, overdue
 from cqrs_es.runtime.redelivery import Gate, Redelivered, Redelivery
 from cqrs_es.runtime.roles import WORKER, Role
 from cqrs_es.runtime.waiting import unless
@@ -113,6 +115,13 @@ class CommandWorker(Role):
             Reading(metrics.QUEUE_COMMANDS, depth, (str(number),))
             for number, depth in self._depths.items()
         ]
+        late = await overdue(self._process.storage.events, held)
+        for number in held:
+            figure = late.get(number, NOTHING_DUE)
+            figures += [
+                Reading(metrics.SCHEDULED_DUE, figure.rows, (str(number),)),
+                Reading(metrics.SCHEDULED_OVERDUE_SECONDS, figure.seconds, (str(number),)),
+            ]
         if 0 in held:
             letters = await self._process.storage.dead_letters.count()
             figures.append(Reading(metrics.DEAD_LETTERS, letters))
@@ -258,7 +267,7 @@ class Room:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Held:
-    """A delivery in hand; `answer` is None for a buried one."""
+    """A delivery in hand; `answer` is None for one that was buried, or stored for later."""
 
     delivery: Delivery
     message: CommandMessage | None = None
@@ -322,6 +331,8 @@ class _Consumer:
                 await self._room.changed.wait_for(self._has_room)
             most = self._most - self._in_hand
             received = await self._intake.receive(most, self._room.share)
+            if any(b'"schedule"' in delivery.body for delivery in received):
+                received = await self._put_off(received)
             for redelivered, some in itertools.groupby(received, lambda it: it.redelivered):
                 if redelivered:
                     await self._take_again(some)
@@ -335,26 +346,78 @@ class _Consumer:
         for delivery in deliveries:
             message = await self._parsed(delivery)
             if message is not None:
-                self._process.meter.delivered(delivery.queued_at, message.sent_at)
+                self._note_arrival(delivery, message)
                 await self._gate.wait_open()
                 _ = self._submit(delivery, message)
+
+    def _note_arrival(self, delivery: Delivery, message: CommandMessage) -> None:
+        row, meter = delivery.scheduled, self._process.meter
+        if row is None:
+            meter.delivered(delivery.queued_at, message.sent_at)
+        elif row.moment > IMMEDIATELY:
+            meter.fired(row.late.total_seconds())
 
     async def _take_again(self, deliveries: Iterable[Delivery]) -> None:
         read = [(delivery, await self._parsed(delivery)) for delivery in deliveries]
         await self.redelivery.take([(each, message) for each, message in read if message])
+
+    async def _put_off(self, received: Iterable[Delivery]) -> list[Delivery]:
+        """Store the commands that are for later, and settle their messages; return the others."""
+        others: list[Delivery] = []
+        rows: list[tuple[Delivery, ScheduledCommand]] = []
+        process = self._process
+        for delivery in received:
+            try:
+                limit = process.settings.max_message_bytes
+                found = wire.parse_schedule(delivery.body, process.clock.now(), limit)
+            except errors.InvalidMessage as exc:
+                await self._bury(delivery, exc.message)
+                continue
+            if found is None or delivery.scheduled is not None:
+                others.append(delivery)
+            else:
+                row = ScheduledCommand.of(found.message, found.due, process.partitions)
+                rows.append((delivery, row))
+        await self._store(rows)
+        return others
+
+    async def _store(self, rows: Sequence[tuple[Delivery, ScheduledCommand]]) -> None:
+        """Store commands for later; those that the store can't take become dead letters."""
+        events, outage = self._process.storage.events, self._process.outage()
+        try:
+            await outage.wait_out(lambda: events.schedule([row for _, row in rows]))
+        except errors.StoreUnusable:
+            raise
+        except errors.StoreError as exc:
+            if len(rows) == 1:
+                await self._bury(rows[0][0], exc.message)
+            else:
+                for each in rows:
+                    await self._store([each])
+        else:
+            for delivery, _ in rows:
+                self._settle_as_it_is(delivery)
+            self._process.timetable.poke({row.partition for _, row in rows})
 
     async def _parsed(self, delivery: Delivery) -> CommandMessage | None:
         """Read a message; one that is invalid becomes a dead letter."""
         try:
             return wire.parse_command(delivery.body, self._process.settings.max_message_bytes)
         except errors.InvalidMessage as exc:
-            await self._worker.bury(delivery, exc.message)
-            if delivery.scheduled is not None:
-                await self._process.storage.events.unschedule([delivery.scheduled.command_id])
-            buried = _Held(delivery)
-            self._hold(buried)
-            self._note_done(buried)
+            await self._bury(delivery, exc.message)
             return None
+
+    async def _bury(self, delivery: Delivery, reason: str) -> None:
+        await self._worker.bury(delivery, reason)
+        if delivery.scheduled is not None:
+            await self._process.storage.events.unschedule([delivery.scheduled.command_id])
+        self._settle_as_it_is(delivery)
+
+    def _settle_as_it_is(self, delivery: Delivery) -> None:
+        """Have a message settled that nothing is to be decided of."""
+        held = _Held(delivery)
+        self._hold(held)
+        self._note_done(held)
 
     def _submit_again(self, it: Redelivered, attempts: int, condemned: str | None) -> Answer:
         return self._submit(it.delivery, it.message, attempts, condemned)

@@ -8,7 +8,10 @@ need no broker, and nothing is lost or doubled between a row and its decision.
 from __future__ import annotations
 
 import asyncio
+import uuid
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -16,6 +19,7 @@ import structlog
 from cqrs_es import errors
 from cqrs_es.execution.retry import backoff
 from cqrs_es.ports.broker import ANY_SIZE, CommandIntake, Delivery
+from cqrs_es.ports.store import IMMEDIATELY
 from cqrs_es.runtime.waiting import within
 
 if TYPE_CHECKING:
@@ -28,6 +32,34 @@ log = structlog.get_logger("cqrs_es.worker")
 
 # What another process schedules is noticed within so many seconds.
 LOOK_SECONDS: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Overdue:
+    """How many rows of a partition are due, and for how many seconds the first has been."""
+
+    rows: int
+    seconds: float
+
+
+NOTHING_DUE: Final = Overdue(0, 0.0)
+
+
+async def overdue(events: EventStore, partitions: Collection[int]) -> dict[int, Overdue]:
+    """Look what is due and not decided."""
+    found: dict[int, Overdue] = {}
+    for partition, rows in (await events.count_due(partitions)).items():
+        for first in await events.due(partition, 1):
+            found[partition] = Overdue(rows, _waits_for(first))
+    return found
+
+
+def _waits_for(row: ScheduledCommand) -> float:
+    """Return how long a row has been due; one that was due at once since its id was made."""
+    due = row.moment
+    if due == IMMEDIATELY:
+        due += timedelta(milliseconds=uuid.UUID(row.command_id).int >> 80)  # of a UUIDv7
+    return max(0.0, (row.moment + row.late - due).total_seconds())
 
 
 class Timetable:

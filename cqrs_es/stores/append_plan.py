@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from cqrs_es import errors
 from cqrs_es.messages import Outcome, Status
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from cqrs_es.types import AggregateKey
 
 
+MOST_TIMERS: Final = 1_000
+"""How many timers an aggregate may have."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppendState:
     """What the transaction read under its locks.
@@ -39,7 +43,8 @@ class AppendState:
     `heads`: of every locked partition. `versions`: the last sequence of each
     aggregate that has events. `snapshot_numbers`: of the aggregates in
     `snapshot_keys` that have one. `scheduled`: those of `scheduled_ids` that have a
-    row. `now` is the store's time, needed where `counts_from_now`. `holders`: of those of
+    row. `now` is the store's time, needed where `counts_from_now`. `timers`: the timers of
+    the aggregates in `timer_keys`, by name, as the ids of their rows. `holders`: of those of
     `unique_keys` that are held.
     """
 
@@ -50,6 +55,9 @@ class AppendState:
     scheduled: Collection[str] = ()
     now: datetime | None = None
     holders: Mapping[UniqueKey, str] = field(default_factory=dict["UniqueKey", str])
+    timers: Mapping[AggregateKey, Mapping[str, str]] = field(
+        default_factory=dict["AggregateKey", "Mapping[str, str]"]
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +68,9 @@ class AppendPlan:
     has only the partitions that grow. `settled_letters` and
     `settled_attempts` are command ids whose rows are to be deleted, before
     `dead_letters` are added. `consumed` are ids of rows of `outgoing_commands` to be
-    deleted, `ended_timers` timers whose rows are, if there are any, before
-    `scheduled` are added. Rows for the targets `held_back` are held back from now on, those for
-    the targets `let_go` no longer.
-    `freed_keys` are deleted before `held_keys` are added, each with
-    its holder.
+    deleted, before `scheduled` are added. Rows for the targets `held_back` are held back
+    from now on, those for the targets `let_go` no longer. `freed_keys` are deleted
+    before `held_keys` are added, each with its holder.
     """
 
     results: Sequence[ChainResult]
@@ -78,7 +84,6 @@ class AppendPlan:
     settled_letters: Sequence[str]
     settled_attempts: Sequence[str]
     consumed: Sequence[str] = ()
-    ended_timers: Sequence[tuple[AggregateKey, str]] = ()
     scheduled: Sequence[ScheduledCommand] = ()
     held_back: Sequence[AggregateKey] = ()
     let_go: Sequence[AggregateKey] = ()
@@ -132,6 +137,18 @@ def counts_from_now(chains: Sequence[Chain]) -> bool:
     )
 
 
+def timer_keys(chains: Sequence[Chain]) -> list[AggregateKey]:
+    """Return the aggregates whose timers an append has to read: those that it sets or ends."""
+    return [
+        chain.key
+        for chain in chains
+        if any(
+            command.cancels or any(caused.timer is not None for caused in command.causes)
+            for command in chain.commands
+        )
+    ]
+
+
 def plan_append(chains: Sequence[Chain], state: AppendState, recorded_at: datetime) -> AppendPlan:
     """Decide which chains conflict, and give the others their sequences and offsets."""
     draft = _Draft(state, recorded_at, dict(state.heads))
@@ -155,9 +172,6 @@ class _Draft:
     settled_letters: list[str] = field(default_factory=list[str])
     settled_attempts: list[str] = field(default_factory=list[str])
     consumed: list[str] = field(default_factory=list[str])
-    ended_timers: set[tuple[AggregateKey, str]] = field(
-        default_factory=set["tuple[AggregateKey, str]"]
-    )
     timers: dict[tuple[AggregateKey, str], ScheduledCommand] = field(
         default_factory=dict["tuple[AggregateKey, str]", "ScheduledCommand"]
     )
@@ -173,6 +187,7 @@ class _Draft:
         if taken := self._taken(chain):
             return Conflicted(self._actual(chain), taken)
         outcomes = self._add_commands(chain)
+        self._check_timers(chain)
         if chain.snapshot is not None:
             self.snapshots.append(chain.snapshot)
         self._move_keys(chain)
@@ -193,8 +208,7 @@ class _Draft:
             dead_letters=self.dead_letters,
             settled_letters=sorted(self.settled_letters),
             settled_attempts=sorted(self.settled_attempts),
-            consumed=sorted(self.consumed),
-            ended_timers=sorted(self.ended_timers),
+            consumed=sorted(set(self.consumed)),
             scheduled=[*self.sent, *self.timers.values()],
             held_back=sorted(self.held_back),
             let_go=sorted(self.let_go - self.held_back),
@@ -352,8 +366,19 @@ class _Draft:
                 self._end_timer(caused.key, caused.timer)
                 self.timers[caused.key, caused.timer] = self._at_its_moment(caused)
 
+    def _check_timers(self, chain: Chain) -> None:
+        """Raise `TooLarge` where an aggregate would have too many timers."""
+        added = sum(key == chain.key for key, _ in self.timers)
+        if added:
+            before = set(self.state.timers.get(chain.key, {}).values())
+            if len(before.difference(self.consumed)) + added > MOST_TIMERS:
+                message = f"{chain.key} would have more than {MOST_TIMERS} timers: cancel some"
+                raise errors.TooLarge(message)
+
     def _end_timer(self, key: AggregateKey, name: str) -> None:
-        self.ended_timers.add((key, name))
+        row = self.state.timers.get(key, {}).get(name)
+        if row is not None:
+            self.consumed.append(row)
         self.timers.pop((key, name), None)
 
     def _at_its_moment(self, caused: ScheduledCommand) -> ScheduledCommand:

@@ -103,6 +103,19 @@ QUEUE_COMMANDS: Final = _gauge(
 QUEUE_WAIT_SECONDS: Final = _histogram(
     "queue_wait_seconds", "Time from a command's sending to its delivery to a worker.", _WAITS
 )
+SCHEDULED_DUE: Final = _gauge(
+    "scheduled_due", "Scheduled commands that are due and not decided.", "partition"
+)
+SCHEDULED_OVERDUE_SECONDS: Final = _gauge(
+    "scheduled_overdue_seconds",
+    "How long the first scheduled command of a partition has been due, 0 without one.",
+    "partition",
+)
+SCHEDULED_LATENESS_SECONDS: Final = _histogram(
+    "scheduled_lateness_seconds",
+    "Time from when a scheduled command was due until a worker took it.",
+    _WAITS,
+)
 EVENTS_PUBLISHED: Final = _counter("events_published", "Events that the topic has confirmed.")
 RELAY_LAG_EVENTS: Final = _gauge(
     "relay_lag_events", "Events committed and not yet published.", "partition"
@@ -186,6 +199,9 @@ class Meter:
 
         `queued_at` is in seconds since 1970, `sent_at` whatever text the message has.
         """
+
+    def fired(self, late: float) -> None:
+        """Note that a scheduled command was taken, so many seconds after it was due."""
 
     def published(self, events: int) -> None:
         """Note that the topic has confirmed so many more events."""
@@ -286,6 +302,7 @@ class Metrics(Meter):
         self._leases_lost = self._counter(LEASES_LOST, [(role,) for role in roles])
         self._batch = self._histogram(BATCH_COMMANDS, [()])[()]
         self._wait = self._histogram(QUEUE_WAIT_SECONDS, [()])[()]
+        self._lateness = self._histogram(SCHEDULED_LATENESS_SECONDS, [()])[()]
         phases: list[Phase] = ["lookup", "load", "decide", "append", "reply", "settle"]
         timed = self._histogram(BATCH_PHASE_SECONDS, [(phase,) for phase in phases])
         self._phases = {phase: timed[phase,] for phase in phases}
@@ -350,6 +367,10 @@ class Metrics(Meter):
         waited = self._now() - since
         if _LEAST_WAIT <= waited <= _MOST_WAIT:
             self._wait.observe(max(0.0, waited))
+
+    def fired(self, late: float) -> None:
+        """Observe how late a scheduled command is."""
+        self._lateness.observe(max(0.0, late))
 
     def published(self, events: int) -> None:
         """Count published events."""

@@ -17,7 +17,7 @@ from cqrs_es.ports.broker import OutgoingCommand
 from cqrs_es.runtime.waiting import cancelled
 from cqrs_es.settings import Settings
 from cqrs_es.testing.clock import FakeClock
-from cqrs_es.types import new_command_id
+from cqrs_es.types import new_command_id, utc_now
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -316,7 +316,7 @@ class TestApp:
 def _partition_of(body: bytes, partitions: int) -> int:
     """Return the partition that a sender would choose, 0 for what names no aggregate."""
     try:
-        return wire.parse_command(body, len(body)).key.partition(partitions)
+        return wire.parse_sent(body, utc_now(), len(body)).key.partition(partitions)
     except errors.InvalidMessage:
         return 0
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import uuid
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
 import redis
 
-from tests.command_line import EXAMPLE, message
+from cqrs_es.cloudevents import timestamp
+from tests.command_line import EXAMPLE, cqrs_es, message
 from tests.terminal import on_a_terminal, without_escapes
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.command_line import Here
+    from tests.command_line import Here, Result
 
 UNKNOWN = "0192f0c4-5b7a-7000-8000-00000000aaaa"
+NEXT_MONTH = datetime.now(UTC).replace(microsecond=0) + timedelta(days=30)
 BAD = b"{bad \x1b[31m"
 
 
@@ -186,3 +189,82 @@ def test_republish_what_is_not_there(
     """Beyond the head is not found, a partition that there is not is wrong usage."""
     monkeypatch.setenv("CQRS_ES_BROKER_URL", redis_url)
     assert bank("republish", partition, "--from", offset).code == code
+
+
+# --- scheduled ---------------------------------------------------------------
+
+
+def test_a_command_is_sent_for_later(redis_url: str, tmp_path: Path) -> None:
+    """`send --at` has the workers keep it; listed, made due and cancelled by its id."""
+    store_url = f"sqlite:///{tmp_path / 'later.db'}"
+
+    def call(*arguments: str) -> Result:
+        return cqrs_es(*arguments, CQRS_ES_STORE_URL=store_url, CQRS_ES_BROKER_URL=redis_url)
+
+    done = call("init")
+    assert done.code == 0, done.err
+    ids: list[str] = []
+    for account in ("ada", "bob", "eve"):
+        payload = orjson.dumps({"account_id": account}).decode()
+        arguments = (
+            "send",
+            "account",
+            account,
+            "OpenAccount",
+            payload,
+            "--at",
+            f"{NEXT_MONTH:%Y-%m-%dT%H:%M:%S}+01:00",
+        )
+        sent = call(*arguments, "--json")
+        assert sent.code == 0, sent.err
+        ids.append(sent.json["command_id"])
+    assert call("run", "--until-idle").code == 0
+    listed = call("scheduled", "list", "--json").lines
+    assert sorted(line["id"] for line in listed) == sorted(ids)
+    assert {line["due"] for line in listed} == {timestamp(NEXT_MONTH - timedelta(hours=1))}
+    assert {line["target"] for line in listed} == {"account/ada", "account/bob", "account/eve"}
+    assert call("scheduled", "list", "--due", "--json").lines == []
+    assert call("scheduled", "list", "--failed", "--json").lines == []
+    (line,) = call("scheduled", "list", "--for", "account/bob", "--json").lines
+    assert line["id"] == ids[1]
+    assert line["command"]["payload"] == {"account_id": "bob"}
+
+    assert call("scheduled", "run", ids[0], "--json").json == {
+        "id": ids[0],
+        "due": True,
+    }
+    (line,) = call("scheduled", "list", "--due", "--json").lines
+    assert line["id"] == ids[0]
+    status = call("status", "--json").json
+    assert status["scheduled"]["due"] == 1
+    assert status["scheduled"]["overdue_seconds"] >= 0
+    assert "scheduled, due" in call("status").out
+    assert call("scheduled", "cancel", ids[1]).out == f"{ids[1]} cancelled\n"
+    assert call("run", "--until-idle").code == 0
+    assert call("outcome", ids[0], "--json").json["status"] == "accepted"
+    for verb in ("cancel", "run"):
+        late = call("scheduled", verb, ids[0], "--json")
+        assert late.code == 1
+        assert late.json["status"] == "accepted"
+        gone = call("scheduled", verb, ids[1], "--json")
+        assert (gone.code, gone.out) == (1, "")
+        assert "there is no scheduled command" in gone.complaint
+    assert [line["id"] for line in call("scheduled", "list", "--json").lines] == [ids[2]]
+    assert ids[2] in call("scheduled", "list").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["send", "a", "1", "C", "{}", "--at", "tomorrow"], "--at must be a moment such as"),
+        (["send", "a", "1", "C", "{}", "--at", "2020-01-01T00:00:00Z"], "more than a day ago"),
+        (["send", "a", "1", "C", "{}", "--at", f"{NEXT_MONTH:%FT%TZ}", "--wait"], "--wait"),
+        (["scheduled", "list", "--for", "account"], "give TYPE/ID"),
+        (["scheduled", "cancel", "x"], "must be a UUID"),
+    ],
+)
+def test_wrong_times_and_targets_are_refused(bank: Here, arguments: list[str], said: str) -> None:
+    """Exit code 2, and what is to be given."""
+    result = bank(*arguments)
+    assert result.code == 2
+    assert said in result.complaint

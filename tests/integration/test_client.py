@@ -6,7 +6,7 @@ import asyncio
 import os
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
@@ -20,8 +20,10 @@ from cqrs_es.client import Client, FileCursor, SyncClient, new_command
 from cqrs_es.client.replies import Replies
 from cqrs_es.client.sending import outgoing
 from cqrs_es.messages import Status
+from cqrs_es.ports.broker import OutgoingCommand
 from cqrs_es.settings import Settings
-from cqrs_es.types import new_command_id
+from cqrs_es.types import new_command_id, partition_of
+from cqrs_es.wire import encode_command
 from domain.account import BankAccount, DepositMoney, OpenAccount
 from tests.contract.brokers import EPOCH, PARTITIONS, SERVICE, serving
 from tests.servers import start_redis
@@ -57,6 +59,14 @@ class Bank:
             store_url=self.store_url if store else None,
         )
         return await stack.enter_async_context(client)
+
+    async def settled(self) -> None:
+        """Wait until the queue is empty."""
+
+        async def empty() -> bool:
+            return not await self.has_commands()
+
+        await eventually(empty)
 
     async def has_commands(self) -> bool:
         """Tell whether anything is in the queue."""
@@ -153,6 +163,52 @@ async def test_a_command_object(client: Client) -> None:
     outcome = await client.execute(BankAccount, "A1", DepositMoney(Decimal("5.00")))
     assert (outcome.status, outcome.sequence) == (Status.ACCEPTED, 2)
     assert [event.type for event in outcome.events] == ["CustomerDepositedMoney"]
+
+
+async def test_a_command_for_later(bank: Bank, client: Client) -> None:
+    """It is kept in the store, once however often it is sent, and decided when it is due."""
+    opening = {"account_id": "A1"}
+    later, soon = datetime.now(UTC) + timedelta(days=1), datetime.now(UTC) + timedelta(seconds=1)
+    one = await client.send("account", "A1", "OpenAccount", opening, at=later)
+    events = bank.opened.storage.events
+    await eventually(lambda: events.find_scheduled([one]))
+    await client.send("account", "A1", "OpenAccount", opening, at=soon, command_id=one)
+    two = await client.send("account", "A2", "OpenAccount", {"account_id": "A2"}, at=soon)
+    await eventually(lambda: bank.opened.outcome(two))
+    assert datetime.now(UTC) >= soon
+    (row,) = await events.list_scheduled(None, 10)
+    assert (row.command_id, row.due) == (one, later)
+    assert await bank.opened.outcome(one) is None
+    await events.hasten([one])
+    await eventually(lambda: bank.opened.outcome(one))
+    await client.send("account", "A1", "OpenAccount", opening, at=later, command_id=one)
+    assert (await client.execute("account", "A1", "DepositMoney", {"amount": "1"})).accepted
+    await bank.settled()
+    assert await events.list_scheduled(None, 10) == []
+
+
+async def test_a_malformed_envelope_is_a_dead_letter(bank: Bank, client: Client) -> None:
+    """What can't be scheduled is buried with its reason; what comes behind it is decided."""
+    command_id = new_command_id()
+    message = encode_command(new_command("account", "A1", "OpenAccount", {"account_id": "A1"}))
+    bad = orjson.dumps({"schedule": orjson.loads(message) | {"id": command_id}, "due": "tomorrow"})
+    partition = partition_of("account", "A1", PARTITIONS)
+    await bank.broker.send([OutgoingCommand(partition, command_id, bad)])
+    assert (await client.execute("account", "A1", "OpenAccount", {"account_id": "A1"})).accepted
+    await bank.settled()
+    letter = await bank.opened.storage.dead_letters.get(command_id)
+    assert letter is not None
+    assert "due must be a moment such as 2027-01-01T00:00:00Z" in letter.reason
+    assert letter.body == bad
+
+
+async def test_an_impossible_moment_is_refused_at_once(idle: Bank, stack: AsyncExitStack) -> None:
+    """Nothing is sent that no worker would take."""
+    client = await idle.client(stack)
+    for at in (datetime(2027, 1, 1), datetime(2020, 1, 1, tzinfo=UTC)):  # noqa: DTZ001
+        with pytest.raises(errors.InvalidMessage, match=r"time zone|more than a day ago"):
+            await client.send("account", "A1", "OpenAccount", {"account_id": "A1"}, at=at)
+    assert not await idle.has_commands()
 
 
 async def test_an_expectation_goes_with_the_command(client: Client) -> None:

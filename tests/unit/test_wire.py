@@ -20,7 +20,9 @@ from cqrs_es.wire import (
     decode_outcome,
     encode_command,
     encode_outcome,
+    encode_schedule,
     parse_command,
+    parse_schedule,
 )
 
 A_UUID = "0192f0c4-5b7a-7cc3-98c4-dc0c0c07398f"
@@ -405,3 +407,97 @@ def test_times_are_written_in_utc_to_the_microsecond() -> None:
     assert timestamp(datetime(2026, 11, 23, 7, tzinfo=UTC)) == "2026-11-23T07:00:00.000000Z"
     later = datetime(2026, 11, 23, 7, tzinfo=UTC) + timedelta(microseconds=1)
     assert timestamp(later) == "2026-11-23T07:00:00.000001Z"
+
+
+# --- Schedule envelopes ------------------------------------------------------
+
+WHEN = datetime(2026, 11, 23, 8, tzinfo=UTC)
+
+
+def envelope(due: object = "2026-11-24T08:00:00Z", **changes: object) -> bytes:
+    """Write a schedule envelope; what is changed to None is left out."""
+    fields = {"schedule": VALID, "due": due} | changes
+    return orjson.dumps({name: value for name, value in fields.items() if value is not None})
+
+
+def test_a_schedule_envelope_is_read() -> None:
+    """The command is as it would be by itself, its body too; the moment is in UTC."""
+    found = parse_schedule(envelope("2026-11-24T09:00:00.5+01:00", more=1), WHEN)
+    assert found is not None
+    assert found.message == parse_command(orjson.dumps(VALID))
+    assert found.due == datetime(2026, 11, 24, 8, 0, 0, 500_000, tzinfo=UTC)
+    assert command_id_of(envelope()) == A_UUID
+
+
+def test_what_is_written_is_read() -> None:
+    """An envelope that this library writes is one that it reads."""
+    message = parse_command(orjson.dumps(VALID))
+    found = parse_schedule(encode_schedule(message, WHEN, VALID["sent_at"]), WHEN)
+    assert found is not None
+    assert (found.due, found.message.content_hash()) == (WHEN, message.content_hash())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        orjson.dumps(VALID),
+        orjson.dumps(VALID | {"payload": {"schedule": {"id": 1}, "due": "never"}}),
+        orjson.dumps(VALID | {"schedule": {}, "due": "never"}),
+        b"[]",
+        b"",
+    ],
+)
+def test_a_command_is_no_schedule_envelope(body: bytes) -> None:
+    """Whoever has a `type` is a command message; what is none of both is not judged here."""
+    assert parse_schedule(body, WHEN) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (envelope(None), "due is missing"),
+        (envelope(5), "due must be a string"),
+        (envelope("2026-11-24T08:00:00"), "due must be a moment such as 2027-01-01T00:00:00Z"),
+        (envelope("2026-11-24"), "due must be a moment"),
+        (envelope("20261124T080000Z"), "due must be a moment"),
+        (envelope("2026-11-31T08:00:00Z"), "due must be a moment"),
+        (envelope("2026-11-24T24:00:00Z"), "due must be a moment"),
+        (envelope("0001-01-01T00:00:00+14:00"), "due must be a moment"),
+        (envelope("２026-11-24T08:00:00Z"), "due must be a moment"),  # noqa: RUF001 - no ASCII
+        (envelope("2026-11-22T06:59:59Z"), "more than a day ago"),
+        (envelope("2036-11-25T08:00:00Z"), "ten years ahead"),
+        (envelope(schedule="x"), "schedule must be an object"),
+        (envelope(schedule=VALID | {"type": 1}), "schedule: type must be a string"),
+        (envelope(schedule=VALID | {"aggregate_id": ""}), "schedule: aggregate_id"),
+        (envelope(schedule={}), "schedule: type is missing"),
+        (b'{"schedule": ', "not JSON"),
+    ],
+)
+def test_a_malformed_schedule_envelope_is_refused(body: bytes, reason: str) -> None:
+    """The reason names the field, that of the command behind `schedule:`."""
+    with pytest.raises(errors.InvalidMessage, match=reason):
+        parse_schedule(body, WHEN)
+
+
+def test_a_schedule_may_wait_in_the_queue() -> None:
+    """A day ago counts from when it was sent; who sent it in the future gains nothing."""
+    later = WHEN + timedelta(days=30)
+    found = parse_schedule(envelope(), later)
+    assert found is not None
+    assert found.due < later - timedelta(days=28)
+    sent_tomorrow = VALID | {"sent_at": "2027-01-01T00:00:00Z"}
+    assert parse_schedule(envelope(schedule=sent_tomorrow), WHEN) is not None
+    without = {name: value for name, value in VALID.items() if name != "sent_at"}
+    with pytest.raises(errors.InvalidMessage, match="more than a day ago"):
+        parse_schedule(envelope(schedule=without), later)
+
+
+def test_an_envelope_may_nest_one_level_deeper() -> None:
+    """What a command may hold it may hold in an envelope, and no more."""
+    payload: object = {}
+    for _ in range(14):
+        payload = [payload]
+    deep = VALID | {"payload": {"x": payload}}
+    with pytest.raises(errors.InvalidMessage, match="deeper than 16"):
+        parse_command(orjson.dumps(deep | {"payload": {"y": deep["payload"]}}))
+    assert parse_schedule(envelope(schedule=VALID | {"payload": {"x": payload[0]}}), WHEN)  # type: ignore[index]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cqrs_es.types import AggregateKey
 
 
-_NO_SCHEDULE: Final = errors.ConfigurationError(
+_NO_SCHEDULE: Final = errors.StoreError(
     "DynamoDB keeps no scheduled commands yet: use PostgreSQL, MySQL or SQLite"
 )
 
@@ -164,7 +164,17 @@ class DynamoEvents(EventStore):
         del partitions
         return {}
 
+    async def count_due(self, partitions: Collection[int]) -> dict[int, int]:
+        """Return nothing."""
+        del partitions
+        return {}
+
     async def unschedule(self, command_ids: Collection[str]) -> set[str]:
+        """Return nothing."""
+        del command_ids
+        return set()
+
+    async def hasten(self, command_ids: Collection[str]) -> set[str]:
         """Return nothing."""
         del command_ids
         return set()

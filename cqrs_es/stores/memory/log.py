@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cqrs_es import errors
@@ -28,6 +29,7 @@ from cqrs_es.stores.append_plan import (
     plan_append,
     scheduled_ids,
     snapshot_keys,
+    timer_keys,
     unique_keys,
     versioned_keys,
 )
@@ -93,7 +95,15 @@ class MemoryEvents(EventStore):
             scheduled=[i for i in scheduled_ids(chains) if self._is_there(i)],
             now=self._now(),
             holders=self._held(unique_keys(chains)),
+            timers=self._timers(timer_keys(chains)),
         )
+
+    def _timers(self, keys: Sequence[AggregateKey]) -> dict[AggregateKey, dict[str, str]]:
+        found: dict[AggregateKey, dict[str, str]] = {key: {} for key in keys}
+        for row in self._scheduled.values() if keys else ():
+            if row.timer is not None and row.key in found:
+                found[row.key][row.timer] = row.command_id
+        return found
 
     def _write(self, plan: AppendPlan, recorded_at: datetime) -> None:
         for event in plan.events:
@@ -109,10 +119,6 @@ class MemoryEvents(EventStore):
             self._dead_letters.remove(command_id)
         for letter in plan.dead_letters:
             self._dead_letters.put(letter)
-        ended = set(plan.ended_timers)
-        for command_id, row in list(self._scheduled.items()) if ended else ():
-            if row.timer is not None and (row.key, row.timer) in ended:
-                del self._scheduled[command_id]
         for command_id in plan.consumed:
             self._scheduled.pop(command_id, None)
         self.add_scheduled(plan.scheduled)
@@ -168,7 +174,7 @@ class MemoryEvents(EventStore):
         """Read up to `limit` rows of a partition that are due."""
         now = self._now()
         return [
-            row
+            replace(row, late=now - row.moment)
             for row in self._in_order()
             if row.partition == partition and row.moment <= now and self._is_there(row.command_id)
         ][:limit]
@@ -182,9 +188,21 @@ class MemoryEvents(EventStore):
                 firsts.setdefault(row.partition, (row.moment - now).total_seconds())
         return firsts
 
+    async def count_due(self, partitions: Collection[int]) -> dict[int, int]:
+        """Count the rows of each partition that are due, where there are any."""
+        due = [row.partition for p in partitions for row in await self.due(p, len(self._scheduled))]
+        return dict(Counter(due))
+
     async def unschedule(self, command_ids: Collection[str]) -> set[str]:
         """Delete rows; return the ids of those there were."""
         return {id_ for id_ in command_ids if self._scheduled.pop(id_, None) is not None}
+
+    async def hasten(self, command_ids: Collection[str]) -> set[str]:
+        """Make rows due now; return the ids of those there were."""
+        found = self._scheduled.keys() & set(command_ids)
+        for id_ in found:
+            self._scheduled[id_] = replace(self._scheduled[id_], due=self._now())
+        return found
 
     async def list_scheduled(
         self, after: tuple[datetime, str] | None, limit: int, key: AggregateKey | None = None

@@ -17,7 +17,7 @@ from cqrs_es.stores.sql.tables import EVENTS, LOG_PARTITIONS, SNAPSHOTS
 from cqrs_es.types import AggregateKey
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
     from datetime import datetime
 
     from cqrs_es.messages import StoredEvent
@@ -137,14 +137,30 @@ class SqlEvents(EventStore):
         """Return, for each partition that has rows, the seconds until the first is due."""
         return await self._database.read(lambda session: scheduled.next_due(session, partitions))
 
+    async def count_due(self, partitions: Collection[int]) -> dict[int, int]:
+        """Count the rows of each partition that are due, where there are any."""
+        return await self._database.read(lambda session: scheduled.count_due(session, partitions))
+
     async def unschedule(self, command_ids: Collection[str]) -> set[str]:
         """Delete rows, each under its partition's lock; return the ids of those there were."""
+        return await self._change_scheduled(command_ids, scheduled.delete)
 
+    async def hasten(self, command_ids: Collection[str]) -> set[str]:
+        """Make rows due now; return the ids of those there were."""
+        return await self._change_scheduled(command_ids, scheduled.hasten)
+
+    async def _change_scheduled(
+        self,
+        command_ids: Collection[str],
+        change: Callable[[Session, Sequence[str]], Awaitable[None]],
+    ) -> set[str]:
         async def work(session: Session) -> set[str]:
             found = await scheduled.find(session, command_ids)
+            if not found:
+                return set()
             await _lock_heads(session, sorted({row.partition for row in found.values()}))
-            still = await scheduled.find(session, found)
-            await scheduled.delete(session, sorted(still))
+            still = sorted(await scheduled.find(session, found))
+            await change(session, still)
             return set(still)
 
         return await self._database.run(work)
@@ -191,6 +207,7 @@ async def _lock_and_read(session: Session, chains: Sequence[Chain]) -> AppendSta
         scheduled=await scheduled.find(session, append_plan.scheduled_ids(chains), free=True),
         now=await session.now() if append_plan.counts_from_now(chains) else None,
         holders=await unique_keys.find(session, append_plan.unique_keys(chains)),
+        timers=await scheduled.timers(session, _by_type(append_plan.timer_keys(chains))),
     )
 
 
@@ -224,7 +241,6 @@ async def _write(session: Session, plan: AppendPlan, recorded_at: datetime) -> N
     await dead_letters.delete(session, plan.settled_letters)
     await dead_letters.add(session, plan.dead_letters)
     await scheduled.delete(session, plan.consumed)
-    await scheduled.end_timers(session, plan.ended_timers)
     await scheduled.add(session, plan.scheduled)
     await scheduled.hold_back(session, plan.held_back)
     await scheduled.let_go(session, plan.let_go)

@@ -11,6 +11,7 @@ command of it has failed.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from cqrs_es.ports.store import ScheduledCommand
@@ -43,12 +44,15 @@ _NEXT: Final = f"""
         WHERE outgoing_commands.log_partition = log_partitions.log_partition AND {_FREE}
         ORDER BY due_at, command_id LIMIT 1)
     FROM log_partitions WHERE log_partition IN {{partitions}}"""
+_COUNT: Final = f"""
+    SELECT log_partition, COUNT(*) FROM outgoing_commands
+    WHERE log_partition IN {{partitions}} AND due_at <= ? AND {_FREE} GROUP BY log_partition"""
 _LIST: Final = f"{OUTGOING.select} WHERE (due_at > ? OR (due_at = ? AND command_id > ?))"
+_HASTEN: Final = "UPDATE outgoing_commands SET due_at = ? WHERE command_id IN "
 _DELETE: Final = "DELETE FROM outgoing_commands WHERE command_id IN "
-_END_TIMER: Final = (
-    "DELETE FROM outgoing_commands WHERE aggregate_type = ? AND aggregate_id = ? AND timer = ?"
-)
-
+_TIMERS: Final = """
+    SELECT aggregate_id, timer, command_id FROM outgoing_commands
+    WHERE aggregate_type = ? AND aggregate_id IN {ids} AND timer IS NOT NULL"""
 _LET_GO: Final = (
     "DELETE FROM parked WHERE projector = ? AND aggregate_type = ? AND aggregate_id = ?"
 )
@@ -74,8 +78,10 @@ async def find(
 
 async def due(session: Session, partition: int, limit: int) -> list[ScheduledCommand]:
     """Read the first rows of a partition that are due."""
-    now = session.dialect.to_time(await session.now())
-    return [_scheduled_of(row) for row in await session.fetch(_DUE, (partition, now, limit))]
+    now = await session.now()
+    rows = await session.fetch(_DUE, (partition, session.dialect.to_time(now), limit))
+    found = map(_scheduled_of, rows)
+    return [replace(each, late=now - each.moment) for each in found]
 
 
 async def next_due(session: Session, partitions: Collection[int]) -> dict[int, float]:
@@ -88,6 +94,15 @@ async def next_due(session: Session, partitions: Collection[int]) -> dict[int, f
         return {}
     now = await session.now()
     return {number: (utc_moment(first) - now).total_seconds() for number, first in rows}
+
+
+async def count_due(session: Session, partitions: Collection[int]) -> dict[int, int]:
+    """Count the rows of each partition that are due."""
+    if not partitions:
+        return {}
+    now = session.dialect.to_time(await session.now())
+    sql = _COUNT.format(partitions=marks(len(partitions)))
+    return dict(await session.fetch(sql, (*sorted(partitions), now)))
 
 
 async def page(
@@ -108,10 +123,23 @@ async def delete(session: Session, command_ids: Sequence[str]) -> None:
         await session.execute(_DELETE + marks(len(ids)), ids)
 
 
-async def end_timers(session: Session, timers: Sequence[tuple[AggregateKey, str]]) -> None:
-    """Delete the rows of timers, where there are any."""
-    for key, name in timers:
-        await session.execute(_END_TIMER, (*_ids(key), name))
+async def hasten(session: Session, command_ids: Sequence[str]) -> None:
+    """Make rows due now, in the order given."""
+    now = session.dialect.to_time(await session.now())
+    for ids in chunks(command_ids):
+        await session.execute(_HASTEN + marks(len(ids)), (now, *ids))
+
+
+async def timers(
+    session: Session, targets: Sequence[tuple[str, Sequence[str]]]
+) -> dict[AggregateKey, dict[str, str]]:
+    """Read the timers of aggregates, given by type: the ids of their rows, by name."""
+    found: dict[AggregateKey, dict[str, str]] = {}
+    for aggregate_type, ids in targets:
+        rows = await session.fetch(_TIMERS.format(ids=marks(len(ids))), (aggregate_type, *ids))
+        for aggregate_id, timer, command_id in rows:
+            found.setdefault(AggregateKey(aggregate_type, aggregate_id), {})[timer] = command_id
+    return found
 
 
 async def hold_back(session: Session, targets: Sequence[AggregateKey]) -> None:
