@@ -7,7 +7,7 @@ transaction that writes the events, so it happens exactly if they did.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta  # noqa: TC003 - the fields of a command are read at run time
+from datetime import datetime, timedelta
 from typing import Any, Final, TypeAlias
 
 from cqrs_es import errors

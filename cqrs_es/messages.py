@@ -8,16 +8,15 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar, dataclass_transform, overload
+from typing import Generic, Literal, TypeVar, dataclass_transform, overload
 
+import msgspec
 import orjson
 
 from cqrs_es import errors
 from cqrs_es.types import NAME, AggregateKey, JsonObject, Version
-
-if TYPE_CHECKING:
-    from datetime import datetime
 
 T = TypeVar("T")
 E_co = TypeVar("E_co", covariant=True)
@@ -106,8 +105,7 @@ def spec_of(cls: type[object]) -> MessageSpec:
 # --- Commands ----------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class CommandMessage:
+class CommandMessage(msgspec.Struct, frozen=True):
     """A command as it came from its sender, its envelope checked, its payload not yet.
 
     `metadata` includes what the sender gave and nothing else; `sent_at` is its
@@ -119,7 +117,7 @@ class CommandMessage:
     aggregate_type: str
     aggregate_id: str
     payload: JsonObject
-    metadata: Mapping[str, str] = field(default_factory=lambda: NO_METADATA)
+    metadata: Mapping[str, str] = NO_METADATA
     expected_sequence: int | None = None
     reply_to: str | None = None
     sent_at: str | None = None
@@ -142,8 +140,7 @@ class CommandMessage:
         return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class CommandContext:
+class CommandContext(msgspec.Struct, frozen=True):
     """What a services factory is told about the command that it makes services for.
 
     `command_id` is the idempotency key for calls to other systems: a handler
@@ -153,7 +150,7 @@ class CommandContext:
     command_id: str
     aggregate_type: str
     aggregate_id: str
-    metadata: Mapping[str, str] = field(default_factory=lambda: NO_METADATA)
+    metadata: Mapping[str, str] = NO_METADATA
 
 
 # --- Outcomes ----------------------------------------------------------------
@@ -178,8 +175,7 @@ class OutcomeError:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class OutcomeEvent:
+class OutcomeEvent(msgspec.Struct, frozen=True):
     """One event that an accepted command gave rise to."""
 
     type: str
@@ -263,8 +259,7 @@ class Envelope(Generic[E_co]):
     offset: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredEvent:
+class StoredEvent(msgspec.Struct, frozen=True, kw_only=True):
     """One row of the log. `payload` and `metadata` are JSON objects as bytes."""
 
     key: AggregateKey

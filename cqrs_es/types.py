@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TypeAlias
 
+import msgspec
+
 from cqrs_es import errors
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
@@ -30,8 +32,7 @@ _UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 _VERSION = re.compile(r"([0-9]{1,9})(?:\.([0-9]{1,9})(?:\.([0-9]{1,9})(?:\.[^.].*)?)?)?")
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class AggregateKey:
+class AggregateKey(msgspec.Struct, frozen=True, order=True):
     """The identity of an aggregate: its type's name and its id, both case-sensitive."""
 
     type: str

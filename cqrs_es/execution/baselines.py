@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+import msgspec
 import structlog
 
 from cqrs_es import errors
@@ -30,8 +30,7 @@ log = structlog.get_logger("cqrs_es.execution")
 ENTRY_BYTES: Final = 600
 
 
-@dataclass(frozen=True, slots=True)
-class Baseline:
+class Baseline(msgspec.Struct, frozen=True):
     """An aggregate's state after event `sequence`: encoded, or itself where JSON can't hold it.
 
     `snapshot` is the number of its snapshot row, 0 for none; `mend_snapshot`

@@ -15,10 +15,11 @@ from collections.abc import (
     Generator,
     Iterable,
 )
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
+import msgspec
 import structlog
+from msgspec.structs import replace
 
 from cqrs_es import errors
 from cqrs_es.codec import to_json
@@ -272,8 +273,7 @@ class Decider:
         return _decided(submission, outcome, dead_letter=letter)
 
 
-@dataclass(frozen=True, slots=True)
-class _Later:
+class _Later(msgspec.Struct, frozen=True):
     """A command whose handler failed, the seconds until its next attempt, and those behind it."""
 
     first: Submission

@@ -16,10 +16,10 @@ nothing behind, and the command goes round again from the look-up on.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Self
 
 import structlog
+from msgspec.structs import replace
 
 from cqrs_es import errors
 from cqrs_es.execution.baselines import BaselineCache, BaselineLoader

@@ -10,8 +10,9 @@ round again is a new one with the same answer.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
+
+import msgspec
 
 from cqrs_es.telemetry.tracing import NO_SPAN, CommandSpan
 
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
 Answer: TypeAlias = "asyncio.Future[Outcome]"
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Submission:
+class Submission(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """A command that waits for its outcome.
 
     `attempts`: how often it was tried before by processes that died of it, as
@@ -55,8 +55,7 @@ class Submission:
     span: CommandSpan = NO_SPAN
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Prepared:
+class Prepared(msgspec.Struct, frozen=True, eq=False):
     """Commands for one aggregate that can be decided, one after another.
 
     `definition` is None for an unknown aggregate type; `baseline` is None where
@@ -70,8 +69,7 @@ class Prepared:
     failure: BaseException | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Decided:
+class Decided(msgspec.Struct, frozen=True, eq=False):
     """Commands for one aggregate with their outcomes, ready to be appended as `chain`.
 
     `baseline` is the aggregate's once that is committed, None where it has none

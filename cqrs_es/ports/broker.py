@@ -16,8 +16,10 @@ What every broker promises:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
+
+import msgspec
 
 from cqrs_es.errors import BrokerUnavailable
 
@@ -40,8 +42,7 @@ class OutgoingCommand:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(msgspec.Struct, frozen=True):
     """A message as an intake got it; `tag` is the broker's own name for it.
 
     `queued_at`, in seconds since 1970, is when the broker got it, where it says so.
@@ -52,7 +53,7 @@ class Delivery:
     body: bytes
     tag: object
     redelivered: bool = False
-    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    headers: Mapping[str, str] = msgspec.field(default_factory=dict[str, str])
     queued_at: float | None = None
     scheduled: ScheduledCommand | None = None
 

@@ -27,6 +27,8 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
 
 # Part of this port's vocabulary, so it can be had from here.
+import msgspec
+
 from cqrs_es.messages import StoredEvent as StoredEvent  # noqa: TC001
 
 if TYPE_CHECKING:
@@ -44,8 +46,7 @@ PAGE_LIMIT: Final = 1_000
 NOT_LATE: Final = timedelta(0)
 
 
-@dataclass(frozen=True, slots=True)
-class NewEvent:
+class NewEvent(msgspec.Struct, frozen=True):
     """An event that a command gave rise to; the store gives it its sequence and offset."""
 
     event_type: str
@@ -64,8 +65,7 @@ class Snapshot:
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class LoadRequest:
+class LoadRequest(msgspec.Struct, frozen=True):
     """What to read of one aggregate: its events above `after`, and its snapshot if wanted.
 
     Where a snapshot is wanted and there is one, only events above it are read.
@@ -76,8 +76,7 @@ class LoadRequest:
     snapshot: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedAggregate:
+class LoadedAggregate(msgspec.Struct, frozen=True):
     """What a `LoadRequest` found: a page of events, in ascending sequence.
 
     `more`: the page is full. What follows is had by another request, with the
@@ -94,16 +93,14 @@ def page_size(requests: int) -> int:
     return max(1, min(PAGE_LIMIT, LOAD_LIMIT // max(1, requests)))
 
 
-@dataclass(frozen=True, slots=True)
-class StoredOutcome:
+class StoredOutcome(msgspec.Struct, frozen=True):
     """The outcome that a command id has, and the hash of the content it was given for."""
 
     outcome: Outcome
     content_hash: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScheduledCommand:
+class ScheduledCommand(msgspec.Struct, frozen=True, kw_only=True):
     """A row of `outgoing_commands`: a command that is to be decided at `due`, or at once.
 
     `key` is its target, `partition` that of the target. `due` may be a span, which counts
@@ -143,8 +140,7 @@ IMMEDIATELY: Final = datetime(1970, 1, 1, tzinfo=UTC)
 """When a command is due that is to be decided at once: before any clock's time."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class UniqueKey:
+class UniqueKey(msgspec.Struct, frozen=True, order=True):
     """A value that one aggregate of a type has under a name, as `unique_keys` has it: hashed."""
 
     aggregate_type: str
@@ -152,8 +148,7 @@ class UniqueKey:
     value_hash: str
 
 
-@dataclass(frozen=True, slots=True)
-class KeyMoves:
+class KeyMoves(msgspec.Struct, frozen=True):
     """How a chain moves keys: `claims` are checked, and held but for those in `releases`.
 
     `partitions` are those whose heads are locked for it: whoever moves a key locks the
@@ -165,8 +160,7 @@ class KeyMoves:
     partitions: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecidedCommand:
+class DecidedCommand(msgspec.Struct, frozen=True, kw_only=True):
     """A command's outcome (its `partition` and `offset` still None) and what goes with it.
 
     `replaces_failed`: a stored outcome `failed` does not stand in the way and
@@ -194,8 +188,7 @@ class DecidedCommand:
     holds_back: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chain:
+class Chain(msgspec.Struct, frozen=True, kw_only=True):
     """Commands for one aggregate, decided one upon the other; committed whole or not at all.
 
     `base_sequence` is the aggregate's sequence that the first decision was made
@@ -212,8 +205,7 @@ class Chain:
     moves: KeyMoves | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+class Committed(msgspec.Struct, frozen=True):
     """The chain is in the log; its outcomes are complete, in the chain's order."""
 
     outcomes: tuple[Outcome, ...]

@@ -7,10 +7,11 @@ tested once.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
+
+from msgspec.structs import replace
 
 from cqrs_es import errors
 from cqrs_es.messages import Outcome, Status
@@ -296,7 +297,7 @@ class _Draft:
         self._add_events(chain, command, sequence)
         outcome = self._completed(chain, command)
         self._add_outcome(StoredOutcome(outcome, command.content_hash))
-        self._add_cares(command)
+        self._add_cares(chain, command)
         if command.scheduled or command.causes or command.cancels:
             self._add_causes(chain, command)
         return outcome
@@ -336,15 +337,22 @@ class _Draft:
         (self.replaced if known else self.inserted).append(stored)
         self.taken.add(stored.outcome.command_id)
 
-    def _add_cares(self, command: DecidedCommand) -> None:
-        """Note the dead letter and attempts that come or go with a command's outcome."""
+    def _add_cares(self, chain: Chain, command: DecidedCommand) -> None:
+        """Note the dead letter and attempts that come or go with a command's outcome.
+
+        And whether what is scheduled for the aggregate waits for the dead letter.
+        """
         command_id = command.outcome.command_id
         if command.attempted:
             self.settled_attempts.append(command_id)
         if command.dead_letter is not None:
             self.dead_letters.append(command.dead_letter)
+            if command.holds_back:
+                self.held_back.add(chain.key)
         elif command.replaces_failed:
             self.settled_letters.append(command_id)
+            if command.holds_back:
+                self.let_go.add(chain.key)
 
     def _add_causes(self, chain: Chain, command: DecidedCommand) -> None:
         """Delete the row that the command came from, and its timers; add what it causes.
@@ -353,10 +361,6 @@ class _Draft:
         """
         if command.scheduled:
             self.consumed.append(command.outcome.command_id)
-        if command.holds_back and command.dead_letter is not None:
-            self.held_back.add(chain.key)
-        elif command.holds_back and command.replaces_failed:
-            self.let_go.add(chain.key)
         for name in command.cancels:
             self._end_timer(chain.key, name)
         for caused in command.causes:
@@ -385,7 +389,7 @@ class _Draft:
         if not isinstance(caused.due, timedelta):
             return caused
         assert self.state.now is not None  # noqa: S101 - see `counts_from_now`
-        return dataclasses.replace(caused, due=self.state.now + caused.due)
+        return replace(caused, due=self.state.now + caused.due)
 
 
 def _command_id(stored: StoredOutcome) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import orjson
 import pytest
+from msgspec.structs import replace
 
 from cqrs_es import Aggregate, Version, command, errors, event
 from cqrs_es import upcaster as lifts
@@ -189,6 +189,6 @@ def test_a23_b11_what_cant_be_decoded_is_an_error(
 )
 def test_d10_what_newer_code_wrote_is_told_apart(event_type: str, version: str) -> None:
     """D10: a type or version from the future is `UnknownEvent`, not a damaged row."""
-    row = dataclasses.replace(_stored(version, b'{"name":"Ann"}'), event_type=event_type)
+    row = replace(_stored(version, b'{"name":"Ann"}'), event_type=event_type)
     with pytest.raises(errors.UnknownEvent, match="deploy that code"):
         _customers().envelopes(row)

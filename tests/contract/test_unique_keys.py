@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import hashlib
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from cqrs_es.execution.keys import Keys
 from cqrs_es.ports.store import Chain, Committed, Conflicted, UniqueKey
@@ -37,7 +38,7 @@ def moving(
 ) -> Chain:
     """Make a chain of one event that moves keys."""
     moves = KEYS.moves(frozenset(claims), frozenset(releases))
-    return dataclasses.replace(one(key, base), moves=moves)
+    return replace(one(key, base), moves=moves)
 
 
 async def test_g12_a_key_is_claimed_changed_and_released(storage: Storage) -> None:
@@ -61,9 +62,9 @@ async def test_g12_what_another_holds_is_said(storage: Storage) -> None:
 
 async def test_g12_names_and_types_are_apart(storage: Storage) -> None:
     """One value may be had under two names, and by aggregates of two types."""
-    other = dataclasses.replace(A, aggregate_type="user")
-    phone = dataclasses.replace(A, name="phone")
-    user = dataclasses.replace(ADA, type="user")
+    other = replace(A, aggregate_type="user")
+    phone = replace(A, name="phone")
+    user = replace(ADA, type="user")
     await commit(storage, moving(ADA, 0, [A]), moving(BOB, 0, [phone]), moving(user, 0, [other]))
     assert await storage.events.find_holders([A, phone, other]) == {
         A: "ada",
@@ -103,7 +104,7 @@ async def test_g12_keys_move_without_a_command_if_the_aggregate_stands(storage: 
     """A chain without commands moves keys if its aggregate is at its base, and only then."""
     await commit(storage, one(ADA, 0, 2))
     moves = KEYS.moves(frozenset({A}), frozenset())
-    stale, fresh = (dataclasses.replace(chain(ADA, base), moves=moves) for base in (1, 2))
+    stale, fresh = (replace(chain(ADA, base), moves=moves) for base in (1, 2))
     [result] = await storage.events.append([stale], NOW)
     assert result == Conflicted(2)
     [result] = await storage.events.append([fresh], NOW)
@@ -137,8 +138,8 @@ async def test_keys_are_listed_in_pages(storage: Storage) -> None:
     """All of one type, in the order of name and hash, each once."""
     keys = [email(str(n), name=name) for name in ("email", "phone") for n in range(5)]
     await commit(storage, moving(ADA, 0, keys[::2]), moving(BOB, 0, keys[1::2]))
-    user = dataclasses.replace(ADA, type="user")
-    await commit(storage, moving(user, 0, [dataclasses.replace(A, aggregate_type="user")]))
+    user = replace(ADA, type="user")
+    await commit(storage, moving(user, 0, [replace(A, aggregate_type="user")]))
     found: list[tuple[UniqueKey, str]] = []
     while page := await storage.events.list_keys("account", found[-1][0] if found else None, 3):
         found += page

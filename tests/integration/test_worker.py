@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
+from msgspec.structs import replace
 
 from cqrs_es import errors
 from cqrs_es.brokers import broker_for
@@ -17,6 +17,7 @@ from cqrs_es.ports.broker import OutgoingCommand
 from cqrs_es.runtime import consumer, redelivery
 from cqrs_es.stores import storage_for
 from cqrs_es.testing import FakeClock, TestApp
+from cqrs_es.testing.app import LEASE_SECONDS
 from cqrs_es.types import AggregateKey, new_command_id
 from tests.contract.building import accepted, chain, commit, event
 from tests.faulty import FaultyStorage
@@ -202,7 +203,7 @@ async def test_g9_a_stop_before_the_end_counts_nothing(before: int | None) -> No
                 assert await storage.events.find_attempts(ids) == {ids[0]: (before or 0) + 1}
                 raise asyncio.CancelledError
         assert await storage.events.find_attempts(ids) == recorded
-        clock.advance(3600.0)  # until its leases have expired
+        clock.advance(LEASE_SECONDS + 1)
 
 
 async def test_a_cancelled_answer_settles_nothing(
@@ -251,7 +252,7 @@ async def test_a_full_disk_condemns_no_command(
         with pytest.raises(ExceptionGroup):
             async with TestApp(counting_app(), storage=storage, broker=broker, clock=clock) as t:
                 await t.drain()
-        clock.advance(3600.0)  # until the leases of that process have expired
+        clock.advance(LEASE_SECONDS + 1)
     async with TestApp(counting_app(), storage=storage, broker=broker, clock=clock) as t:
         await t.drain()
         assert await t.dead_letters() == []

@@ -6,6 +6,7 @@ import dataclasses
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -282,7 +283,7 @@ K, L = (UniqueKey("account", "email", name) for name in "kl")
 
 def claiming(made: Chain, *claims: UniqueKey, releases: tuple[UniqueKey, ...] = ()) -> Chain:
     moves = KeyMoves(frozenset(claims), frozenset(releases), (7,))
-    return dataclasses.replace(made, moves=moves)
+    return msgspec.structs.replace(made, moves=moves)
 
 
 def test_heads_of_the_partitions_of_keys_are_locked_too() -> None:
