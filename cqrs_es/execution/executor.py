@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from cqrs_es.definitions import AggregateDefinition
-    from cqrs_es.execution.baselines import Found
+    from cqrs_es.execution.baselines import Baseline, Found
     from cqrs_es.messages import CommandMessage
     from cqrs_es.ports.clock import Clock
     from cqrs_es.ports.store import ChainResult, EventStore, ScheduledCommand, StoredOutcome
@@ -277,6 +277,7 @@ class Executor:
             return Prepared(key, submissions, definition)
         try:
             baseline = await self._loader.baseline(definition, key, found)
+            _check_whole(key, baseline, submissions)
         except (errors.StoreUnavailable, errors.UnknownEvent, KeyboardInterrupt):
             raise
         except asyncio.CancelledError:
@@ -342,7 +343,8 @@ class Executor:
             self._reporter.conflict()
             for each in decided.submissions:
                 each.span.conflicted()
-            again = [replace(each, taken=result.taken) for each in decided.submissions]
+            taken, seen = result.taken, result.actual or 0
+            again = [replace(each, taken=taken, seen=seen) for each in decided.submissions]
             self._again(decided.key, [*again, *decided.waiting])
             return
         if decided.baseline is not None:
@@ -391,6 +393,17 @@ class Executor:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _check_whole(key: AggregateKey, baseline: Baseline, submissions: Iterable[Submission]) -> None:
+    """Raise `BrokenLog` where the store has later events than those that can be read.
+
+    Where a hole begins, reading a stream ends; what is decided there would conflict for ever.
+    """
+    last = max(each.seen for each in submissions)
+    if baseline.sequence < last:
+        message = f"{key}: event {baseline.sequence + 1} is missing before {last}"
+        raise errors.BrokenLog(message)
 
 
 def _state_needed(submissions: Iterable[Submission], definition: AggregateDefinition) -> bool:

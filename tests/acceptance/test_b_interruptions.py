@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import pytest
 
 from cqrs_es import errors
 from cqrs_es.aggregate import SnapshotEvery
+from cqrs_es.ports.store import PAGE_LIMIT
 from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
 from cqrs_es.stores.dynamodb.places import snapshot_key
@@ -98,6 +100,21 @@ async def test_b10_a_replay_of_a_log_with_a_hole(store_url: str) -> None:
             await execute(storage, "DELETE FROM events WHERE log_offset = 2")
             with pytest.raises(errors.BrokenLog):
                 [event async for event in a.replay()]
+
+
+@pytest.mark.parametrize("store_url", ["sqlite", "mysql", "postgres"], indirect=True)
+async def test_b10_a_stream_with_a_hole_at_the_end_of_a_page(store_url: str) -> None:
+    """A command fails with what is missing, instead of being decided again for ever."""
+    async with opened(store_url) as storage:
+        app = counting_app()
+        async with app.open(ONE_PARTITION, storage=storage, initialise=True) as a:
+            await a.execute(Counter, "A", AddEach([1] * (PAGE_LIMIT + 1)))
+        hole = f"BETWEEN 8 AND {PAGE_LIMIT}"
+        await execute(storage, f"DELETE FROM events WHERE sequence {hole}")  # noqa: S608
+        async with app.open(ONE_PARTITION, storage=storage) as a, asyncio.timeout(20):
+            outcome = await a.execute(Counter, "A", Add(1))
+            assert outcome.error is not None
+            assert outcome.error.message == f"counter/A: event 8 is missing before {PAGE_LIMIT + 1}"
 
 
 @on_sql
