@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from cqrs_es import errors
 from cqrs_es.application import make_broker, make_storage
-from cqrs_es.cli.exits import DONE, exit_code, sentence
 from cqrs_es.definitions import ViewDefinition
 from cqrs_es.execution.keys import due
 from cqrs_es.messages import CommandContext
 from cqrs_es.ports.clock import SystemClock
 from cqrs_es.ports.storage import check_service
+from cqrs_es.program import DONE, exit_code, sentence
 from cqrs_es.projection.folding import folding_for
 from cqrs_es.projection.generations import generations_of, require_tables
 from cqrs_es.settings import masked

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from cqrs_es import errors
-from cqrs_es.cli.exits import DONE, FAILED, sentence
 from cqrs_es.cli.invocation import with_application
 from cqrs_es.cli.output import (
     JsonFlag,
@@ -19,6 +18,7 @@ from cqrs_es.cli.output import (
 )
 from cqrs_es.cli.showing import print_outcome
 from cqrs_es.cloudevents import timestamp
+from cqrs_es.program import DONE, FAILED, sentence
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

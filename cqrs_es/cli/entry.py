@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from cqrs_es.cli import exits
+from cqrs_es import program
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Do what the command line says and exit with the code that says how it went."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     if verb_of(arguments) in LONG_RUNNING:
-        _leave_when_told(exits.INTERRUPTED if "--until-idle" in arguments else exits.DONE)
+        _leave_when_told(program.INTERRUPTED if "--until-idle" in arguments else program.DONE)
     from cqrs_es.cli.main import main as go_on
 
     go_on(arguments)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from cqrs_es import errors
-from cqrs_es.cli.exits import DONE, FAILED
 from cqrs_es.cli.invocation import invocation_of
 from cqrs_es.cli.output import JsonFlag  # noqa: TC001 - typer evaluates annotations
 from cqrs_es.cli.showing import event_writer
+from cqrs_es.program import DONE, FAILED
 from cqrs_es.runtime.waiting import unless
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ class Selection:
 
 async def _tail(app: Application, settings: Settings, selection: Selection) -> bool:
     """Follow until a signal; return whether that ended cleanly."""
-    from cqrs_es.cli.service import open_patiently
-    from cqrs_es.runtime.signals import run_until_stopped, stop_on_signals
+    from cqrs_es.runtime.stopping import run_until_stopped, stop_on_signals
+    from cqrs_es.service import open_patiently
 
     async def follow(stopping: asyncio.Event) -> None:
         async with AsyncExitStack() as stack:

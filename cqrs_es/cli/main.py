@@ -9,10 +9,9 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
-from cqrs_es import errors
+from cqrs_es import errors, program
 from cqrs_es.cli import (
     dead_letters,
-    exits,
     following,
     inspecting,
     parked,
@@ -26,7 +25,6 @@ from cqrs_es.cli import (
 )
 from cqrs_es.cli.invocation import Invocation, invocation_of
 from cqrs_es.cli.output import complain, print_text
-from cqrs_es.cli.version import version
 from cqrs_es.settings import LogFormat, LogLevel  # noqa: TC001 - typer evaluates annotations
 from cqrs_es.telemetry.masking import mask_credentials
 
@@ -44,7 +42,7 @@ cli = typer.Typer(
 
 def _print_version(wanted: bool) -> None:  # noqa: FBT001 - what typer calls it with
     if wanted:
-        print_text(f"{PROGRAM} {version()}")
+        print_text(f"{PROGRAM} {program.version()}")
         raise typer.Exit
 
 
@@ -113,11 +111,11 @@ def _run(argv: list[str]) -> int:
     try:
         typer.main.get_command(cli).main(argv, prog_name=PROGRAM, obj=invocation)
     except SystemExit as exc:
-        return exc.code if isinstance(exc.code, int) else exits.DONE
+        return exc.code if isinstance(exc.code, int) else program.DONE
     except Exception as exc:  # noqa: BLE001 - the last place to turn an error into a sentence
         if invocation.debugging:
             sys.stderr.write(mask_credentials("".join(traceback.format_exception(exc))))
         error = errors.innermost(exc)
-        complain(exits.sentence(error))
-        return exits.exit_code(error)
-    return exits.DONE
+        complain(program.sentence(error))
+        return program.exit_code(error)
+    return program.DONE

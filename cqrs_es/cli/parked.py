@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cqrs_es import errors
-from cqrs_es.cli.exits import DONE, FAILED
 from cqrs_es.cli.invocation import with_application
 from cqrs_es.cli.output import JsonFlag, print_json, print_table, print_text
+from cqrs_es.program import DONE, FAILED
 from cqrs_es.projector import generation_of, view_of
 from cqrs_es.types import AggregateKey
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cqrs_es.cli.exits import DONE
 from cqrs_es.cli.explaining import explain
 from cqrs_es.cli.invocation import invocation_of, with_application
 from cqrs_es.cli.output import JsonFlag, print_fields, print_json, print_table
+from cqrs_es.program import DONE
 
 if TYPE_CHECKING:
     from cqrs_es.opened import OpenApplication

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from cqrs_es import errors
-from cqrs_es.cli.exits import FAILED, INTERRUPTED
 from cqrs_es.cli.invocation import invocation_of, with_application
 from cqrs_es.cli.output import JsonFlag, print_fields, print_json, print_table
+from cqrs_es.program import FAILED, INTERRUPTED
 from cqrs_es.runtime.waiting import unless
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ async def _rebuild(
     drop: int | None,
 ) -> dict[str, object] | None:
     """Do what is asked; return what was done, None when it was interrupted."""
-    from cqrs_es.runtime.signals import stop_on_signals
+    from cqrs_es.runtime.stopping import stop_on_signals
 
     with stop_on_signals() as stopping, ExitStack() as stack:
         async with app.open(settings, initialise=False, reach_broker=False) as opened:

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated
+import os
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from cqrs_es import errors
-from cqrs_es.cli.exits import INTERRUPTED
 from cqrs_es.cli.invocation import invocation_of, refuse_memory
 from cqrs_es.cli.output import JsonFlag, complain, print_fields, print_json
+from cqrs_es.program import INTERRUPTED
 from cqrs_es.runtime.roles import RELAY, WORKER, projector_role
 from cqrs_es.settings import address
+from cqrs_es.telemetry.masking import mask_credentials, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Generator
 
     from cqrs_es.application import Application
-    from cqrs_es.cli.service import Report
     from cqrs_es.registry import Registry
+    from cqrs_es.runtime.supervisor import Supervisor
+    from cqrs_es.service import Report, Show
     from cqrs_es.settings import Settings
+
+STDIN: Final = "-"
+STDIN_DESCRIPTOR: Final = 0
+LIVE_SECONDS: Final = 0.25
 
 CommandsFile = Annotated[
     str | None,
@@ -71,12 +80,11 @@ def run(
     Example: cqrs-es run --commands commands.jsonl --until-idle
     """
     settings, app = _load(context, health_port)
-    from cqrs_es.cli.feeding import opened_commands
-    from cqrs_es.cli.service import Task, run_to_the_end, serve
+    from cqrs_es import service
 
     with opened_commands(commands) as source:
-        task = Task(commands=source, until_idle=until_idle, strict=strict)
-        report = run_to_the_end(serve(app, settings, task))
+        task = service.Task(commands=source, until_idle=until_idle, strict=strict)
+        report = service.run(app, settings, task, show=_display())
     if json:
         print_json(_summary(report))
     else:
@@ -140,22 +148,73 @@ def _serve_roles(
 ) -> None:
     settings, app = _load(context, health_port)
     refuse_memory(settings)
-    from cqrs_es.cli.service import Task, run_to_the_end, serve
+    from cqrs_es import service
 
-    report = run_to_the_end(serve(app, settings, Task(roles=roles_of(app.registry))))
+    task = service.Task(roles=roles_of(app.registry))
+    report = service.run(app, settings, task, show=_display())
     raise typer.Exit(report.code)
+
+
+def _display() -> Show | None:
+    return _show_live if sys.stderr.isatty() else None
+
+
+async def _show_live(supervisor: Supervisor) -> None:
+    """Show how far the process is in a line below the log of a terminal, gone at the end."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    from cqrs_es import service
+
+    # Log lines pass through this console: it must not break them.
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        async for look in service.looks(supervisor, LIVE_SECONDS):
+            commands, events = look.progress.commands, look.progress.counts.events
+            lag = "?" if look.lag is None else f"{look.lag:,}"
+            rate = f"{look.per_second:,.0f}/s"
+            text = Text(f"{commands:,} commands ({rate})  {events:,} events  lag {lag}")
+            for trouble in look.troubles:
+                line = printable(mask_credentials(trouble))[: console.width - 1]
+                text.append(f"\n{line}", style="yellow")
+            live.update(text, refresh=True)
+
+
+@contextmanager
+def opened_commands(path: str | None) -> Generator[int | None]:
+    """Open a file to feed from, stdin for `-`; raise `ConfigurationError`."""
+    if path is None:
+        yield None
+        return
+    descriptor = _open(path)
+    try:
+        yield descriptor
+    finally:
+        if descriptor != STDIN_DESCRIPTOR:
+            os.close(descriptor)
+
+
+def _open(path: str) -> int:
+    try:
+        descriptor = STDIN_DESCRIPTOR if path == STDIN else os.open(path, os.O_RDONLY)
+        os.read(descriptor, 0)  # a folder opens, but can't be read
+    except OSError as exc:
+        message = f"--commands {path}: {exc.strerror}"
+        raise errors.ConfigurationError(message) from exc
+    return descriptor
 
 
 def _summary(report: Report) -> dict[str, object]:
     """Return what `--json` prints."""
-    counts = report.counts
+    counts, dead = report.progress.counts, report.progress.dead
     return {
         "commands": {
             "accepted": counts.accepted,
             "rejected": counts.rejected,
             "failed": counts.failed,
             "duplicate": counts.duplicate,
-            "dead": report.dead,
+            "dead": dead,
         },
         "events": counts.events,
         "seconds": report.seconds,
@@ -163,13 +222,13 @@ def _summary(report: Report) -> dict[str, object]:
 
 
 def _readable_summary(report: Report) -> dict[str, object]:
-    counts = report.counts
+    counts = report.progress.counts
     by_outcome = {
         "accepted": counts.accepted,
         "rejected": counts.rejected,
         "failed": counts.failed,
         "duplicate": counts.duplicate,
-        "dead letters": report.dead,
+        "dead letters": report.progress.dead,
     }
     commands = sum(by_outcome.values())
     of_which = ", ".join(f"{number:,} {name}" for name, number in by_outcome.items() if number)

@@ -9,12 +9,12 @@ import orjson
 import typer
 
 from cqrs_es import errors
-from cqrs_es.cli.exits import FAILED
 from cqrs_es.cli.invocation import with_application
 from cqrs_es.cli.output import JsonFlag, complain, print_json, print_table, print_text
 from cqrs_es.cli.showing import print_outcome
 from cqrs_es.cloudevents import timestamp
 from cqrs_es.ports.store import IMMEDIATELY
+from cqrs_es.program import FAILED
 from cqrs_es.types import AggregateKey, parse_command_id
 
 if TYPE_CHECKING:

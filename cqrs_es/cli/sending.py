@@ -9,11 +9,11 @@ import orjson
 import typer
 
 from cqrs_es import errors, wire
-from cqrs_es.cli.exits import DONE, FAILED
 from cqrs_es.cli.invocation import invocation_of, with_application
 from cqrs_es.cli.output import JsonFlag, print_json, print_text
 from cqrs_es.cli.showing import print_outcome
 from cqrs_es.cloudevents import timestamp
+from cqrs_es.program import DONE, FAILED
 from cqrs_es.runtime.waiting import within
 from cqrs_es.types import JsonObject, shown, utc_now
 

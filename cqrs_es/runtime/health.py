@@ -1,25 +1,38 @@
-"""Whether a process lives, and whether it gets on with its work: `/live` and `/ready`."""
+"""What a process answers on its health port: `/live`, `/ready` and `/metrics`."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
+import structlog
+
+from cqrs_es.program import version
 from cqrs_es.runtime.leases import ROUNDS_PER_LEASE
 from cqrs_es.runtime.roles import WORKER
-from cqrs_es.runtime.web import Answer, json_answer
+from cqrs_es.runtime.sampling import Sampler
+from cqrs_es.runtime.waiting import cancelled
+from cqrs_es.runtime.web import Answer, WebServer, json_answer
+from cqrs_es.telemetry import metrics
 from cqrs_es.telemetry.masking import mask_credentials
+from cqrs_es.telemetry.metrics import NO_METER, Meter, Metrics, Reading
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable
 
     from cqrs_es.registry import Registry
+    from cqrs_es.runtime.process import Process
     from cqrs_es.runtime.roles import Position
     from cqrs_es.runtime.supervisor import Supervisor
     from cqrs_es.settings import Settings
+    from cqrs_es.telemetry.exposition import Exposition
+
+log = structlog.get_logger("cqrs_es.runtime")
 
 TICK_SECONDS: Final = 0.25
 # For so long a blocked event loop is told of afterwards: longer than most probes are apart.
@@ -139,3 +152,78 @@ class Stalls:
             for (role, partition), seen in sorted(self._seen.items())
             if self._now - seen.since > self._patience(role)
         ]
+
+
+class Probes:
+    """The health of one process and, where prometheus-client is installed, its metrics."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        settings: Settings,
+        service: str,
+        roles: Collection[str],
+        stopping: asyncio.Event,
+    ) -> None:
+        self._roles = sorted(roles)
+        self._info = (version(), service, settings.app or "")
+        self._supervisor: Supervisor | None = None
+        self._sampler: Sampler | None = None
+        self._exposition: Exposition | None = None
+        self.health = Health(settings, registry, stopping)
+        self.meter: Meter = NO_METER
+        self._wanted = settings.health_port is not None
+        if self._wanted:
+            self._measure(Metrics(registry, roles=self._roles))
+
+    def _measure(self, metrics: Metrics) -> None:
+        try:
+            from cqrs_es.telemetry.exposition import Exposition  # noqa: PLC0415 - an extra
+        except ModuleNotFoundError:  # the extra is not installed: /metrics says so
+            return
+        self.meter = metrics
+        metrics.gauges.append(self._readings)
+        self._exposition = Exposition(metrics)
+
+    async def follow(self, process: Process, supervisor: Supervisor) -> None:
+        """Judge by a supervisor from now on, looking at its servers for ever."""
+        if not self._wanted:
+            return
+        self._supervisor, self._sampler = supervisor, Sampler(process, supervisor)
+        self.health.follow(supervisor)
+        await self._sampler.run()
+
+    def _readings(self) -> Iterator[Reading]:
+        yield Reading(metrics.INFO, 1.0, self._info)
+        yield Reading(metrics.READY, float(not self.health.reasons()))
+        held = {} if self._supervisor is None else self._supervisor.held
+        for role in self._roles:
+            yield Reading(metrics.PARTITIONS_HELD, len(held.get(role, ())), (role,))
+        if self._sampler is not None:
+            yield from self._sampler.readings
+
+    def metrics(self, accept: str) -> Answer:
+        """Answer `/metrics`."""
+        if self._exposition is None:
+            remedy = b"prometheus-client is not installed; run: pip install 'cqrs-es[metrics]'\n"
+            return Answer(HTTPStatus.NOT_IMPLEMENTED, remedy, "text/plain; charset=utf-8")
+        body, content_type = self._exposition.render(accept)
+        return Answer(HTTPStatus.OK, body, content_type)
+
+
+@asynccontextmanager
+async def probed(probes: Probes, address: tuple[str, int] | None) -> AsyncGenerator[None]:
+    """Serve probes at an address during the block."""
+    if address is None:
+        yield
+        return
+    pages = {"/live": probes.health.live, "/ready": probes.health.ready, "/metrics": probes.metrics}
+    server = WebServer(pages)
+    port = await server.start(*address)
+    log.info("probes served", host=address[0], port=port)
+    watching = asyncio.create_task(probes.health.watch())
+    try:
+        yield
+    finally:
+        await cancelled(watching)
+        await server.close()

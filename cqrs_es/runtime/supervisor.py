@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import structlog
 
+from cqrs_es.execution.report import Counts
 from cqrs_es.runtime.consumer import CommandWorker
 from cqrs_es.runtime.leases import LeaseKeeper, Membership, Rounds
 from cqrs_es.runtime.projection_loop import ProjectorLoop
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cqrs_es import errors
-    from cqrs_es.execution.report import Counts
     from cqrs_es.runtime.process import Process
 
 log = structlog.get_logger("cqrs_es.runtime")
@@ -27,20 +27,22 @@ log = structlog.get_logger("cqrs_es.runtime")
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a process's work has got; offsets are sums over all partitions.
+    """What a process has done: commands by outcome, events, and what had no outcome (`dead`).
 
-    `reached` has each role that reads the log.
+    `published` counts events, `projected` too, each for every view.
     """
 
-    counts: Counts
-    dead: int
-    head: int
-    reached: Mapping[str, int]
+    counts: Counts = field(default_factory=Counts)
+    dead: int = 0
+    published: int = 0
+    projected: int = 0
 
     @property
-    def lag(self) -> int:
-        """How many events the slowest reader of the log still has before it."""
-        return self.head - min(self.reached.values())
+    def commands(self) -> int:
+        """How many messages are done with."""
+        counts = self.counts
+        answered = counts.accepted + counts.rejected + counts.failed + counts.duplicate
+        return answered + self.dead
 
 
 class Supervisor:
@@ -59,24 +61,11 @@ class Supervisor:
         self._roles = {role.name: role for role in every}
 
     @property
-    def counts(self) -> Counts:
-        """What the command worker has done."""
-        return self._executor.counts
-
-    @property
-    def dead(self) -> int:
-        """How many messages no outcome was possible for."""
-        return self._worker.dead
-
-    @property
-    def published(self) -> int:
-        """How many events the relay has published."""
-        return self._relay.handled
-
-    @property
-    def projected(self) -> int:
-        """How many events the projectors have applied, each counted for every view."""
-        return sum(role.handled for role in self._roles.values()) - self._relay.handled
+    def progress(self) -> Progress:
+        """What has been done until now."""
+        published = self._relay.handled
+        projected = sum(role.handled for role in self._roles.values()) - published
+        return Progress(replace(self._executor.counts), self._worker.dead, published, projected)
 
     @property
     def troubles(self) -> list[str]:
@@ -154,18 +143,11 @@ class Supervisor:
             leases, process.clock, role.run_partition, membership, process.meter, rounds
         )
 
-    # --- Progress ------------------------------------------------------------
-
-    async def progress(self) -> Progress:
-        """Read how far every stage has got."""
-        heads = await self._process.storage.events.heads()
-        reached = {name: await role.reached() for name, role in self._roles.items()}
-        return Progress(
-            counts=self._executor.counts,
-            dead=self._worker.dead,
-            head=sum(heads.values()),
-            reached={name: offsets for name, offsets in reached.items() if offsets is not None},
-        )
+    async def lag(self) -> int:
+        """Read how many events the slowest reader of the log still has before it."""
+        head = sum((await self._process.storage.events.heads()).values())
+        reached = [await role.reached() for role in self._roles.values()]
+        return head - min(offsets for offsets in reached if offsets is not None)
 
     async def idle(self) -> bool:
         """Tell whether every command is handled, and every event published and projected."""
@@ -174,4 +156,4 @@ class Supervisor:
         due = await self._process.storage.events.next_due(range(self._process.partitions))
         if any(seconds <= 0 for seconds in due.values()):
             return False
-        return (await self.progress()).lag == 0
+        return await self.lag() == 0

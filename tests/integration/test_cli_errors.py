@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cqrs_es import errors
-from cqrs_es.cli import exits
+from cqrs_es import errors, program
 from tests.bank_data import PROJECT
 from tests.command_line import EXAMPLE, Result, cqrs_es, environment, message, running
 
@@ -284,8 +283,8 @@ def test_a_traceback_only_when_debugging_by_setting(
 def test_each_error_has_its_exit_code(exc: Exception, code: int) -> None:
     """Also deep within groups."""
     group = ExceptionGroup("outer", [ExceptionGroup("inner", [exc])])
-    assert exits.exit_code(errors.innermost(group)) == code
-    assert exits.sentence(exc).count("\n") == 0
+    assert program.exit_code(errors.innermost(group)) == code
+    assert program.sentence(exc).count("\n") == 0
 
 
 def test_a_full_stdout_is_an_error(bank: Here, sqlite_url: str) -> None:

@@ -82,7 +82,7 @@ async def test_an_entry_that_no_relay_wrote(redis_url: str, client: Any, body: b
         await add(opened, 3)
         await holds(opened, 6)
         await tells(supervisor, "relay on partition 0", "init --new-epoch")
-        assert (await supervisor.progress()).reached["relay"] == 3
+        assert await supervisor.roles["relay"].reached() == 3
         assert not [trouble for trouble in supervisor.troubles if "projector" in trouble]
 
 

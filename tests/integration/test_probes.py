@@ -163,10 +163,7 @@ def test_without_prometheus_client(asked: Asked) -> None:
 
 def test_prometheus_client_is_loaded_only_when_wanted() -> None:
     """A process without a health port does not know it."""
-    program = (
-        "import sys; import cqrs_es.cli.service, cqrs_es.application; "
-        "sys.exit('prometheus_client' in sys.modules)"
-    )
+    program = "import sys; import cqrs_es.service; sys.exit('prometheus_client' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from cqrs_es import errors, wire
 from cqrs_es.brokers.memory import MemoryBroker
-from cqrs_es.cli import feeding
-from cqrs_es.cli.feeding import Feeder, opened_commands
+from cqrs_es.cli.running import opened_commands
+from cqrs_es.runtime import feeding
+from cqrs_es.runtime.feeding import Feeder
 from cqrs_es.runtime.waiting import cancelled
 from cqrs_es.types import partition_of
 from tests.command_line import message

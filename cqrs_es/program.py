@@ -1,4 +1,7 @@
-"""Exit codes, and which error ends in which (docs/contract.md, Command line)."""
+"""What a process says of itself: its version, its exit code, its last words.
+
+Which error ends in which code: docs/contract.md, Command line.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,16 @@ FAILED: Final = 1
 WRONG_USAGE: Final = 2
 UNREACHABLE: Final = 3
 INTERRUPTED: Final = 4
+
+
+def version() -> str:
+    """Return the version, as `pip` knows it; `unknown` in a tree that is not installed."""
+    from importlib import metadata  # noqa: PLC0415 - a sixth of what --help takes
+
+    try:
+        return metadata.version("cqrs-es")
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def exit_code(exc: Exception) -> int:

@@ -1,4 +1,4 @@
-"""Feeding command messages from a file or from stdin: one JSON object per line.
+"""Feeding command messages from an open file: one JSON object per line.
 
 A file of any size passes through: what is read is sent before more is read,
 and reading pauses while enough is waiting in the queue. Of a line that is
@@ -12,8 +12,7 @@ import codecs
 import contextlib
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Generator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from cqrs_es import errors, wire
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-STDIN: Final = "-"
-STDIN_DESCRIPTOR: Final = 0
 READ_BYTES: Final = 128 * 1024
 # Commands that may wait in the queue; a worker takes some 2,000 at once.
 MOST_WAITING: Final = 10_000
@@ -78,30 +75,6 @@ class Feeder:
             return sum((await self._broker.queue_depth()).values())
         except errors.BrokerUnavailable:
             return 0  # sending waits for it
-
-
-@contextmanager
-def opened_commands(path: str | None) -> Generator[int | None]:
-    """Open a file to feed from, stdin for `-`; raise `ConfigurationError`."""
-    if path is None:
-        yield None
-        return
-    descriptor = _open(path)
-    try:
-        yield descriptor
-    finally:
-        if descriptor != STDIN_DESCRIPTOR:
-            os.close(descriptor)
-
-
-def _open(path: str) -> int:
-    try:
-        descriptor = STDIN_DESCRIPTOR if path == STDIN else os.open(path, os.O_RDONLY)
-        os.read(descriptor, 0)  # a folder opens, but can't be read
-    except OSError as exc:
-        message = f"--commands {path}: {exc.strerror}"
-        raise errors.ConfigurationError(message) from exc
-    return descriptor
 
 
 async def _batches(descriptor: int, limit: int) -> AsyncIterator[list[bytes]]:
