@@ -7,14 +7,15 @@ from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Self, Unpack
 
+import structlog
+
 from cqrs_es import errors
 from cqrs_es.brokers import broker_for
-from cqrs_es.client.replies import Replies
-from cqrs_es.client.sending import Sender, outgoing
-from cqrs_es.client.source import EventSource
+from cqrs_es.client.following import EventSource
+from cqrs_es.client.sending import Replies, Sender, outgoing
 from cqrs_es.client.subscription import Begin, Subscription, subscription_to
 from cqrs_es.commands import AggregateName, CommandOptions, Payload, new_command
-from cqrs_es.execution.retry import backoff
+from cqrs_es.execution.retry import Retry
 from cqrs_es.ports.storage import check_service
 from cqrs_es.projection.seen import wait_until_seen
 from cqrs_es.runtime.waiting import Home
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
     from datetime import datetime
     from types import TracebackType
 
-    from cqrs_es.client.cursors import Cursor
+    from cqrs_es.client.subscription import Cursor
     from cqrs_es.messages import CommandMessage, Outcome
     from cqrs_es.ports.broker import Broker, OutgoingCommand
     from cqrs_es.ports.storage import Storage
+
+log = structlog.get_logger("cqrs_es.client")
 
 
 class Client:
@@ -241,14 +244,11 @@ class Client:
     async def _send_again(self, command: OutgoingCommand, patience: float) -> None:
         """Send once more after a while: the reply may be lost, and the id has one outcome."""
         await asyncio.sleep(patience)
-        failures = 0
+        retry = Retry(log, "command not sent again", bears=errors.BrokerUnavailable)
         while True:
-            try:
+            async with retry:
                 await self._replies.opened()
                 return await self._enqueue([command])
-            except errors.BrokerUnavailable:
-                failures += 1
-                await asyncio.sleep(backoff(failures))
 
     async def _stored(self, command_id: str, content_hash: str) -> Outcome | None:
         """Look for the outcome of this very command where there is a store that answers."""

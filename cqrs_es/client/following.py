@@ -5,22 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from cqrs_es import errors
-from cqrs_es.client.ordering import Ordering
 from cqrs_es.cloudevents import event_at
-from cqrs_es.execution.retry import backoff
+from cqrs_es.execution.retry import Retry
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from cqrs_es.client.ordering import Gap
-    from cqrs_es.client.source import EventSource
     from cqrs_es.messages import StoredEvent
-    from cqrs_es.ports.broker import EventFeed, TopicEvent
+    from cqrs_es.ports.broker import Broker, EventFeed, TopicEvent
+    from cqrs_es.ports.storage import Storage
 
 log = structlog.get_logger("cqrs_es.client")
 
@@ -53,7 +52,7 @@ class Follower:
         self._behind: set[int] = set()
         self._reread: set[tuple[int, int]] = set()
         self._held_since: float | None = None
-        self._failures = 0
+        self._retry = Retry(self._log, "subscription waits")
 
     async def open(self) -> None:
         """Subscribe to the topic."""
@@ -73,14 +72,12 @@ class Follower:
         """
         try:
             await self._step()
-            self._failures = 0
+            self._retry.over()
         except errors.Unavailable as exc:
             if self._source.closed:
                 raise
-            self._failures += 1
-            self._log.warning("subscription waits", error=exc.message)
             await self.close()
-            await asyncio.sleep(backoff(self._failures))
+            await self._retry.pause(exc)
 
     async def _step(self) -> None:
         feed = await self._opened_feed()
@@ -218,3 +215,119 @@ async def _received(feed: EventFeed) -> list[TopicEvent]:
             return await feed.receive(CHUNK)
     except TimeoutError:
         return []
+
+
+# --- Order: each offset once, none left out ------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Offsets of a partition, first and last included, that later ones arrived before."""
+
+    partition: int
+    first: int
+    last: int
+
+
+class Ordering:
+    """Passes events on in offset order per partition, and holds back what lies beyond a gap.
+
+    `reached` has the last offset of each partition that was passed on; None
+    says to begin with whatever comes first.
+    """
+
+    def __init__(self, reached: Mapping[int, int | None]) -> None:
+        self._reached = dict(reached)
+        self._held: dict[int, dict[int, StoredEvent]] = {partition: {} for partition in reached}
+
+    @property
+    def reached(self) -> Mapping[int, int | None]:
+        """The last offset of each partition that was passed on."""
+        return self._reached
+
+    @property
+    def held(self) -> int:
+        """How many events are held back."""
+        return sum(map(len, self._held.values()))
+
+    def offer(self, events: Iterable[StoredEvent]) -> list[StoredEvent]:
+        """Take events as they come; return those whose turn it is."""
+        return [ready for event in events for ready in self._offer(event)]
+
+    def _offer(self, event: StoredEvent) -> list[StoredEvent]:
+        reached = self._reached[event.partition]
+        if reached is None:
+            reached = self._reached[event.partition] = event.offset - 1
+        if event.offset <= reached:
+            return []
+        self._held[event.partition][event.offset] = event
+        return self._release(event.partition, reached)
+
+    def _release(self, partition: int, reached: int) -> list[StoredEvent]:
+        held = self._held[partition]
+        released: list[StoredEvent] = []
+        while event := held.pop(reached + 1, None):
+            released.append(event)
+            reached += 1
+        self._reached[partition] = reached
+        return released
+
+    def gaps(self) -> list[Gap]:
+        """Return what is missing before the events held back, by partition."""
+        return [
+            Gap(partition, (self._reached[partition] or 0) + 1, min(held) - 1)
+            for partition, held in self._held.items()
+            if held
+        ]
+
+    def forget_held(self) -> None:
+        """Drop what is held back: it will come again."""
+        for held in self._held.values():
+            held.clear()
+
+
+# --- Where events come from ----------------------------------------------------
+
+
+class EventSource:
+    """Reads a service's events; `closed` says that its client was."""
+
+    def __init__(self, broker: Broker, storage: Storage | None, partitions: int) -> None:
+        self._broker = broker
+        self._storage = storage
+        self.partitions = range(partitions)
+        self.closed = False
+
+    @property
+    def has_store(self) -> bool:
+        """Whether every event there is can be read, not only what the topic still holds."""
+        return self._storage is not None
+
+    async def log_epoch(self) -> str | None:
+        """Return the epoch that the log has now; None when nobody here can tell."""
+        if self._storage is not None:
+            return (await self._storage.info()).log_epoch
+        topology = await self._broker.topology()
+        return None if topology is None else topology.log_epoch
+
+    async def ends(self) -> Mapping[int, int | None]:
+        """Return the last offset of each partition; None where nobody here can tell."""
+        if self._storage is not None:
+            heads = await self._storage.events.heads()
+            return {partition: heads.get(partition, 0) for partition in self.partitions}
+        return {partition: await self._broker.topic_end(partition) for partition in self.partitions}
+
+    async def topic_repeats(self) -> bool:
+        """Tell whether a new feed delivers again what the topic holds; a queue would not."""
+        return await self._broker.topic_end(0) is not None
+
+    async def feed(self, reached: Mapping[int, int | None]) -> EventFeed:
+        """Subscribe to the topic."""
+        return await self._broker.subscribe(
+            {partition: offset or 0 for partition, offset in reached.items()}
+        )
+
+    async def read(self, partition: int, after: int, limit: int) -> list[StoredEvent]:
+        """Read the store's log; only where there is a store."""
+        assert self._storage is not None  # noqa: S101 - see has_store
+        return await self._storage.events.read_log(partition, after, limit)

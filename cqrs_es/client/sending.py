@@ -1,14 +1,25 @@
-"""Sending in batches that come from concurrency: what is asked for meanwhile goes together."""
+"""Sending commands, and receiving their outcomes.
+
+Batches come from concurrency: what is asked for meanwhile goes together. One
+inbox serves all commands of a client that wait for their outcomes.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import contextlib
+import secrets
+from collections import defaultdict, deque
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import structlog
+
 from cqrs_es import errors, wire
 from cqrs_es.cloudevents import timestamp
+from cqrs_es.execution.retry import Retry
 from cqrs_es.ports.broker import OutgoingCommand
 from cqrs_es.types import shown, utc_now
 
@@ -16,8 +27,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from datetime import datetime
 
-    from cqrs_es.messages import CommandMessage
-    from cqrs_es.ports.broker import Broker
+    from cqrs_es.messages import CommandMessage, Outcome
+    from cqrs_es.ports.broker import Broker, ReplyInbox
+
+log = structlog.get_logger("cqrs_es.client")
 
 SENT_AT_ONCE: Final = 500
 BYTES_AT_ONCE: Final = 4 * 1024 * 1024
@@ -148,3 +161,76 @@ def outgoing(
         raise errors.InvalidMessage(f"the message is not JSON: {shown(str(exc))}") from exc
     checked = wire.parse_sent(body, now, max_bytes)
     return OutgoingCommand(checked.key.partition(partitions), checked.id, body)
+
+
+class Replies:
+    """Reads the replies to a name of its own, and hands each to who waits for that command."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.reply_to = f"client-{secrets.token_hex(12)}"
+        self._broker = broker
+        self._inbox: ReplyInbox | None = None
+        self._opening = asyncio.Lock()
+        self._reading: asyncio.Task[None] | None = None
+        self._waiting: defaultdict[str, list[asyncio.Future[Outcome]]] = defaultdict(list)
+
+    async def opened(self) -> ReplyInbox:
+        """Make sure that the replies to what is sent from now on are read."""
+        async with self._opening:
+            if self._inbox is None:
+                self._inbox = await self._broker.open_replies(self.reply_to)
+            if self._reading is None:
+                self._reading = asyncio.create_task(self._read_forever())
+            return self._inbox
+
+    @contextmanager
+    def expecting(self, command_id: str) -> Generator[asyncio.Future[Outcome]]:
+        """Lend a future of a command's outcome; who came first gets the first reply."""
+        outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._waiting[command_id].append(outcome)
+        try:
+            yield outcome
+        finally:
+            self._no_longer(command_id, outcome)
+
+    def _no_longer(self, command_id: str, outcome: asyncio.Future[Outcome]) -> None:
+        waiting = self._waiting[command_id]
+        waiting.remove(outcome)
+        if not waiting:
+            del self._waiting[command_id]
+
+    async def _read_forever(self) -> None:
+        retry = Retry(log, "replies unreadable", bears=Exception)  # nobody else would read on
+        while True:
+            async with retry:
+                try:
+                    inbox = await self.opened()
+                    self._hand_out(await inbox.receive())
+                except Exception:
+                    await self._drop_inbox()
+                    raise
+
+    def _hand_out(self, body: bytes) -> None:
+        try:
+            outcome = wire.decode_outcome(body)
+        except errors.UndecodableRow as exc:
+            log.warning("reply ignored", error=exc.message)
+            return
+        waiting = self._waiting.get(outcome.command_id, ())
+        first = next((future for future in waiting if not future.done()), None)
+        if first is not None:
+            first.set_result(outcome)
+
+    async def _drop_inbox(self) -> None:
+        inbox, self._inbox = self._inbox, None
+        if inbox is not None:
+            with contextlib.suppress(errors.BrokerUnavailable):
+                await inbox.close()
+
+    async def close(self) -> None:
+        """Read no more."""
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait([self._reading])
+            self._reading = None
+        await self._drop_inbox()

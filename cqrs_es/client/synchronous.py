@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from datetime import datetime
     from types import TracebackType
 
-    from cqrs_es.client.cursors import Cursor
-    from cqrs_es.client.subscription import Begin, Event, Subscription
+    from cqrs_es.client.subscription import Begin, Cursor, Event, Subscription
     from cqrs_es.commands import AggregateName, CommandOptions, Payload
     from cqrs_es.messages import CommandMessage, Outcome
 

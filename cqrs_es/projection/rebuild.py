@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import structlog
 
 from cqrs_es import errors
-from cqrs_es.execution.retry import backoff
+from cqrs_es.execution.retry import Retry
 from cqrs_es.projection.applying import READ_LIMIT, Applier
 from cqrs_es.projection.folding import folding_for
 from cqrs_es.projection.generations import (
@@ -244,16 +244,8 @@ class Rebuild:
 
         A locked SQLite file is no server: `StoreLocked` is raised.
         """
-        failures = 0
-        while True:
-            try:
-                return await work()
-            except errors.StoreLocked:
-                raise
-            except errors.Unavailable as exc:
-                failures += 1
-                log.warning("waiting for the store", view=self._name, error=exc.message)
-                await asyncio.sleep(backoff(failures))
+        retry = Retry(log.bind(view=self._name), "waiting for the store", never=errors.StoreLocked)
+        return await retry.wait_out(work)
 
     def _report(self, folding: Folding) -> None:
         if self._on_progress is None:

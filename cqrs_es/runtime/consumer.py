@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from cqrs_es import errors, wire
-from cqrs_es.execution.retry import backoff
+from cqrs_es.execution.retry import Retry
 from cqrs_es.ports.broker import OutgoingReply
 from cqrs_es.ports.dead_letters import DeadLetter
 from cqrs_es.ports.store import IMMEDIATELY, ScheduledCommand
@@ -202,18 +202,19 @@ class CommandWorker(Role):
 
         A broker that fails here does not keep the partition from being worked on.
         """
-        attempt = 0
+        retry = Retry(
+            log,
+            "dead letters not imported",
+            bears=errors.BrokerUnavailable,
+            clock=self._process.clock,
+        )
         while True:
-            try:
+            async with retry:
                 intake = await self._process.broker.open_dead_intake(consumer)
                 if intake is None:
                     return
-                attempt = 0
+                retry.over()
                 await self._import_from(intake)
-            except errors.BrokerUnavailable as exc:
-                attempt += 1
-                log.warning("dead letters not imported", error=exc.message)
-                await self._process.clock.sleep(backoff(attempt))
 
     async def _import_from(self, intake: CommandIntake) -> None:
         try:

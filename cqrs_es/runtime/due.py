@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from cqrs_es import errors
-from cqrs_es.execution.retry import backoff
+from cqrs_es.execution.retry import Retry
 from cqrs_es.ports.broker import ANY_SIZE, CommandIntake, Delivery
 from cqrs_es.ports.store import IMMEDIATELY
 from cqrs_es.runtime.waiting import within
@@ -95,19 +95,12 @@ class Timetable:
 
     async def run(self) -> None:
         """Look for ever; meant to be cancelled. Raises `StoreUnusable`."""
-        failures = 0
+        retry = Retry(log, "due commands unreadable", bears=errors.CqrsError)
         while True:
             self._look_now.clear()
-            try:
+            async with retry:
                 seconds = await self._look()
-                failures = 0
-            except errors.StoreUnusable:
-                raise
-            except errors.CqrsError as exc:
-                failures += 1
-                seconds = backoff(failures)
-                log.warning("due commands unreadable", error=exc.message)
-            await within(seconds, self._look_now.wait())
+                await within(seconds, self._look_now.wait())
 
     async def _look(self) -> float:
         """Wake who has something due; return after how many seconds to look again."""

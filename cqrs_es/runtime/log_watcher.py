@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from cqrs_es import errors
-from cqrs_es.execution.retry import backoff
+from cqrs_es.execution.retry import Retry
 from cqrs_es.runtime.waiting import within
 
 if TYPE_CHECKING:
@@ -76,17 +76,10 @@ class LogWatcher:
 
     async def run(self) -> None:
         """Watch for ever; meant to be cancelled. Raises `StoreUnusable`."""
-        failures = 0
+        retry = Retry(log, "heads unreadable", bears=errors.CqrsError)
         while True:
-            try:
+            async with retry:
                 await self._look()
-                failures = 0
-            except errors.StoreUnusable:
-                raise
-            except errors.CqrsError as exc:
-                failures += 1
-                log.warning("heads unreadable", error=exc.message)
-                await asyncio.sleep(backoff(failures))
             # Commits of this process are noticed at once.
             await within(self._pause(), self._poked.wait())
             self._poked.clear()

@@ -17,8 +17,7 @@ from redis.asyncio import Redis
 
 from cqrs_es import Aggregate, command, errors
 from cqrs_es.client import Client, FileCursor, SyncClient, new_command
-from cqrs_es.client.replies import Replies
-from cqrs_es.client.sending import outgoing
+from cqrs_es.client.sending import Replies, outgoing
 from cqrs_es.messages import Status
 from cqrs_es.ports.broker import OutgoingCommand
 from cqrs_es.settings import Settings

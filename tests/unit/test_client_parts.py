@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cqrs_es import errors
 from cqrs_es.client import FileCursor, Position
-from cqrs_es.client.ordering import Gap, Ordering
+from cqrs_es.client.following import Gap, Ordering
 from cqrs_es.messages import StoredEvent
 from cqrs_es.types import AggregateKey, utc_now
 
