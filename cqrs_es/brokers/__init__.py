@@ -51,6 +51,5 @@ def _adapter_for(url: str) -> _Adapter:
     scheme, separator, _ = url.partition("://")
     if not separator or scheme not in _ADAPTERS:
         known = ", ".join(f"{name}://" for name in _ADAPTERS)
-        message = f"CQRS_ES_BROKER_URL must begin with one of {known}"
-        raise errors.SettingsError(message)
+        raise errors.SettingsError(f"CQRS_ES_BROKER_URL must begin with one of {known}")
     return _ADAPTERS[scheme]

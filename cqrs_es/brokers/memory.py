@@ -103,8 +103,7 @@ class MemoryBroker(Broker):
     async def publish(self, partition: int, log_epoch: str, events: Sequence[OutgoingEvent]) -> int:
         """Append what the stream does not have yet, unless that would leave a gap."""
         if self._epoch not in {None, log_epoch}:
-            message = f"the topic is of epoch {self._epoch} now, not of {log_epoch}"
-            raise errors.LeaseLost(message)
+            raise errors.LeaseLost(f"the topic is of epoch {self._epoch} now, not of {log_epoch}")
         self._epoch = log_epoch
         end = self._topic[partition].append(events, self._retention)
         for feed in self._feeds():

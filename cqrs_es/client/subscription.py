@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, TypeAlias
 import msgspec
 import orjson
 
-from cqrs_es import errors
+from cqrs_es import errors, registry
 from cqrs_es.client.following import Follower
 from cqrs_es.messages import Envelope, StoredEvent
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from cqrs_es.client.following import EventSource
 
 Event: TypeAlias = Envelope[dict[str, Any]]
@@ -77,7 +75,7 @@ class Subscription:
             await self._progress.save()
             await self._follower.get_more()
             self._progress.follow(self._follower.epoch)
-        return _envelope(event)
+        return registry.envelope_of(event, orjson.loads(event.payload))
 
     def finish(self) -> None:
         """Count the event in hand as handled."""
@@ -180,22 +178,6 @@ async def _first(source: EventSource, begin: Begin) -> dict[int, int | None]:
     if begin == "end":
         return dict(await source.ends())
     return dict.fromkeys(source.partitions, 0)
-
-
-def _envelope(event: StoredEvent) -> Event:
-    return Envelope(
-        aggregate_type=event.key.type,
-        aggregate_id=event.key.id,
-        sequence=event.sequence,
-        data=orjson.loads(event.payload),
-        event_type=event.event_type,
-        event_version=event.event_version,
-        metadata=orjson.loads(event.metadata),
-        command_id=event.command_id,
-        recorded_at=event.recorded_at,
-        partition=event.partition,
-        offset=event.offset,
-    )
 
 
 def _now() -> float:

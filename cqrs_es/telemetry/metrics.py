@@ -1,8 +1,7 @@
 """Which metrics there are, what the work tells of itself, and the numbers kept of it.
 
-The numbers are plain ones, from which `exposition` makes what Prometheus reads.
-
-A counter of prometheus-client costs 0.2 µs and a histogram 0.6 µs per call;
+The numbers are plain ones, from which `exposition` makes what Prometheus reads:
+a counter of prometheus-client costs 0.2 µs and a histogram 0.6 µs per call;
 these cost 0.1 µs each. Only one thread, the event loop's, writes and reads.
 """
 

@@ -422,8 +422,7 @@ class FrameReader:
         begin = self._at + _START.size
         end = begin + size
         if self._data[end] != _END:
-            message = "what the server sent is not AMQP"
-            raise ConnectionError(message)
+            raise ConnectionError("what the server sent is not AMQP")
         self._at = end + 1
         return kind, channel, self._data[begin:end]
 
@@ -432,8 +431,7 @@ class FrameReader:
             raise TimeoutError
         received = self._socket.recv(RECEIVE_BYTES)
         if not received:
-            message = "the server closed the connection"
-            raise ConnectionResetError(message)
+            raise ConnectionResetError("the server closed the connection")
         self._data = self._data[self._at :] + received
         self._at = 0
 

@@ -252,18 +252,15 @@ def _ask(address: Address) -> list[dict[str, Any]]:
             # The password is for RabbitMQ only, whoever else may listen there.
             status, challenge, _ = _get(connection, path, {})
             if status != http.HTTPStatus.UNAUTHORIZED or REALM not in challenge:
-                message = f"at {where} is no management API of RabbitMQ"
-                raise PoliciesUnseen(message)
+                raise PoliciesUnseen(f"at {where} is no management API of RabbitMQ")
             headers = {"Authorization": f"Basic {credentials}"}
             status, _, body = _get(connection, path, headers)
         finally:
             connection.close()
     except (OSError, OverflowError, http.client.HTTPException, ValueError) as exc:
-        message = f"the management API at {where} does not answer ({exc})"
-        raise PoliciesUnseen(message) from exc
+        raise PoliciesUnseen(f"the management API at {where} does not answer ({exc})") from exc
     if status != http.HTTPStatus.OK:
-        message = f"the user has no tag `management` (the API at {where} says {status})"
-        raise PoliciesUnseen(message)
+        raise PoliciesUnseen(f"the user has no tag `management` (the API at {where} says {status})")
     rows: list[dict[str, Any]] = orjson.loads(body)
     return rows
 

@@ -116,8 +116,7 @@ class RedisBroker(Broker):
         header = [log_epoch, known, self._retention, events[0].offset]
         end: int = await self._publish(keys, [*header, *(event.body for event in events)])
         if end == topic.OTHER_EPOCH:
-            message = f"the topic is of another epoch than {log_epoch}"
-            raise errors.LeaseLost(message)
+            raise errors.LeaseLost(f"the topic is of another epoch than {log_epoch}")
         return end
 
     async def republish(self, partition: int, log_epoch: str, start: int, read: ReadLog) -> int:
@@ -188,8 +187,7 @@ class RedisInbox(ReplyInbox):
         """Wait for one outcome."""
         while not self._read:
             if self._closed:
-                message = "the inbox was closed; open another"
-                raise errors.BrokerUnavailable(message)
+                raise errors.BrokerUnavailable("the inbox was closed; open another")
             await self._fill()
         return self._read.popleft()
 

@@ -125,8 +125,7 @@ class RedisIntake(CommandIntake):
 
     async def _read(self, limit: int, most_bytes: int) -> list[Delivery]:
         if self._closed:
-            message = "the intake was closed; open another"
-            raise errors.BrokerUnavailable(message)
+            raise errors.BrokerUnavailable("the intake was closed; open another")
         wanted: list[str | int] = [self._owner, self._after, limit, most_bytes]
         entries = await self._read_script([self._stream], wanted)
         if entries is None:

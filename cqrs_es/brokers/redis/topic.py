@@ -132,8 +132,7 @@ class RedisFeed(EventFeed):
 
     def _check_open(self) -> None:
         if self._closed:
-            message = "the feed was closed; subscribe again"
-            raise errors.BrokerUnavailable(message)
+            raise errors.BrokerUnavailable("the feed was closed; subscribe again")
 
     async def _start_again_where_lost(self) -> None:
         """Go back to the start of streams that end before what was read: they were made anew."""
