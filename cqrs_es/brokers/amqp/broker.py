@@ -13,6 +13,7 @@ from amqp.exceptions import NotFound, PreconditionFailed
 from cqrs_es import errors
 from cqrs_es.brokers.amqp import consuming, publishing, topology
 from cqrs_es.brokers.amqp.connection import BLOCKED, Bridge, Reconnecting, refused_login
+from cqrs_es.brokers.amqp.consuming import Consumer, PrepareQueue
 from cqrs_es.brokers.amqp.driver import Address
 from cqrs_es.ports.broker import Broker, Topology
 
@@ -207,15 +208,21 @@ class AmqpBroker(Broker):
         before = self._intakes.pop(partition, None)
         if before is not None:
             await before.displace()
-        intake = await consuming.open_intake(bridge, self._names, partition, self._prefetch)
-        self._intakes[partition] = intake
+        prepare = partial(topology.existing, name=self._names.queue(partition))
+        prefetch = self._prefetch
+        begun = await Consumer.open(bridge, prepare, prefetch.number, prefetch.check)
+        intake = self._intakes[partition] = consuming.AmqpIntake(begun, partition)
         self._prefetch.consumers = sum(not other.closed for other in self._intakes.values())
         return intake
 
     async def open_dead_intake(self, consumer: str) -> CommandIntake | None:
         """Begin to consume the service's queue of commands that could not be delivered."""
         del consumer
-        return await consuming.open_dead_intake(await self._connections.consuming(), self._names)
+        prepare = partial(topology.existing, name=self._names.dead)
+        return consuming.AmqpDeadIntake(await self._consume(prepare, consuming.LEAST_PREFETCH), 0)
+
+    async def _consume(self, prepare: PrepareQueue, prefetch: int) -> Consumer:
+        return await Consumer.open(await self._connections.consuming(), prepare, prefetch)
 
     async def publish(self, partition: int, log_epoch: str, events: Sequence[OutgoingEvent]) -> int:
         """Publish events, each as often as it is given; the server can't tell an epoch."""
@@ -235,8 +242,8 @@ class AmqpBroker(Broker):
 
     async def subscribe(self, after: Mapping[int, int]) -> EventFeed:
         """Receive these partitions' events from now on; what was before is in the store."""
-        bridge = await self._connections.consuming()
-        return await consuming.subscribe(bridge, self._names, list(after))
+        prepare = partial(topology.declare_feed, names=self._names, partitions=list(after))
+        return consuming.AmqpFeed(await self._consume(prepare, consuming.FEED_PREFETCH))
 
     async def reply(self, replies: Sequence[OutgoingReply]) -> None:
         """Publish outcomes to the queues of their senders, and wait for nothing."""
@@ -246,9 +253,9 @@ class AmqpBroker(Broker):
         publishers.replies.post([publishing.reply_message(self._names, reply) for reply in replies])
 
     async def open_replies(self, reply_to: str) -> ReplyInbox:
-        """Begin to receive a sender's replies."""
-        bridge = await self._connections.consuming()
-        return await consuming.open_inbox(bridge, self._names, reply_to)
+        """Make or empty a sender's queue, and begin to consume it."""
+        prepare = partial(topology.declare_replies, names=self._names, reply_to=reply_to)
+        return consuming.AmqpInbox(await self._consume(prepare, consuming.REPLIES_PREFETCH))
 
     # --- Depth -----------------------------------------------------------------
 

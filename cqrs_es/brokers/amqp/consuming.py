@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import itertools
 import re
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 import structlog
 
 from cqrs_es import errors
-from cqrs_es.brokers.amqp import topology
 from cqrs_es.ports.broker import (
     ANY_SIZE,
     CommandIntake,
@@ -39,7 +37,6 @@ from cqrs_es.ports.broker import (
 if TYPE_CHECKING:
     from cqrs_es.brokers.amqp.connection import Bridge
     from cqrs_es.brokers.amqp.driver import Channel, Connection, IncomingMessage
-    from cqrs_es.brokers.amqp.topology import Names
 
 log = structlog.get_logger("cqrs_es.amqp")
 
@@ -363,26 +360,6 @@ class AmqpDeadIntake(AmqpIntake):
         return {"reason": _reason(message), **super()._headers(message)}
 
 
-async def open_intake(
-    bridge: Bridge, names: Names, partition: int, prefetch: Prefetch
-) -> AmqpIntake:
-    """Begin to consume a partition's queue, when the server lets us."""
-    prepare = partial(_existing, names.queue(partition))
-    opening = Consumer.open(bridge, prepare, prefetch.number, prefetch.check)
-    return AmqpIntake(await opening, partition)
-
-
-async def open_dead_intake(bridge: Bridge, names: Names) -> AmqpDeadIntake:
-    """Begin to consume what was dead-lettered, or sent to no partition."""
-    prepare = partial(_existing, names.dead)
-    return AmqpDeadIntake(await Consumer.open(bridge, prepare, LEAST_PREFETCH), 0)
-
-
-def _existing(queue: str, channel: Channel) -> str:
-    topology.check_queue(channel, queue)
-    return queue
-
-
 def acknowledgements(
     unsettled: Iterable[int], settled: Iterable[int]
 ) -> Iterator[tuple[int, bool]]:
@@ -424,17 +401,6 @@ def _text(value: object) -> str:
 # --- Events --------------------------------------------------------------------
 
 
-async def subscribe(bridge: Bridge, names: Names, partitions: Sequence[int]) -> AmqpFeed:
-    """Bind a queue of our own to these partitions, and begin to consume it."""
-    prepare = partial(
-        topology.declare_feed,
-        names=names,
-        subscriber=uuid.uuid4().hex,
-        partitions=list(partitions),
-    )
-    return AmqpFeed(await Consumer.open(bridge, prepare, FEED_PREFETCH))
-
-
 class AmqpFeed(EventFeed):
     """One subscriber's queue; it is gone when this is closed."""
 
@@ -466,12 +432,6 @@ def _events(arrived: Sequence[Arrived]) -> Iterator[TopicEvent]:
 
 
 # --- Replies -------------------------------------------------------------------
-
-
-async def open_inbox(bridge: Bridge, names: Names, reply_to: str) -> AmqpInbox:
-    """Make or empty a sender's queue, and begin to consume it."""
-    prepare = partial(topology.declare_replies, names=names, reply_to=reply_to)
-    return AmqpInbox(await Consumer.open(bridge, prepare, REPLIES_PREFETCH))
 
 
 class AmqpInbox(ReplyInbox):

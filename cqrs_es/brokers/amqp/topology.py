@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import http.client
 import ssl
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -151,14 +152,20 @@ def check_queue(channel: Channel, name: str) -> int:
     return waiting
 
 
+def existing(channel: Channel, name: str) -> str:
+    """Return a queue's name; raises as `check_queue` does."""
+    check_queue(channel, name)
+    return name
+
+
 def check_queues(channel: Channel, names: Sequence[str]) -> list[int]:
     """Return how many messages wait in each of these queues; raises as `check_queue` does."""
     return [check_queue(channel, name) for name in names]
 
 
-def declare_feed(channel: Channel, names: Names, subscriber: str, partitions: list[int]) -> str:
-    """Create a subscriber's queue, which is gone when its connection or consumer is."""
-    queue = names.feed(subscriber)
+def declare_feed(channel: Channel, names: Names, partitions: list[int]) -> str:
+    """Create a subscriber's own queue, which is gone when its connection or consumer is."""
+    queue = names.feed(uuid.uuid4().hex)
     arguments = {"x-max-length": FEED_LENGTH, "x-overflow": "drop-head"}
     channel.queue_declare(queue, exclusive=True, auto_delete=True, arguments=arguments)
     for partition in partitions:
