@@ -136,6 +136,8 @@ class ScheduledCommand(msgspec.Struct, frozen=True, kw_only=True):
 
 
 SECRET_BYTES: Final = 32
+HELD_BACK: Final = "$held_back"
+"""Under this name, as a projector's, those are parked whose rows are held back."""
 IMMEDIATELY: Final = datetime(1970, 1, 1, tzinfo=UTC)
 """When a command is due that is to be decided at once: before any clock's time."""
 

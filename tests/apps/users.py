@@ -13,11 +13,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
+from typing import TYPE_CHECKING
 
 import orjson
 
-from cqrs_es import Aggregate, command, event
+from cqrs_es import Aggregate, command, errors, event
 from cqrs_es.application import Application
+from cqrs_es.types import new_command_id
+
+if TYPE_CHECKING:
+    from cqrs_es.messages import Outcome
+    from cqrs_es.opened import OpenApplication
 
 ADDRESSES = tuple(f"{name}@x.org" for name in ("ada", "bob", "cid", "dan", "eve"))
 USERS = 4
@@ -73,10 +79,20 @@ async def register(prefix: str, users: int, email: str) -> None:
     """Register users with one address at once; print how many outcomes of each kind there are."""
     async with app.open() as opened:
         outcomes = await asyncio.gather(
-            *(opened.execute(User, f"{prefix}-{n}", Register(email)) for n in range(users))
+            *(answered(opened, f"{prefix}-{n}", Register(email)) for n in range(users))
         )
     kinds = Counter(o.error.code if o.error else o.status.value for o in outcomes)
     sys.stdout.write(orjson.dumps(kinds).decode())
+
+
+async def answered(opened: OpenApplication, user: str, command: Register) -> Outcome:
+    """Execute a command, again while so many want one SQLite file that its lock is not had."""
+    command_id = new_command_id()
+    while True:
+        try:
+            return await opened.execute(User, user, command, command_id=command_id)
+        except errors.StoreUnavailable:
+            continue
 
 
 async def change(prefix: str, seed: str) -> None:

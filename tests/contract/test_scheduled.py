@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+import dataclasses
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
+from msgspec.structs import replace
 
 from cqrs_es import errors
 from cqrs_es.ports.store import IMMEDIATELY, Committed, Conflicted, ScheduledCommand
 from cqrs_es.stores.append_plan import MOST_TIMERS
 from cqrs_es.types import AggregateKey, new_command_id
-from tests.contract.building import NOW, PARTITIONS, accepted, account_in, chain, commit, event
+from tests.contract.building import (
+    NOW,
+    PARTITIONS,
+    accepted,
+    account_in,
+    chain,
+    commit,
+    event,
+    failed,
+)
+from tests.stores import on_dynamodb, on_sql
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.store import Chain, DecidedCommand
     from tests.contract.conftest import Database
-
-pytestmark = pytest.mark.parametrize(
-    "store_url", ["memory", "sqlite", "mysql", "postgres"], indirect=True
-)
 
 TARGET = account_in(1)
 HOUR = timedelta(hours=1)
@@ -257,11 +264,23 @@ async def test_a_timer_that_fires_may_set_itself_again(storage: Storage) -> None
     first, second = row(timer="t"), row(HOUR, timer="t")
     await commit(storage, chain(TARGET, 0, causing(0, first)))
     decided = causing(1, second)
-    outcome = replace(decided.outcome, command_id=first.command_id)
+    outcome = dataclasses.replace(decided.outcome, command_id=first.command_id)
     await commit(storage, chain(TARGET, 1, replace(decided, outcome=outcome, scheduled=True)))
     assert await ids(storage) == [second.command_id]
 
 
+@on_dynamodb
+async def test_rows_that_no_transaction_holds_are_refused(storage: Storage) -> None:
+    """They count among the hundred items: over it, nothing of the command is written."""
+    fitting, too_many = ([row(key=account_in(2)) for _ in range(n)] for n in (45, 50))
+    with pytest.raises(errors.TooLarge, match="of which it takes 100"):
+        await storage.events.append([chain(TARGET, 0, causing(0, *too_many))], NOW)
+    assert await ids(storage) == []
+    await commit(storage, chain(TARGET, 0, causing(0, *fitting)))
+    assert len(await ids(storage)) == 45
+
+
+@on_sql
 async def test_an_aggregate_has_a_thousand_timers_at_most(storage: Storage) -> None:
     """One more is refused, having written nothing; one of them set anew, or in place, is not."""
     timers = [row(HOUR, timer=f"t{number}") for number in range(MOST_TIMERS)]
@@ -285,7 +304,7 @@ async def test_a_row_is_decided_or_cancelled(database: Database) -> None:
     for attempt in range(40):
         timer = row(timer="t")
         set_it = replace(causing(base, timer), events=())
-        outcome = replace(set_it.outcome, sequence=base, events=())
+        outcome = dataclasses.replace(set_it.outcome, sequence=base, events=())
         await commit(one, chain(TARGET, base, replace(set_it, outcome=outcome)))
         ending = chain(TARGET, base, causing(base, cancels=("t",)))
         by_hand = attempt % 2 == 0
@@ -313,3 +332,58 @@ async def test_a_row_is_decided_or_cancelled(database: Database) -> None:
         assert bool(await one.events.find_outcomes([timer.command_id])) == decided
         assert await ids(one) == []
     assert (await one.events.heads())[1] == base
+
+
+# --- Held back ---------------------------------------------------------------
+
+
+async def test_a_failed_command_holds_back_what_is_for_its_target(storage: Storage) -> None:
+    """Rows for it, older and newer, are not there until its outcome is replaced; others are."""
+    events = storage.events
+    first, later, other = row(), row(), row(key=account_in(2))
+    await events.schedule([first, later, other])
+    refused = replace(failed(TARGET, command_id=first.command_id), holds_back=True)
+    await commit(storage, chain(TARGET, 0, replace(refused, scheduled=True)))
+    newest = row()
+    await events.schedule([newest])
+    rows = [later, newest, other]
+
+    async def due() -> set[str]:
+        return {r.command_id for p in range(PARTITIONS) for r in await events.due(p, 10)}
+
+    assert await due() == {other.command_id}
+    assert await events.next_due([1]) == {}
+    assert await events.count_due(range(PARTITIONS)) == {2: 1}
+    assert set(await events.find_scheduled([r.command_id for r in rows])) == {other.command_id}
+    assert await events.append([consuming(later)], NOW) == [Conflicted(0)]
+    assert len(await ids(storage)) == 3
+
+    decided = accepted(TARGET, 0, command_id=first.command_id, replaces_failed=True)
+    await commit(storage, chain(TARGET, 0, replace(decided, holds_back=True)))
+    assert await due() == {r.command_id for r in rows}
+    assert set(await events.next_due(range(PARTITIONS))) == {1, 2}
+    await commit(storage, consuming(later))
+
+
+class GaveUpError(Exception):
+    """What ends a transaction."""
+
+
+async def test_rows_are_added_in_the_transaction_that_moves_a_checkpoint(storage: Storage) -> None:
+    """Both are there when it has committed, neither when it was rolled back."""
+    caused = row()
+
+    async def react(*, fail: bool) -> None:
+        async with storage.views.transaction() as transaction:
+            await transaction.advance("$reactor", 0, 0, 5)
+            await transaction.schedule([caused])
+            if fail:
+                raise GaveUpError
+
+    with pytest.raises(GaveUpError):
+        await react(fail=True)
+    assert await ids(storage) == []
+    await react(fail=False)
+    assert await storage.events.list_scheduled(None, 10) == [caused]
+    assert await storage.views.checkpoints("$reactor") == {0: 5}
+    await commit(storage, consuming(caused))

@@ -108,10 +108,10 @@ def shop() -> Application:
     return app
 
 
-@pytest.mark.parametrize("store", ["memory://", "sqlite:///{folder}/shop.db"])
-async def test_a_command_sends_another_and_sets_a_timer(store: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("store_url", ["memory", "sqlite", "dynamodb"], indirect=True)
+async def test_a_command_sends_another_and_sets_a_timer(store_url: str) -> None:
     """The command is decided; the timer fires when it is due, and not when it was cancelled."""
-    async with TestApp(shop(), settings=Settings(store_url=store.format(folder=tmp_path))) as t:
+    async with TestApp(shop(), settings=Settings(store_url=store_url)) as t:
         for number in range(3):
             await t.send(Purchase, f"p{number}", Order("book"))
         await t.send(Purchase, "p1", Pay())

@@ -18,20 +18,21 @@ from cqrs_es import errors
 from cqrs_es.ports.store import Committed
 from cqrs_es.stores import append_plan
 from cqrs_es.stores.append_plan import AppendState
-from cqrs_es.stores.dynamodb import dead_letters, items, places
+from cqrs_es.stores.dynamodb import dead_letters, items, places, scheduled
 from cqrs_es.stores.dynamodb.actions import ABSENT, check, condition, delete, put, update
 from cqrs_es.stores.dynamodb.failures import ConditionFailed, Contended
 from cqrs_es.stores.dynamodb.fitting import check_fits, cut
 from cqrs_es.stores.dynamodb.table import pause, side_by_side
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from datetime import datetime
 
     from cqrs_es.messages import StoredEvent
     from cqrs_es.ports.store import Chain, ChainResult, Snapshot, StoredOutcome, UniqueKey
     from cqrs_es.stores.append_plan import AppendPlan
     from cqrs_es.stores.dynamodb.actions import Action, Condition, Key
+    from cqrs_es.stores.dynamodb.scheduled import Found
     from cqrs_es.stores.dynamodb.table import Table
     from cqrs_es.types import AggregateKey
 
@@ -42,8 +43,9 @@ MAX_TRIES: Final = 20
 class Appender:
     """Writes chains; appends of one process to one partition queue here, not at the server."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, now: Callable[[], datetime]) -> None:
         self._table = table
+        self._now = now
         self._turns: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def append(
@@ -85,11 +87,16 @@ class Appender:
         self, chains: Sequence[Chain], recorded_at: datetime
     ) -> list[ChainResult]:
         for tries in range(1, MAX_TRIES + 1):
-            state = await self._read(chains)
+            state, found = await self._read(chains)
             plan = append_plan.plan_append(chains, state, recorded_at)
             try:
                 if plan.writes:
-                    await self._table.transact(_actions(chains, state, plan, recorded_at))
+                    await self._table.transact(
+                        [
+                            *_actions(chains, state, plan, recorded_at),
+                            *scheduled.changes(plan, found),
+                        ]
+                    )
             except (ConditionFailed, Contended):
                 await pause(tries)
             else:
@@ -99,22 +106,23 @@ class Appender:
 
     # --- Reading -------------------------------------------------------------
 
-    async def _read(self, chains: Sequence[Chain]) -> AppendState:
+    async def _read(self, chains: Sequence[Chain]) -> tuple[AppendState, Found]:
         """Read what the plan depends on, in any order: the transaction has it all as conditions."""
         ids = append_plan.command_ids(chains)
         head = places.head_key(chains[0].partition)
         snapshots = {places.snapshot_key(k): k for k in append_plan.snapshot_keys(chains)}
         keys = {places.unique_key(key): key for key in append_plan.unique_keys(chains)}
         probes = [key for chain in chains for key in _probes(chain)]
-        small, outcomes = await asyncio.gather(
+        small, outcomes, found = await asyncio.gather(
             self._table.get_many([head, *snapshots, *probes, *keys], *_SMALL),
             self._table.get_many(map(places.outcome_key, ids)),
+            scheduled.find_for(self._table, chains),
         )
         known = {id_: outcomes.get(places.outcome_key(id_)) for id_ in ids}
-        return AppendState(
+        state = AppendState(
             heads={chains[0].partition: small[head]["head"] if head in small else 0},
             versions=await self._versions(chains, frozenset(small)),
-            outcomes={id_: items.outcome_of(found) for id_, found in known.items() if found},
+            outcomes={id_: items.outcome_of(fields) for id_, fields in known.items() if fields},
             snapshot_numbers={
                 key: small[place]["current_snapshot"]
                 for place, key in snapshots.items()
@@ -123,7 +131,11 @@ class Appender:
             holders={
                 key: small[place]["aggregate_id"] for place, key in keys.items() if place in small
             },
+            scheduled=found.free,
+            timers=found.timer_ids,
+            now=self._now(),
         )
+        return state, found
 
     async def _versions(
         self, chains: Sequence[Chain], found: frozenset[object]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cqrs_es import errors
 from cqrs_es.ports.store import EventStore, LoadedAggregate, UniqueKey, page_size
-from cqrs_es.stores.dynamodb import items, log, places
+from cqrs_es.stores.dynamodb import items, log, places, scheduled
 from cqrs_es.stores.dynamodb.actions import condition, delete, found_key, update
 from cqrs_es.stores.dynamodb.appending import Appender
 from cqrs_es.stores.dynamodb.failures import ConditionFailed
 from cqrs_es.stores.dynamodb.table import side_by_side
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from datetime import datetime
 
     from cqrs_es.messages import StoredEvent
@@ -29,19 +29,15 @@ if TYPE_CHECKING:
     from cqrs_es.types import AggregateKey
 
 
-_NO_SCHEDULE: Final = errors.StoreError(
-    "DynamoDB keeps no scheduled commands yet: use PostgreSQL, MySQL or SQLite"
-)
-
-
 class DynamoEvents(EventStore):
     """The log, outcomes and snapshots in a table."""
 
     look_seconds: ClassVar[float] = 0.5
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Table, now: Callable[[], datetime]) -> None:
         self._table = table
-        self._appender = Appender(table)
+        self._now = now
+        self._appender = Appender(table, now)
         self._known_partitions: int | None = None
 
     async def load(self, requests: Sequence[LoadRequest]) -> list[LoadedAggregate]:
@@ -66,8 +62,6 @@ class DynamoEvents(EventStore):
         """Write what passes its checks, each chain in one transaction."""
         if not chains:
             return []
-        if any(command.causes or command.scheduled for c in chains for command in c.commands):
-            raise _NO_SCHEDULE
         return await self._appender.append(chains, recorded_at, await self._partitions())
 
     async def find_outcomes(self, command_ids: Collection[str]) -> dict[str, StoredOutcome]:
@@ -145,46 +139,40 @@ class DynamoEvents(EventStore):
     # --- Scheduled commands --------------------------------------------------
 
     async def schedule(self, commands: Sequence[ScheduledCommand]) -> None:
-        """Refuse."""
-        del commands
-        raise _NO_SCHEDULE
+        """Add rows; an id that has a row or an outcome already is passed over."""
+        await scheduled.add(self._table, commands)
 
     async def find_scheduled(self, command_ids: Collection[str]) -> dict[str, ScheduledCommand]:
-        """Return nothing."""
-        del command_ids
-        return {}
+        """Look up the rows of those ids that have one, but for those that are held back."""
+        return await scheduled.find(self._table, command_ids)
 
     async def due(self, partition: int, limit: int) -> list[ScheduledCommand]:
-        """Return nothing."""
-        del partition, limit
-        return []
+        """Read up to `limit` rows of a partition that are due by this process's clock."""
+        return await scheduled.due(self._table, partition, self._now(), limit)
 
     async def next_due(self, partitions: Collection[int]) -> dict[int, float]:
-        """Return nothing."""
-        del partitions
-        return {}
+        """Return, for each partition that has rows, the seconds until the first is due."""
+        return await scheduled.next_due(self._table, partitions, self._now())
 
     async def count_due(self, partitions: Collection[int]) -> dict[int, int]:
-        """Return nothing."""
-        del partitions
-        return {}
+        """Return, for each partition that has any, how many rows are due."""
+        return await scheduled.count_due(self._table, partitions, self._now())
 
     async def unschedule(self, command_ids: Collection[str]) -> set[str]:
-        """Return nothing."""
-        del command_ids
-        return set()
+        """Delete rows; return the ids of those there were."""
+        return await scheduled.remove(self._table, command_ids)
 
     async def hasten(self, command_ids: Collection[str]) -> set[str]:
-        """Return nothing."""
-        del command_ids
-        return set()
+        """Make rows due now, behind what was due before; return the ids of those there were."""
+        return await scheduled.hasten(self._table, command_ids, self._now())
 
     async def list_scheduled(
         self, after: tuple[datetime, str] | None, limit: int, key: AggregateKey | None = None
     ) -> list[ScheduledCommand]:
-        """Return nothing."""
-        del after, limit, key
-        return []
+        """Read up to `limit` rows in the order of `due`."""
+        count = await self._partitions()
+        numbers = range(count) if key is None else [key.partition(count)]
+        return await scheduled.page(self._table, numbers, after, limit, key)
 
     # --- The log -------------------------------------------------------------
 

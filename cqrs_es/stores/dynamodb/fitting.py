@@ -46,7 +46,8 @@ def cut(chains: Sequence[Chain]) -> list[list[Chain]]:
 
 def _too_large(what: str) -> errors.TooLarge:
     return errors.TooLarge(
-        f"the result needs a transaction of DynamoDB with {what}: yield fewer or smaller events"
+        f"the result needs a transaction of DynamoDB with {what}:"
+        " yield fewer or smaller events or commands"
     )
 
 
@@ -75,3 +76,16 @@ def _sizes_around(command: DecidedCommand) -> Iterator[int]:
         yield _OVERHEAD_BYTES + len(letter.body) + len(letter.reason.encode()) + headers
     elif command.replaces_failed:
         yield _OVERHEAD_BYTES
+    yield from _sizes_of_rows(command)
+
+
+def _sizes_of_rows(command: DecidedCommand) -> Iterator[int]:
+    """Each row has one pointer, a timer two; where a timer is replaced those of the old one go."""
+    if command.scheduled or command.holds_back:
+        yield from [_OVERHEAD_BYTES] * 4
+    for _ in command.cancels:
+        yield from [_OVERHEAD_BYTES] * 3
+    for row in command.causes:
+        around = _OVERHEAD_BYTES + 2 * len(str(row.key).encode())
+        yield around + len(row.body)
+        yield from [around] * (1 if row.timer is None else 4)

@@ -10,7 +10,7 @@ import orjson
 from cqrs_es import errors
 from cqrs_es.messages import Status, StoredEvent
 from cqrs_es.ports.dead_letters import DeadLetter
-from cqrs_es.ports.store import Snapshot, StoredOutcome
+from cqrs_es.ports.store import ScheduledCommand, Snapshot, StoredOutcome
 from cqrs_es.ports.views import ParkedAggregate, ViewRow
 from cqrs_es.stores.dynamodb import places
 from cqrs_es.types import AggregateKey
@@ -137,6 +137,34 @@ def letter_of(fields: Mapping[str, Any]) -> DeadLetter:
         attempts=fields["attempts"],
         first_seen_at=moment_of(fields["first_seen_at"]),
         last_seen_at=moment_of(fields["last_seen_at"]),
+    )
+
+
+# --- Scheduled commands ------------------------------------------------------
+
+
+def scheduled_fields(row: ScheduledCommand) -> dict[str, Value]:
+    """Write a scheduled command."""
+    return {
+        "log_partition": row.partition,
+        "due_at": moment_text(row.moment),
+        "command_id": row.command_id,
+        "aggregate_type": row.key.type,
+        "aggregate_id": row.key.id,
+        "timer": row.timer or "",
+        "body": row.body.decode(),
+    }
+
+
+def scheduled_of(fields: Mapping[str, Any]) -> ScheduledCommand:
+    """Read a scheduled command."""
+    return ScheduledCommand(
+        command_id=fields["command_id"],
+        key=AggregateKey(fields["aggregate_type"], fields["aggregate_id"]),
+        partition=fields["log_partition"],
+        due=moment_of(fields["due_at"]),
+        body=fields["body"].encode(),
+        timer=fields["timer"] or None,
     )
 
 

@@ -23,6 +23,7 @@ LETTERS: Final = "dead_letters"
 MEMBERS: Final = "members"
 PARKED: Final = "parked"
 TABLES: Final = "tables"
+TIMERS: Final = "timers/"
 PRUNABLE: Final = "prunable"
 """The attribute, and the index over it, of outcomes that may be pruned one day."""
 PRUNING_SHARDS: Final = "0123456789abcdef"
@@ -64,6 +65,26 @@ def outcome_key(command_id: str) -> Key:
 def attempts_key(command_id: str) -> Key:
     """Return the key of the attempts at a command."""
     return Key(f"attempts/{command_id}")
+
+
+def due_key(partition: int, due_at: str, command_id: str) -> Key:
+    """Return the key of a scheduled command, among its partition's in the order of moments."""
+    return Key(f"outgoing/{partition}", f"{due_at} {command_id}")
+
+
+def outgoing_key(command_id: str) -> Key:
+    """Return the key of what points to a scheduled command."""
+    return Key(f"outgoing_ids/{command_id}")
+
+
+def timers_of(key: AggregateKey) -> str:
+    """Name the partition key of what points to an aggregate's timers."""
+    return f"{TIMERS}{key}"
+
+
+def timer_key(key: AggregateKey, name: str) -> Key:
+    """Return the key of what points to the row of an aggregate's timer."""
+    return Key(timers_of(key), name)
 
 
 def keys_of(aggregate_type: str) -> str:
@@ -153,6 +174,12 @@ def entries_between(partition: int, low: int, high: int) -> Condition:
     """Ask for the log's entries that begin at these offsets."""
     text = "#pk = :pk AND #sk BETWEEN :low AND :high"
     return condition(text, pk=f"log/{partition}", low=_number(low), high=_number(high))
+
+
+def due_between(partition: int, low: str, high: str) -> Condition:
+    """Ask for a partition's scheduled commands in between, which none of the two is."""
+    text = "#pk = :pk AND #sk BETWEEN :low AND :high"
+    return condition(text, pk=f"outgoing/{partition}", low=f"{low}!", high=high)
 
 
 def is_at(offset: int) -> Condition:

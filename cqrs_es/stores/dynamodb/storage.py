@@ -41,7 +41,7 @@ class DynamoStorage(Storage):
 
     def __init__(self, table: Table, clock: Clock) -> None:
         self._table = table
-        self.events = DynamoEvents(table)
+        self.events = DynamoEvents(table, clock.now)
         self.views = DynamoViews(table)
         self.leases = DynamoLeases(table, clock)
         self.dead_letters = DynamoDeadLetters(table)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from cqrs_es import errors
 from cqrs_es.ports.views import NO_CHANGES, ViewTransaction
-from cqrs_es.stores.dynamodb import items, places
+from cqrs_es.stores.dynamodb import items, places, scheduled
 from cqrs_es.stores.dynamodb.actions import (
     ABSENT,
     MAX_ACTIONS,
@@ -183,13 +183,13 @@ class DynamoTransaction(ViewTransaction):
             for fields in await self._table.query(where, attributes=("pk", "sk")):
                 self._set(found_key(fields), None)
 
-    # --- Generations ---------------------------------------------------------
-
     async def schedule(self, commands: Sequence[ScheduledCommand]) -> None:
-        """Refuse."""
-        del commands
-        message = "DynamoDB keeps no scheduled commands yet: use PostgreSQL, MySQL or SQLite"
-        raise errors.ConfigurationError(message)
+        """Add rows to `outgoing_commands`."""
+        for command in commands:
+            for key, fields in scheduled.items_of(command).items():
+                self._set(key, dict(fields), ABSENT)
+
+    # --- Generations ---------------------------------------------------------
 
     async def generations(self) -> dict[str, int]:
         """Return the live generation of each view and projector, which must stay so."""

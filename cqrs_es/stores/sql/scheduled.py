@@ -11,10 +11,11 @@ command of it has failed.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from cqrs_es.ports.store import ScheduledCommand
+from msgspec.structs import replace
+
+from cqrs_es.ports.store import HELD_BACK, ScheduledCommand
 from cqrs_es.stores.sql.dialect import marks, utc_moment
 from cqrs_es.stores.sql.session import chunks
 from cqrs_es.stores.sql.tables import OUTGOING, PARKED
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from cqrs_es.stores.sql.session import Row, Session
 
 _IN_ORDER: Final = " ORDER BY due_at, command_id LIMIT ?"
-HELD_BACK: Final = "$held_back"
 _FREE: Final = f"""
     NOT EXISTS (
         SELECT 1 FROM parked WHERE projector = '{HELD_BACK}'
