@@ -23,7 +23,7 @@ from cqrs_es.runtime.log_watcher import LogWatcher
 from cqrs_es.runtime.process import Process, new_owner
 from cqrs_es.runtime.waiting import Recent
 from cqrs_es.settings import Settings
-from cqrs_es.stores import has_sql, storage_for
+from cqrs_es.stores import storage_for
 from cqrs_es.telemetry import logs
 from cqrs_es.telemetry.metrics import NO_METER, Meter
 from cqrs_es.telemetry.tracing import tracing_for
@@ -111,10 +111,9 @@ class Application:
 
         Raises `ConfigurationError` where that leaves out what is needed.
         """
-        if has_sql(settings.store_url or ""):
-            return self
+        storage = make_storage(settings, settings.service or self.service, SystemClock())
         suited = Application(self.service, policy=self.policy)
-        suited.registry = self.registry.without_sql()
+        suited.registry = self.registry.suited(sql=storage.views.sql is not None)
         return suited
 
     # --- Opening -------------------------------------------------------------
@@ -152,7 +151,7 @@ class Application:
         async with AsyncExitStack() as stack:
             storage = storage or _closing(stack, make_storage(settings, service, clock))
             broker = broker or _closing(stack, make_broker(settings, service))
-            registry = self.registry if storage.sql else self.registry.without_sql()
+            registry = self.registry.suited(sql=storage.views.sql is not None)
             await storage.open()
             if reach_broker:
                 await broker.open()

@@ -43,11 +43,13 @@ class Registry:
         self.projections: dict[str, ProjectionDefinition] = {}
         self.left_out: tuple[str, ...] = ()
 
-    def without_sql(self) -> Registry:
-        """Return what runs on a store that has no SQL: `left_out` names what does not.
+    def suited(self, *, sql: bool) -> Registry:
+        """Return what runs on a store that has `sql`, or has not: `left_out` names what does not.
 
         Raises `ConfigurationError` where that is a projector that is needed.
         """
+        if sql:
+            return self
         projectors = [p for p in self.projections.values() if isinstance(p, ProjectorDefinition)]
         needed = [definition.name for definition in projectors if definition.needed]
         if needed:

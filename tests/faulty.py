@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         StoreInfo,
         UniqueKey,
     )
-    from cqrs_es.ports.views import ParkedAggregate, SqlRow, SqlValue, ViewRow, ViewTransaction
+    from cqrs_es.ports.views import ParkedAggregate, SqlTables, ViewRow, ViewTransaction
     from cqrs_es.types import AggregateKey
 
 R = TypeVar("R")
@@ -109,10 +109,6 @@ class FaultyStorage(Storage):
     @property
     def shared(self) -> bool:
         return self._inner.shared
-
-    @property
-    def sql(self) -> bool:
-        return self._inner.sql
 
     async def open(self) -> None:
         await self._inner.open()
@@ -213,6 +209,10 @@ class FaultyViews(ViewStore):
         self._inner = inner
         self._faults = faults
 
+    @property
+    def sql(self) -> SqlTables | None:
+        return self._inner.sql
+
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[ViewTransaction]:
         self._faults.raise_before("transaction")
@@ -220,23 +220,14 @@ class FaultyViews(ViewStore):
             yield transaction
         self._faults.raise_after("transaction")
 
-    async def create_table(self, table: str, columns: str | None = None) -> None:
-        await self._inner.create_table(table, columns)
-
-    async def columns(self, table: str) -> list[str]:
-        return await self._inner.columns(table)
+    async def create_table(self, table: str) -> None:
+        await self._inner.create_table(table)
 
     async def list_tables(self) -> list[str]:
         return await self._inner.list_tables()
 
     async def drop_table(self, table: str) -> None:
         await self._inner.drop_table(table)
-
-    async def publish_table(self, name: str, table: str) -> None:
-        await self._inner.publish_table(name, table)
-
-    async def unpublish_table(self, name: str) -> None:
-        await self._inner.unpublish_table(name)
 
     async def get(self, table: str, view_id: str) -> ViewRow | None:
         return await self._inner.get(table, view_id)
@@ -246,9 +237,6 @@ class FaultyViews(ViewStore):
 
     async def count(self, table: str) -> int:
         return await self._inner.count(table)
-
-    async def query(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
-        return await self._inner.query(sql, parameters)
 
     async def checkpoints(self, projector: str) -> dict[int, int]:
         return await self._inner.checkpoints(projector)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from cqrs_es.ports.views import SqlTables
 from tests.faulty import Faults, FaultyStorage, FaultyViews
+from tests.stores import sql_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping
+    from collections.abc import AsyncGenerator, Mapping, Sequence
 
     from cqrs_es.ports.storage import Storage
-    from cqrs_es.ports.views import ParkedAggregate, ViewStore, ViewTransaction
+    from cqrs_es.ports.views import ParkedAggregate, SqlRow, SqlValue, ViewStore, ViewTransaction
 
 
 class Killed(BaseException):
@@ -29,12 +31,36 @@ class MortalStorage(FaultyStorage):
         self.views = MortalViews(inner.views, self.faults, dies_at)
 
 
-class MortalViews(FaultyViews):
-    """Views to a process that dies."""
+class MortalViews(FaultyViews, SqlTables):
+    """Views, and their SQL, to a process that dies."""
 
     def __init__(self, inner: ViewStore, faults: Faults, dies_at: int) -> None:
         super().__init__(inner, faults)
         self._steps_left = dies_at
+
+    @property
+    def sql(self) -> SqlTables:
+        return self
+
+    async def create(self, table: str, columns: str) -> None:
+        self._step()
+        await sql_of(self._inner).create(table, columns)
+
+    async def columns(self, table: str) -> list[str]:
+        self._step()
+        return await sql_of(self._inner).columns(table)
+
+    async def publish(self, name: str, table: str) -> None:
+        self._step()
+        await sql_of(self._inner).publish(name, table)
+
+    async def unpublish(self, name: str) -> None:
+        self._step()
+        await sql_of(self._inner).unpublish(name)
+
+    async def query(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
+        self._step()
+        return await sql_of(self._inner).query(sql, parameters)
 
     def _step(self) -> None:
         self._steps_left -= 1
@@ -47,13 +73,9 @@ class MortalViews(FaultyViews):
         async with self._inner.transaction() as transaction:
             yield transaction
 
-    async def create_table(self, table: str, columns: str | None = None) -> None:
+    async def create_table(self, table: str) -> None:
         self._step()
-        await super().create_table(table, columns)
-
-    async def columns(self, table: str) -> list[str]:
-        self._step()
-        return await super().columns(table)
+        await super().create_table(table)
 
     async def list_tables(self) -> list[str]:
         self._step()
@@ -62,14 +84,6 @@ class MortalViews(FaultyViews):
     async def drop_table(self, table: str) -> None:
         self._step()
         await super().drop_table(table)
-
-    async def publish_table(self, name: str, table: str) -> None:
-        self._step()
-        await super().publish_table(name, table)
-
-    async def unpublish_table(self, name: str) -> None:
-        self._step()
-        await super().unpublish_table(name)
 
     async def checkpoints(self, projector: str) -> dict[int, int]:
         self._step()

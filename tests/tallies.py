@@ -13,6 +13,7 @@ from cqrs_es.projection.generations import live_name
 from cqrs_es.projection.replay import stored_log
 from cqrs_es.projector import Projector, SqlSession, SqlValue, generation_of, physical_name
 from tests.samples import Added, Counter, Services, Totals
+from tests.stores import sql_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,7 +53,7 @@ def tallying_app() -> Application:
 async def held_by(storage: Storage, key: str) -> Tally[str]:
     """Read what a generation, by its key such as `totals__2`, says of each counter."""
     if key.startswith("sums"):
-        rows = await storage.views.query(f"SELECT counter, total FROM {key}")
+        rows = await sql_of(storage.views).query(f"SELECT counter, total FROM {key}")
         return Tally({str(name): int(total or 0) for name, total in rows})
     page = await storage.views.page(key, limit=10_000)
     return Tally({row.view_id: orjson.loads(row.payload)["total"] for row in page})
@@ -82,7 +83,7 @@ async def check_complete(opened: OpenApplication, name: str) -> int:
     assert {p: checkpoints.get(p, 0) for p in heads} == dict(heads)
     for table, column in {"totals": "view_id", "sums": "counter"}.items():
         if table == name:
-            shown = await opened.storage.views.query(f"SELECT {column} FROM {table}")
+            shown = await sql_of(opened.storage.views).query(f"SELECT {column} FROM {table}")
             held = await held_by(opened.storage, physical_name(name, live))
             assert {str(row[0]) for row in shown} == set(held)
     return live

@@ -78,10 +78,7 @@ class _Checks:
         registry.check()
         aggregates = ", ".join(registry.aggregates) or "none"
         views = ", ".join(registry.projections) or "none"
-        left_out = ", ".join(registry.left_out)
-        return f"aggregates: {aggregates}; views: {views}" + (
-            f"; left out, as the store has no SQL: {left_out}" if left_out else ""
-        )
+        return f"aggregates: {aggregates}; views: {views}"
 
     def handlers_of(self, definition: AggregateDefinition) -> Check:
         async def check() -> str:
@@ -119,12 +116,16 @@ class _Checks:
             return "not looked at: there is no store yet"
         views = self._storage.views
         generations = await views.generations()
-        for name, definition in self._app.registry.projections.items():
+        registry = self._app.registry.suited(sql=views.sql is not None)
+        for name, definition in registry.projections.items():
             folding = folding_for(definition, generations_of(generations, name).live)
             await require_tables(views, folding)
             if isinstance(definition, ViewDefinition):
                 await views.page(folding.key, limit=1)
-        return f"{len(self._app.registry.projections)} with their tables"
+        left_out = ", ".join(registry.left_out)
+        return f"{len(registry.projections)} with their tables" + (
+            f"; left out, as the store has no SQL: {left_out}" if left_out else ""
+        )
 
     async def keys(self) -> str:
         """Compare what the unique keys were made by with what `keys()` is today."""

@@ -53,7 +53,7 @@ class Invocation:
         """Read the settings and import the application that they name."""
         settings = self.settings()
         path = application_path(settings.app)
-        app = load_application(path).on_store_of(settings)
+        app = load_application(path)
         _name_service(settings.service or app.service)
         return dataclasses.replace(settings, app=path), app
 

@@ -135,15 +135,16 @@ async def _print_tables(
     if page.after:
         raise errors.ConfigurationError(f"{definition.name} has no ids to go on after: use --limit")
     views = opened.storage.views
+    from cqrs_es.projection.folding import required
     from cqrs_es.projection.generations import read_generations
 
+    sql = required(views.sql, definition.name)
     live = (await read_generations(views, definition.name)).live
     for name in definition.cls.tables:
         table = physical_name(name, live)
-        columns = await views.columns(table)
+        columns = await sql.columns(table)
         most = "" if page.limit is None else f" LIMIT {page.limit}"
-        sql = f"SELECT * FROM {table} ORDER BY 1{most}"  # noqa: S608 - our own names
-        rows = await views.query(sql)
+        rows = await sql.query(f"SELECT * FROM {table} ORDER BY 1{most}")  # noqa: S608 - our names
         if not as_json:
             print_table(columns, rows)
             continue

@@ -135,6 +135,7 @@ def _projector_roles(registry: Registry, only: Collection[str] | None) -> set[st
 
 def _load(context: typer.Context, health_port: str | None) -> tuple[Settings, Application]:
     settings, app = invocation_of(context).load()
+    app = app.on_store_of(settings)
     if health_port is None:
         return settings, app
     try:

@@ -32,11 +32,6 @@ class Storage(ABC):
     def shared(self) -> bool:
         """Whether it is a server that `init` prepares for many processes, not an embedded store."""
 
-    @property
-    @abstractmethod
-    def sql(self) -> bool:
-        """Whether projectors may keep tables with SQL of their own."""
-
     @abstractmethod
     async def open(self) -> None:
         """Connect. Raises `StoreUnavailable` when that can't be done now."""

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 from cqrs_es.projector import (
     NO_CHANGES as NO_CHANGES,  # these four are part of this port's vocabulary
 )
-from cqrs_es.projector import SqlRow as SqlRow
-from cqrs_es.projector import SqlSession as SqlSession
-from cqrs_es.projector import SqlValue as SqlValue
+from cqrs_es.projector import SqlRow as SqlRow  # noqa: TC001 - stores import it from here
+from cqrs_es.projector import SqlSession as SqlSession  # noqa: TC001
+from cqrs_es.projector import SqlValue as SqlValue  # noqa: TC001
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -55,8 +55,13 @@ class ParkedAggregate:
     attempts: int = 1
 
 
-class ViewTransaction(SqlSession):
+class ViewTransaction(ABC):
     """One transaction of a projector."""
+
+    @property
+    def sql(self) -> SqlSession | None:
+        """SQL in this transaction; None where the store has none."""
+        return None
 
     @abstractmethod
     async def checkpoint(self, projector: str, partition: int) -> int:
@@ -114,20 +119,48 @@ class ViewTransaction(SqlSession):
         """Make a generation live."""
 
 
+class SqlTables(ABC):
+    """What stores with SQL have beside rows: tables of projectors' own, and names that show them.
+
+    Raises `StoreError` for SQL that the database refuses.
+    """
+
+    @abstractmethod
+    async def create(self, table: str, columns: str) -> None:
+        """Create a table unless it is there, with column definitions as `Projector.tables` has."""
+
+    @abstractmethod
+    async def columns(self, table: str) -> list[str]:
+        """Return the names of a table's columns, in order; none where there is no such table."""
+
+    @abstractmethod
+    async def publish(self, name: str, table: str) -> None:
+        """Make `name` an SQL view that shows `table`, in place of what it showed."""
+
+    @abstractmethod
+    async def unpublish(self, name: str) -> None:
+        """Drop the SQL view `name` if it is there; refused where something depends on it."""
+
+    @abstractmethod
+    async def query(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
+        """Run a query with `?` placeholders outside any transaction."""
+
+
 class ViewStore(ABC):
     """The views of a store; see the module for what is promised."""
+
+    @property
+    def sql(self) -> SqlTables | None:
+        """The store's SQL, by which projectors may keep tables of their own; None without."""
+        return None
 
     @abstractmethod
     def transaction(self) -> AbstractAsyncContextManager[ViewTransaction]:
         """Open a transaction; it commits when its block ends without an error."""
 
     @abstractmethod
-    async def create_table(self, table: str, columns: str | None = None) -> None:
-        """Create a table unless it is there: a view's, or one with the given column definitions."""
-
-    @abstractmethod
-    async def columns(self, table: str) -> list[str]:
-        """Return the names of a table's columns, in order; none where there is no such table."""
+    async def create_table(self, table: str) -> None:
+        """Create a table of rows unless it is there."""
 
     @abstractmethod
     async def list_tables(self) -> list[str]:
@@ -136,14 +169,6 @@ class ViewStore(ABC):
     @abstractmethod
     async def drop_table(self, table: str) -> None:
         """Drop a table if it is there."""
-
-    @abstractmethod
-    async def publish_table(self, name: str, table: str) -> None:
-        """Make `name` show what `table` holds (an SQL view, replaced idempotently)."""
-
-    @abstractmethod
-    async def unpublish_table(self, name: str) -> None:
-        """Drop the SQL view `name` if it is there; refused where something depends on it."""
 
     @abstractmethod
     async def get(self, table: str, view_id: str) -> ViewRow | None:
@@ -156,10 +181,6 @@ class ViewStore(ABC):
     @abstractmethod
     async def count(self, table: str) -> int:
         """Return how many rows a view has."""
-
-    @abstractmethod
-    async def query(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
-        """Run a query with `?` placeholders outside any transaction."""
 
     @abstractmethod
     async def checkpoints(self, projector: str) -> dict[int, int]:

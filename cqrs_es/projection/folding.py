@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from cqrs_es import errors
 from cqrs_es.definitions import ProjectorDefinition, ViewDefinition
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from cqrs_es.messages import Envelope
     from cqrs_es.ports.views import ViewStore, ViewTransaction
 
+
+T = TypeVar("T")
 
 MAX_VIEW_ID_CHARACTERS: Final = 255
 
@@ -39,7 +41,10 @@ class Folding(ABC):
     async def create_tables(self, views: ViewStore) -> None:
         """Create the generation's tables, unless they are there."""
         for name, columns in self.tables.items():
-            await views.create_table(self._physical(name), columns)
+            if columns is None:
+                await views.create_table(self._physical(name))
+            else:
+                await required(views.sql, self.name).create(self._physical(name), columns)
 
     async def missing_tables(self, views: ViewStore) -> list[str]:
         """Return the names of those of the generation's tables that are not there."""
@@ -53,9 +58,10 @@ class Folding(ABC):
             await views.drop_table(self._physical(name))
 
     async def publish_tables(self, views: ViewStore) -> None:
-        """Make the tables' own names show this generation."""
-        for name in self.tables:
-            await views.publish_table(name, self._physical(name))
+        """Make the tables' own names show this generation, where the store has SQL."""
+        if views.sql is not None:
+            for name in self.tables:
+                await views.sql.publish(name, self._physical(name))
 
     def _physical(self, name: str) -> str:
         return physical_name(name, self.generation)
@@ -144,7 +150,15 @@ class SqlFolding(Folding):
 
     async def fold(self, events: Sequence[Envelope[Any]], transaction: ViewTransaction) -> None:
         """Call the projector once with all events."""
-        await self._projector.project(events, transaction)
+        await self._projector.project(events, required(transaction.sql, self.name))
+
+
+def required(sql: T | None, what: str) -> T:
+    """Return the SQL of a store, or of a transaction; raise `ConfigurationError` without."""
+    if sql is None:
+        message = f"{what} needs SQL, which the store does not have: use a view"
+        raise errors.ConfigurationError(f"{message}, or PostgreSQL, MySQL or SQLite")
+    return sql
 
 
 def folding_for(definition: ProjectionDefinition, generation: int) -> Folding:

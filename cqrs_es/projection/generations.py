@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from cqrs_es.definitions import ProjectionDefinition
-    from cqrs_es.ports.views import ViewStore, ViewTransaction
+    from cqrs_es.ports.views import SqlTables, ViewStore, ViewTransaction
     from cqrs_es.projection.folding import Folding
 
 log = structlog.get_logger("cqrs_es.projection")
@@ -237,9 +237,9 @@ async def remove(views: ViewStore, name: str) -> list[str]:
         message = f"nothing is left of a view or table {name}"
         raise errors.NotFound(message)
     names = {name, *(key.rpartition(":")[2] for key in keys), *map(view_of, tables)}
-    if name.lower() not in {table.lower() for table in there}:
+    if views.sql is not None and name.lower() not in {table.lower() for table in there}:
         for each in names:
-            await _unpublish(views, each)
+            await _unpublish(views.sql, each)
     for table in tables:
         await views.drop_table(table)
     for each in names:
@@ -255,9 +255,9 @@ def _is_generation_of(table: str, name: str) -> bool:
     return found is not None and found[1].lower() == name.lower()
 
 
-async def _unpublish(views: ViewStore, name: str) -> None:
+async def _unpublish(sql: SqlTables, name: str) -> None:
     try:
-        await views.unpublish_table(name)
+        await sql.unpublish(name)
     except errors.Unavailable:
         raise
     except errors.StoreError as exc:

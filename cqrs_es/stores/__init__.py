@@ -42,11 +42,6 @@ def storage_for(
             raise errors.SettingsError(message)
 
 
-def has_sql(url: str) -> bool:
-    """Tell whether the store that a URL names will have SQL, as `Storage.sql` does of one made."""
-    return urlsplit(url).scheme != "dynamodb"
-
-
 def _memory(clock: Clock | None) -> Storage:
     from cqrs_es.stores.memory import MemoryStorage  # noqa: PLC0415 - loaded when it is used
 

@@ -14,6 +14,7 @@ from cqrs_es import errors, wire
 from cqrs_es.commands import new_command
 from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome
 from cqrs_es.ports.broker import OutgoingCommand
+from cqrs_es.projection.folding import required
 from cqrs_es.runtime.waiting import cancelled
 from cqrs_es.settings import Settings
 from cqrs_es.testing.clock import FakeClock
@@ -254,7 +255,7 @@ class TestApp:
 
     async def query(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
         """Run a query with `?` placeholders on the views' database; `drain` first."""
-        return await self.opened.storage.views.query(sql, parameters)
+        return await required(self.opened.storage.views.sql, "a query").query(sql, parameters)
 
     async def outcome(self, command_id: str) -> Outcome | None:
         """Look up what became of a command."""

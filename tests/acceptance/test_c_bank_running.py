@@ -76,7 +76,7 @@ async def test_c12_the_statement_from_commands(bank: TestApp) -> None:
             LedgerEntry("1170", D("256.28")),
         ],
     )
-    if bank.opened.storage.sql:
+    if bank.opened.storage.views.sql is not None:
         assert await money_held(bank) == D("343.72")
 
 

@@ -309,7 +309,7 @@ async def test_g2_one_id_twice_in_one_append(storage: Storage) -> None:
 async def test_g2_one_id_racing_in_two_partitions(database: Database, storage: Storage) -> None:
     """Of concurrent appends with one command id, which share no lock, exactly one commits."""
     other = await database.open()
-    turns = 20 if storage.sql else 5
+    turns = 20 if (storage.views.sql is not None) else 5
     for turn in range(turns):
         contested = new_command_id()
         keys = [account_in(partition, turn) for partition in (0, 1)]
@@ -417,7 +417,7 @@ async def test_g5_concurrent_appends_to_the_same_partitions(
 ) -> None:
     """Appends that lock the same partitions, in any order of chains, neither fail nor tangle."""
     storages = [storage, await database.open()]
-    writers, turns = (8, 10) if storage.sql else (4, 2)
+    writers, turns = (8, 10) if (storage.views.sql is not None) else (4, 2)
 
     async def write(writer: int) -> None:
         for turn in range(turns):

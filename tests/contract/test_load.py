@@ -35,7 +35,7 @@ async def test_loads_in_the_order_of_the_requests(storage: Storage) -> None:
 
 async def test_loads_many_at_once(storage: Storage) -> None:
     """One call loads hundreds of aggregates of two types, each from where it is wanted."""
-    most = 250 if storage.sql else 12
+    most = 250 if (storage.views.sql is not None) else 12
     keys = [AggregateKey(type_, f"{n}") for n in range(most) for type_ in ("account", "order")]
     await commit(storage, *(one(key, 0, 3) for key in keys))
     requests = [LoadRequest(key, after=nth % 4) for nth, key in enumerate(keys)]

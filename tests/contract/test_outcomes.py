@@ -49,7 +49,7 @@ async def test_looking_for_no_outcome(storage: Storage) -> None:
 
 async def test_looking_for_many_outcomes(storage: Storage) -> None:
     """Hundreds of outcomes are written and found in one call each."""
-    most = 600 if storage.sql else 150
+    most = 600 if (storage.views.sql is not None) else 150
     commands = [accepted(account(f"{n}"), None) for n in range(most)]
     await commit(storage, *(chain(account(f"{n}"), None, c) for n, c in enumerate(commands)))
     ids = {command.outcome.command_id for command in commands}
@@ -123,7 +123,7 @@ async def test_g9_an_attempt_recorded_again_counts_once(storage: Storage) -> Non
 
 async def test_g9_many_attempts_are_recorded_together(storage: Storage) -> None:
     """Hundreds of attempts are written and found in one call each."""
-    most = 600 if storage.sql else 150
+    most = 600 if (storage.views.sql is not None) else 150
     attempts = {new_command_id(): number % 3 for number in range(most)}
     await storage.events.record_attempts(attempts)
     assert await storage.events.find_attempts(attempts) == attempts

@@ -12,7 +12,7 @@ import pytest
 from cqrs_es import errors
 from cqrs_es.ports.views import ParkedAggregate, ViewRow
 from tests.contract.building import account
-from tests.stores import on_sql
+from tests.stores import in_sql, on_sql, sql_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -24,11 +24,17 @@ if TYPE_CHECKING:
 TABLE = "ledger__1"
 OWN_TABLE = "totals__1"
 PROJECTOR = "ledger__1"
-# DynamoDB takes a hundred items at a time.
-MOST_ROWS = {True: 600, False: 99}
-# DynamoDB has no locks: who comes second conflicts and tries again, so many do so in vain.
-MOST_AT_ONCE = {True: 20, False: 5}
 MARKER = ParkedAggregate(PROJECTOR, account(), 3, 1, "it did not fit")
+
+
+def most_rows(storage: Storage) -> int:
+    """Return how many to write: DynamoDB takes a hundred items at a time."""
+    return 600 if storage.views.sql else 99
+
+
+def most_at_once(storage: Storage) -> int:
+    """Return for how many to race: without locks who comes second tries again, mostly in vain."""
+    return 20 if storage.views.sql else 5
 
 
 class RuleBrokenError(Exception):
@@ -40,8 +46,8 @@ async def storage(storage: Storage) -> Storage:
     """Prepare a view's table and a table of a projector's own."""
     await storage.views.create_table(TABLE)
     columns = "name VARCHAR(40) PRIMARY KEY, total BIGINT NOT NULL"
-    if storage.sql:
-        await storage.views.create_table(OWN_TABLE, columns)
+    if storage.views.sql:
+        await sql_of(storage.views).create(OWN_TABLE, columns)
     return storage
 
 
@@ -62,7 +68,7 @@ async def write_everything(transaction: ViewTransaction, *, sql: bool) -> None:
     await transaction.delete(TABLE, ["doomed"])
     await transaction.park(MARKER)
     if sql:
-        await transaction.execute(f"INSERT INTO {OWN_TABLE} VALUES (?, ?)", ("new", 1))
+        await sql_of(transaction).execute(f"INSERT INTO {OWN_TABLE} VALUES (?, ?)", ("new", 1))
     await transaction.set_generation("ledger", 2)
 
 
@@ -79,8 +85,8 @@ async def assert_untouched(storage: Storage) -> None:
     assert [(r.view_id, r.version) for r in found] == [("doomed", 1), ("kept", 1)]
     assert await storage.views.list_parked() == []
     assert await storage.views.generations() == {}
-    if storage.sql:
-        assert await storage.views.query(f"SELECT name FROM {OWN_TABLE}") == []
+    if storage.views.sql:
+        assert await sql_of(storage.views).query(f"SELECT name FROM {OWN_TABLE}") == []
 
 
 # --- All or nothing ----------------------------------------------------------
@@ -90,13 +96,13 @@ async def test_g7_block_that_ends_commits(storage: Storage) -> None:
     """Everything that a transaction wrote is there when its block has ended."""
     await save_something(storage)
     async with storage.views.transaction() as transaction:
-        await write_everything(transaction, sql=storage.sql)
+        await write_everything(transaction, sql=storage.views.sql is not None)
     assert await storage.views.checkpoints(PROJECTOR) == {0: 9, 1: 9}
     found = await storage.views.page(TABLE)
     assert [(r.view_id, r.version) for r in found] == [("kept", 2), ("new", 1)]
     assert await storage.views.list_parked() == [MARKER]
-    if storage.sql:
-        totals = await storage.views.query(f"SELECT name, total FROM {OWN_TABLE}")
+    if storage.views.sql:
+        totals = await sql_of(storage.views).query(f"SELECT name, total FROM {OWN_TABLE}")
         assert [tuple(total) for total in totals] == [("new", 1)]
 
 
@@ -105,7 +111,7 @@ async def test_g7_error_rolls_back(storage: Storage) -> None:
     await save_something(storage)
     with pytest.raises(RuleBrokenError):
         async with storage.views.transaction() as transaction:
-            await write_everything(transaction, sql=storage.sql)
+            await write_everything(transaction, sql=storage.views.sql is not None)
             raise RuleBrokenError
     await assert_untouched(storage)
     await save(storage, row("kept", 2))
@@ -118,7 +124,7 @@ async def test_g7_cancellation_rolls_back(storage: Storage) -> None:
 
     async def project() -> None:
         async with storage.views.transaction() as transaction:
-            await write_everything(transaction, sql=storage.sql)
+            await write_everything(transaction, sql=storage.views.sql is not None)
             written.set()
             await asyncio.Event().wait()
 
@@ -138,9 +144,9 @@ async def test_g7_cancellation_at_any_instant(storage: Storage) -> None:
         async with storage.views.transaction() as transaction:
             await transaction.advance(PROJECTOR, nth, 0, 1)
             await transaction.save(TABLE, [row(f"{nth:03}")])
-            if storage.sql:
+            if storage.views.sql:
                 insert = f"INSERT INTO {OWN_TABLE} VALUES (?, ?)"
-                await transaction.execute(insert, (f"{nth:03}", nth))
+                await sql_of(transaction).execute(insert, (f"{nth:03}", nth))
 
     for nth in range(30):
         task = asyncio.create_task(project(nth))
@@ -151,8 +157,8 @@ async def test_g7_cancellation_at_any_instant(storage: Storage) -> None:
         assert task.cancelled() or task.exception() is None
     advanced = sorted(await storage.views.checkpoints(PROJECTOR))
     assert [int(r.view_id) for r in await storage.views.page(TABLE)] == advanced
-    if storage.sql:
-        numbers = await storage.views.query(f"SELECT total FROM {OWN_TABLE} ORDER BY name")
+    if storage.views.sql:
+        numbers = await sql_of(storage.views).query(f"SELECT total FROM {OWN_TABLE} ORDER BY name")
         assert [number for (number,) in numbers] == advanced
 
 
@@ -161,7 +167,7 @@ async def test_g7_conflict_rolls_everything_back(storage: Storage) -> None:
     await save_something(storage)
     with pytest.raises(errors.Conflict):
         async with storage.views.transaction() as transaction:
-            await write_everything(transaction, sql=storage.sql)
+            await write_everything(transaction, sql=storage.views.sql is not None)
             await transaction.advance(PROJECTOR, 2, 1, 2)
     await assert_untouched(storage)
 
@@ -175,7 +181,7 @@ async def test_g7_others_never_see_what_is_rolled_back(
     readers: list[asyncio.Task[ViewRow | None]] = []
     with pytest.raises(RuleBrokenError):
         async with storage.views.transaction() as transaction:
-            await write_everything(transaction, sql=storage.sql)
+            await write_everything(transaction, sql=storage.views.sql is not None)
             readers += [
                 asyncio.create_task(views.get(TABLE, "new"))
                 for views in (storage.views, other.views)
@@ -192,20 +198,20 @@ async def test_transaction_sees_its_own_writes(storage: Storage) -> None:
     """Inside the block every kind of read shows what the block has written."""
     await save_something(storage)
     async with storage.views.transaction() as transaction:
-        await write_everything(transaction, sql=storage.sql)
+        await write_everything(transaction, sql=storage.views.sql is not None)
         assert await transaction.checkpoint(PROJECTOR, 0) == 9
         assert await transaction.checkpoint(PROJECTOR, 1) == 9
         rows = await transaction.load(TABLE, ["kept", "doomed", "new"])
         assert {r.view_id: r.version for r in rows.values()} == {"kept": 2, "new": 1}
         assert await transaction.parked(PROJECTOR, [account()]) == {account(): MARKER}
-        if storage.sql:
-            found = await transaction.fetch(f"SELECT total FROM {OWN_TABLE}")
+        if storage.views.sql:
+            found = await sql_of(transaction).fetch(f"SELECT total FROM {OWN_TABLE}")
             assert [tuple(total) for total in found] == [(1,)]
 
 
 async def test_load_finds_the_rows_there_are(storage: Storage) -> None:
     """Loading returns the rows that exist, by id."""
-    most = MOST_ROWS[storage.sql]
+    most = most_rows(storage)
     await save(storage, *(row(f"{n}", n=n) for n in range(most)))
     async with storage.views.transaction() as transaction:
         found = await transaction.load(TABLE, [f"{n}" for n in range(most - 1, most + 9)] + ["0"])
@@ -265,7 +271,7 @@ async def test_a25_stale_row_conflicts(storage: Storage, stale: ViewRow) -> None
 
 async def test_many_rows_in_one_save(storage: Storage) -> None:
     """Hundreds of rows, new ones and others, are saved at once, or none when one is stale."""
-    most = MOST_ROWS[storage.sql]
+    most = most_rows(storage)
     await save(storage, *(row(f"{n:03}") for n in range(0, most, 2)))
     mixed = [row(f"{n:03}", 1 if n % 2 else 2) for n in range(most)]
     with pytest.raises(errors.Conflict):
@@ -331,7 +337,7 @@ async def retrying(work: Callable[[int], Awaitable[None]], nth: int) -> None:
 
 async def locking(storage: Storage, work: Callable[[int], Awaitable[None]], nth: int) -> None:
     """Do a transaction that never conflicts where there are locks to wait for."""
-    if storage.sql:
+    if storage.views.sql:
         await work(nth)
     else:
         await retrying(work, nth)
@@ -354,10 +360,10 @@ async def test_g7_loaded_rows_are_locked(database: Database, storage: Storage) -
         return row(r.view_id, r.version + 1, total=orjson.loads(r.payload)["total"] + 1)
 
     async with asyncio.TaskGroup() as group:
-        for nth in range(MOST_AT_ONCE[storage.sql]):
+        for nth in range(most_at_once(storage)):
             group.create_task(locking(storage, add_one, nth))
     found = await storage.views.page(TABLE)
-    assert [orjson.loads(r.payload) for r in found] == [{"total": MOST_AT_ONCE[storage.sql]}] * 5
+    assert [orjson.loads(r.payload) for r in found] == [{"total": most_at_once(storage)}] * 5
 
 
 async def test_g7_checkpoint_is_locked(database: Database, storage: Storage) -> None:
@@ -373,9 +379,9 @@ async def test_g7_checkpoint_is_locked(database: Database, storage: Storage) -> 
             await transaction.advance(PROJECTOR, 1, at, at + 1)
 
     async with asyncio.TaskGroup() as group:
-        for nth in range(MOST_AT_ONCE[storage.sql]):
+        for nth in range(most_at_once(storage)):
             group.create_task(locking(storage, step, nth))
-    assert await storage.views.checkpoints(PROJECTOR) == {1: MOST_AT_ONCE[storage.sql] + 1}
+    assert await storage.views.checkpoints(PROJECTOR) == {1: most_at_once(storage) + 1}
 
 
 async def test_g7_racing_for_the_first_checkpoint(database: Database, storage: Storage) -> None:
@@ -426,9 +432,9 @@ async def test_generations_are_locked(database: Database, storage: Storage) -> N
             await transaction.set_generation("ledger", live + 1)
 
     async with asyncio.TaskGroup() as group:
-        for nth in range(MOST_AT_ONCE[storage.sql]):
+        for nth in range(most_at_once(storage)):
             group.create_task(locking(storage, step, nth))
-    assert await storage.views.generations() == {"ledger": MOST_AT_ONCE[storage.sql] + 1}
+    assert await storage.views.generations() == {"ledger": most_at_once(storage) + 1}
 
 
 # --- Markers -----------------------------------------------------------------
@@ -458,7 +464,7 @@ async def test_g9_parking_and_unparking(storage: Storage) -> None:
 @on_sql
 async def test_own_sql_counts_the_rows_it_touched(storage: Storage) -> None:
     """Statements say how many rows they touched; queries return rows."""
-    async with storage.views.transaction() as sql:
+    async with in_sql(storage.views) as sql:
         insert = f"INSERT INTO {OWN_TABLE} VALUES (?, ?)"
         for name in ("a", "b", "100%", "?"):
             assert await sql.execute(insert, (name, 2**40)) == 1
@@ -474,7 +480,7 @@ async def test_own_sql_counts_the_rows_it_touched(storage: Storage) -> None:
 
 
 async def totals(storage: Storage) -> dict[object, object]:
-    rows = await storage.views.query(f"SELECT name, total FROM {OWN_TABLE}")
+    rows = await sql_of(storage.views).query(f"SELECT name, total FROM {OWN_TABLE}")
     return {name: total for name, total in rows}  # noqa: C416 - as tuples of any length
 
 
@@ -486,9 +492,9 @@ def total(name: str, number: int) -> dict[str, SqlValue]:
 async def test_own_upsert_inserts_and_changes(storage: Storage) -> None:
     """Rows that are there are changed as asked, or take the new values; others are added."""
     added_up = {"total": "old.total + new.total"}
-    async with storage.views.transaction() as sql:
+    async with in_sql(storage.views) as sql:
         await sql.upsert(OWN_TABLE, ["name"], [total("b", 1), total("a", 2**40)], added_up)
-    async with storage.views.transaction() as sql:
+    async with in_sql(storage.views) as sql:
         rows: list[dict[str, SqlValue]] = [{"total": 5, "name": "a"}, total("it's ? 100%", 7)]
         await sql.upsert(OWN_TABLE, ["name"], rows, added_up)
         await sql.upsert(OWN_TABLE, ["name"], [total("b", 9)])
@@ -499,12 +505,16 @@ async def test_own_upsert_inserts_and_changes(storage: Storage) -> None:
 @on_sql
 async def test_own_upsert_of_rows_that_are_nothing_but_a_key(storage: Storage) -> None:
     """What is there already stays; the rest is added."""
-    await storage.views.create_table("seen__1", "n BIGINT NOT NULL, m BIGINT, PRIMARY KEY (n, m)")
+    await sql_of(storage.views).create("seen__1", "n BIGINT NOT NULL, m BIGINT, PRIMARY KEY (n, m)")
     for last in (1, 2):
-        async with storage.views.transaction() as sql:
+        async with in_sql(storage.views) as sql:
             rows: list[dict[str, SqlValue]] = [{"n": n, "m": n} for n in range(last + 1)]
             await sql.upsert("seen__1", ["n", "m"], rows)
-    assert await storage.views.query("SELECT n FROM seen__1 ORDER BY n") == [(0,), (1,), (2,)]
+    assert await sql_of(storage.views).query("SELECT n FROM seen__1 ORDER BY n") == [
+        (0,),
+        (1,),
+        (2,),
+    ]
 
 
 @on_sql
@@ -515,7 +525,7 @@ async def test_own_upserts_of_many_rows_never_wait_in_a_circle(storage: Storage)
     async def add_one_to_each(some: list[str]) -> None:
         rows = [total(name, 1) for name in some]
         for _ in range(5):
-            async with storage.views.transaction() as sql:
+            async with in_sql(storage.views) as sql:
                 await sql.upsert(OWN_TABLE, ["name"], rows, {"total": "old.total + new.total"})
 
     await asyncio.gather(*(add_one_to_each(some) for some in (names, names[::-1], names[50:])))
@@ -527,7 +537,7 @@ async def test_own_upserts_of_many_rows_never_wait_in_a_circle(storage: Storage)
 @on_sql
 async def test_own_upsert_of_rows_that_differ_in_columns_is_refused(storage: Storage) -> None:
     """One statement can't write them; the error names the table."""
-    async with storage.views.transaction() as sql:
+    async with in_sql(storage.views) as sql:
         with pytest.raises(errors.StoreError, match=OWN_TABLE):
             await sql.upsert(OWN_TABLE, ["name"], [total("a", 1), {"name": "b"}])
 
@@ -538,8 +548,8 @@ async def test_own_sql_that_is_wrong_rolls_back(storage: Storage) -> None:
     await save_something(storage)
     with pytest.raises(errors.StoreError):
         async with storage.views.transaction() as transaction:
-            await write_everything(transaction, sql=storage.sql)
-            await transaction.execute("UPDATE nowhere SET nothing = ?", (1,))
+            await write_everything(transaction, sql=storage.views.sql is not None)
+            await sql_of(transaction).execute("UPDATE nowhere SET nothing = ?", (1,))
     await assert_untouched(storage)
 
 
@@ -547,9 +557,9 @@ async def test_own_sql_that_is_wrong_rolls_back(storage: Storage) -> None:
 async def test_own_table_is_made_once(storage: Storage) -> None:
     """Creating a table with columns again leaves its rows."""
     async with storage.views.transaction() as transaction:
-        await transaction.execute(f"INSERT INTO {OWN_TABLE} VALUES (?, ?)", ("a", 1))
-    await storage.views.create_table(OWN_TABLE, "name VARCHAR(40) PRIMARY KEY, total BIGINT")
-    assert len(await storage.views.query(f"SELECT name FROM {OWN_TABLE}")) == 1
+        await sql_of(transaction).execute(f"INSERT INTO {OWN_TABLE} VALUES (?, ?)", ("a", 1))
+    await sql_of(storage.views).create(OWN_TABLE, "name VARCHAR(40) PRIMARY KEY, total BIGINT")
+    assert len(await sql_of(storage.views).query(f"SELECT name FROM {OWN_TABLE}")) == 1
 
 
 # --- Statements of a projector's own -------------------------------------------
@@ -559,9 +569,11 @@ async def test_own_table_is_made_once(storage: Storage) -> None:
 async def test_statements_at_the_same_time_take_turns(storage: Storage) -> None:
     """A projector may gather its queries: they are run one after the other."""
     async with storage.views.transaction() as transaction:
-        await transaction.execute(f"INSERT INTO {OWN_TABLE} VALUES (?, ?)", ("a", 7))
+        await sql_of(transaction).execute(f"INSERT INTO {OWN_TABLE} VALUES (?, ?)", ("a", 7))
         select = f"SELECT total + ? FROM {OWN_TABLE} WHERE name = ?"
-        found = await asyncio.gather(*(transaction.fetch(select, (n, "a")) for n in range(5)))
+        found = await asyncio.gather(
+            *(sql_of(transaction).fetch(select, (n, "a")) for n in range(5))
+        )
     assert found == [[(7 + n,)] for n in range(5)]
 
 
@@ -573,9 +585,11 @@ async def test_a_statement_with_the_wrong_number_of_values(
     """It is the statement that is wrong, not a store that is away; the next one works."""
     with pytest.raises(Exception, match=r".") as caught:
         async with storage.views.transaction() as transaction:
-            await transaction.fetch(f"SELECT total FROM {OWN_TABLE} WHERE total > ? + ?", values)
+            await sql_of(transaction).fetch(
+                f"SELECT total FROM {OWN_TABLE} WHERE total > ? + ?", values
+            )
     assert not isinstance(caught.value, errors.Unavailable)
-    assert await storage.views.query(f"SELECT COUNT(*) FROM {OWN_TABLE}") == [(0,)]
+    assert await sql_of(storage.views).query(f"SELECT COUNT(*) FROM {OWN_TABLE}") == [(0,)]
 
 
 @on_sql
@@ -585,7 +599,7 @@ async def test_a_task_that_outlives_its_transaction_is_refused(storage: Storage)
 
     async def linger(transaction: ViewTransaction) -> None:
         await ended.wait()
-        await transaction.execute(f"INSERT INTO {OWN_TABLE} VALUES (?, ?)", ("late", 1))
+        await sql_of(transaction).execute(f"INSERT INTO {OWN_TABLE} VALUES (?, ?)", ("late", 1))
 
     async with storage.views.transaction() as transaction:
         lingering = asyncio.create_task(linger(transaction))
@@ -593,4 +607,4 @@ async def test_a_task_that_outlives_its_transaction_is_refused(storage: Storage)
         ended.set()
         with pytest.raises(errors.TransactionEnded):
             await lingering
-    assert await storage.views.query(f"SELECT COUNT(*) FROM {OWN_TABLE}") == [(0,)]
+    assert await sql_of(storage.views).query(f"SELECT COUNT(*) FROM {OWN_TABLE}") == [(0,)]

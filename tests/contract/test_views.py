@@ -14,7 +14,7 @@ import pytest
 from cqrs_es import errors
 from cqrs_es.ports.views import ParkedAggregate, ViewRow
 from tests.contract.building import AWKWARD_IDS, account
-from tests.stores import on_dynamodb, on_sql
+from tests.stores import in_sql, on_dynamodb, on_sql, sql_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -112,16 +112,18 @@ async def test_dropping_a_table_twice(storage: Storage) -> None:
     assert await storage.views.page(TABLE) == []
 
 
+@on_sql
 async def test_columns_of_a_table(storage: Storage) -> None:
     """A table's columns are named in their order; a table that is not there has none."""
-    assert await storage.views.columns(TABLE) == ["view_id", "version", "payload"]
-    assert await storage.views.columns("nothing__1") == []
+    assert await sql_of(storage.views).columns(TABLE) == ["view_id", "version", "payload"]
+    assert await sql_of(storage.views).columns("nothing__1") == []
 
 
 async def test_tables_are_listed(storage: Storage) -> None:
     """Tables by their names, whose case may be folded; no SQL views."""
     await storage.views.create_table("Other__2")
-    await storage.views.publish_table("ledger", TABLE)
+    if storage.views.sql:
+        await storage.views.sql.publish("ledger", TABLE)
     ours = {name.lower() for name in await storage.views.list_tables() if "__" in name}
     assert ours == {TABLE, "other__2"}
 
@@ -129,10 +131,10 @@ async def test_tables_are_listed(storage: Storage) -> None:
 @on_sql
 async def test_columns_of_a_table_of_ones_own(storage: Storage) -> None:
     """Their names are those of the definitions, without constraints."""
-    await storage.views.create_table(
+    await sql_of(storage.views).create(
         "own__1", "z INT, a DECIMAL(10, 2), CHECK ((a > 0) AND (z > 0)), PRIMARY KEY (z)"
     )
-    assert await storage.views.columns("own__1") == ["z", "a"]
+    assert await sql_of(storage.views).columns("own__1") == ["z", "a"]
 
 
 async def test_table_with_a_reserved_name(storage: Storage) -> None:
@@ -147,9 +149,9 @@ async def test_table_with_a_reserved_name(storage: Storage) -> None:
 async def test_published_table_is_read_by_name(storage: Storage) -> None:
     """The published name shows the table's rows as they are now."""
     await save(storage, [row("1")])
-    await storage.views.publish_table("ledger", TABLE)
+    await sql_of(storage.views).publish("ledger", TABLE)
     await save(storage, [row("2")])
-    ids = await storage.views.query("SELECT view_id FROM ledger ORDER BY view_id")
+    ids = await sql_of(storage.views).query("SELECT view_id FROM ledger ORDER BY view_id")
     assert [tuple(found) for found in ids] == [("1",), ("2",)]
 
 
@@ -160,8 +162,8 @@ async def test_publishing_is_idempotent_and_switches(storage: Storage) -> None:
     await save(storage, [row("old")])
     await save(storage, [row("new")], "ledger__2")
     for table, shown in ((TABLE, "old"), (TABLE, "old"), ("ledger__2", "new")):
-        await storage.views.publish_table("ledger", table)
-        ids = await storage.views.query("SELECT view_id FROM ledger")
+        await sql_of(storage.views).publish("ledger", table)
+        ids = await sql_of(storage.views).query("SELECT view_id FROM ledger")
         assert [tuple(found) for found in ids] == [(shown,)]
 
 
@@ -170,10 +172,10 @@ async def test_old_generation_is_dropped_after_the_switch(storage: Storage) -> N
     """Once another table is published the old one can go."""
     await storage.views.create_table("ledger__2")
     await save(storage, [row("new")], "ledger__2")
-    await storage.views.publish_table("ledger", TABLE)
-    await storage.views.publish_table("ledger", "ledger__2")
+    await sql_of(storage.views).publish("ledger", TABLE)
+    await sql_of(storage.views).publish("ledger", "ledger__2")
     await storage.views.drop_table(TABLE)
-    assert len(await storage.views.query("SELECT view_id FROM ledger")) == 1
+    assert len(await sql_of(storage.views).query("SELECT view_id FROM ledger")) == 1
 
 
 # --- Queries -----------------------------------------------------------------
@@ -183,11 +185,11 @@ async def test_old_generation_is_dropped_after_the_switch(storage: Storage) -> N
 async def test_a_name_that_shows_a_table_is_dropped(storage: Storage) -> None:
     """A second time too, and the table stays."""
     await save(storage, [row("1")])
-    await storage.views.publish_table("ledger", TABLE)
+    await sql_of(storage.views).publish("ledger", TABLE)
     for _ in range(2):
-        await storage.views.unpublish_table("ledger")
+        await sql_of(storage.views).unpublish("ledger")
     with pytest.raises(errors.StoreError):
-        await storage.views.query("SELECT view_id FROM ledger")
+        await sql_of(storage.views).query("SELECT view_id FROM ledger")
     assert await storage.views.count(TABLE) == 1
 
 
@@ -197,18 +199,20 @@ async def test_query_with_parameters(storage: Storage) -> None:
     texts = ("", "é💸", "?", "%s", "100%", "'", '"', "\\", "a\nb")
     numbers = (0, -1, 2**62)
     columns = "number BIGINT NOT NULL PRIMARY KEY, name VARCHAR(40)"
-    await storage.views.create_table("mixed__1", columns)
-    async with storage.views.transaction() as sql:
+    await sql_of(storage.views).create("mixed__1", columns)
+    async with in_sql(storage.views) as sql:
         for number, text in enumerate(texts, start=100):
             await sql.execute("INSERT INTO mixed__1 VALUES (?, ?)", (number, text))
         for number in numbers:
             await sql.execute("INSERT INTO mixed__1 VALUES (?, ?)", (number, None))
     for text in texts:
-        found = await storage.views.query("SELECT name FROM mixed__1 WHERE name = ?", (text,))
+        found = await sql_of(storage.views).query(
+            "SELECT name FROM mixed__1 WHERE name = ?", (text,)
+        )
         assert [tuple(each) for each in found] == [(text,)]
     for number in numbers:
         where = "SELECT number, name FROM mixed__1 WHERE number = ?"
-        found = await storage.views.query(where, (number,))
+        found = await sql_of(storage.views).query(where, (number,))
         assert [tuple(each) for each in found] == [(number, None)]
 
 
@@ -216,17 +220,19 @@ async def test_query_with_parameters(storage: Storage) -> None:
 async def test_columns_keep_the_type_of_their_values(storage: Storage) -> None:
     """Text, whole numbers, floats and NULL come back from a projector's table as they went in."""
     columns = "id BIGINT PRIMARY KEY, name VARCHAR(40), number BIGINT, rate DOUBLE PRECISION"
-    await storage.views.create_table("mixed__1", columns)
+    await sql_of(storage.views).create("mixed__1", columns)
     rows = [
         (1, "é💸 '?' %s \\", -(2**63), 0.1),
         (2, "", 2**63 - 1, -1e300),
         (3, None, None, None),
         (4, "12", 0, 3.0),
     ]
-    async with storage.views.transaction() as sql:
+    async with in_sql(storage.views) as sql:
         for each in rows:
             await sql.execute("INSERT INTO mixed__1 VALUES (?, ?, ?, ?)", each)
-    found = await storage.views.query("SELECT id, name, number, rate FROM mixed__1 ORDER BY id")
+    found = await sql_of(storage.views).query(
+        "SELECT id, name, number, rate FROM mixed__1 ORDER BY id"
+    )
     assert [tuple(each) for each in found] == rows
     assert isinstance(found[3][3], float)
 
@@ -264,13 +270,13 @@ TYPED: list[tuple[SqlValue, ...]] = [
 @pytest.fixture
 async def typed(storage: Storage) -> Storage:
     """Write rows with values of every type, one by one and many at a time, and publish them."""
-    await storage.views.create_table("typed__1", COLUMNS)
+    await sql_of(storage.views).create("typed__1", COLUMNS)
     names = ("id", "price", "day", "at", "done", "body", "key_", "name")
-    async with storage.views.transaction() as sql:
+    async with in_sql(storage.views) as sql:
         await sql.execute("INSERT INTO typed__1 VALUES (?, ?, ?, ?, ?, ?, ?, ?)", TYPED[0])
         rows: list[dict[str, SqlValue]] = [dict(zip(names, row, strict=True)) for row in TYPED[1:]]
         await sql.upsert("typed__1", ["id"], rows)
-    await storage.views.publish_table("typed", "typed__1")
+    await sql_of(storage.views).publish("typed", "typed__1")
     return storage
 
 
@@ -278,7 +284,7 @@ async def typed(storage: Storage) -> Storage:
 async def test_values_come_back_as_they_went_in(typed: Storage) -> None:
     """By value and by type, from the table and from what is published; conditions find them."""
     for name in ("typed__1", "typed"):
-        found = await typed.views.query(f"SELECT * FROM {name} ORDER BY id")  # noqa: S608 - constants
+        found = await sql_of(typed.views).query(f"SELECT * FROM {name} ORDER BY id")  # noqa: S608 - constants
         assert [tuple(each) for each in found] == TYPED
         for row, given in zip(found, TYPED, strict=True):
             for value, original in zip(row, given, strict=True):
@@ -290,28 +296,32 @@ async def test_values_come_back_as_they_went_in(typed: Storage) -> None:
         "key_": UUID(int=1),
     }.items():
         query = f"SELECT id FROM typed WHERE {column} = ?"  # noqa: S608 - constants
-        assert await typed.views.query(query, (value,)) == [(1,)], column
+        assert await sql_of(typed.views).query(query, (value,)) == [(1,)], column
     offset = AT.astimezone(timezone(timedelta(hours=2)))
-    assert await typed.views.query("SELECT at FROM typed WHERE at = ?", (offset,)) == [(AT,)]
-    assert await typed.views.query("SELECT id FROM typed WHERE done = ?", (True,)) == [(1,)]
+    assert await sql_of(typed.views).query("SELECT at FROM typed WHERE at = ?", (offset,)) == [
+        (AT,)
+    ]
+    assert await sql_of(typed.views).query("SELECT id FROM typed WHERE done = ?", (True,)) == [(1,)]
 
 
 @on_sql
 async def test_decimals_compare_and_add_exactly(typed: Storage) -> None:
     """In conditions, orders and upserts; never as text or floats."""
     views = typed.views
-    assert await views.query("SELECT id FROM typed ORDER BY price") == [(2,), (3,), (1,)]
-    above = await views.query("SELECT id FROM typed WHERE price > ? ORDER BY id", (Decimal(10),))
+    assert await sql_of(views).query("SELECT id FROM typed ORDER BY price") == [(2,), (3,), (1,)]
+    above = await sql_of(views).query(
+        "SELECT id FROM typed WHERE price > ? ORDER BY id", (Decimal(10),)
+    )
     assert above == [(1,)]
     changes = {"price": "old.price + new.price - new.price + new.price"}
     cent: dict[str, SqlValue] = {"id": 1, "price": Decimal("0.01"), "done": True}
-    async with views.transaction() as sql:
+    async with in_sql(views) as sql:
         for _ in range(3):
             await sql.upsert("typed__1", ["id"], [cent], changes)
         ((price,),) = await sql.fetch("SELECT price FROM typed__1 WHERE id = 1")
         assert price == Decimal("12345678901234567.92")
         await sql.execute("UPDATE typed__1 SET price = ? WHERE id = 1", (price + Decimal("0.01"),))
-    assert await views.query("SELECT price FROM typed WHERE id = 1") == [
+    assert await sql_of(views).query("SELECT price FROM typed WHERE id = 1") == [
         (Decimal("12345678901234567.93"),)
     ]
 
@@ -350,9 +360,9 @@ async def test_values_of_other_types_are_taken_alike(
     typed: Storage, column: str, value: SqlValue, read: SqlValue
 ) -> None:
     """What a column can be given beside its own type is the same on all stores."""
-    async with typed.views.transaction() as sql:
+    async with in_sql(typed.views) as sql:
         await sql.execute(f"UPDATE typed__1 SET {column} = ? WHERE id = 3", (value,))  # noqa: S608
-    [(found,)] = await typed.views.query(f"SELECT {column} FROM typed WHERE id = 3")  # noqa: S608
+    [(found,)] = await sql_of(typed.views).query(f"SELECT {column} FROM typed WHERE id = 3")  # noqa: S608
     assert found == read
     assert isinstance(found, type(read))
 
@@ -380,9 +390,9 @@ async def test_what_one_store_refuses_all_refuse(
 ) -> None:
     """By an error that parks the aggregate; nothing is stored in its place."""
     with pytest.raises(errors.StoreError):
-        async with typed.views.transaction() as sql:
+        async with in_sql(typed.views) as sql:
             await sql.execute(f"UPDATE typed__1 SET {column} = ? WHERE id = 3", (value,))  # noqa: S608
-    found = await typed.views.query("SELECT * FROM typed WHERE id = 3")
+    found = await sql_of(typed.views).query("SELECT * FROM typed WHERE id = 3")
     assert [tuple(each) for each in found] == TYPED[2:]
 
 
@@ -390,7 +400,7 @@ async def test_what_one_store_refuses_all_refuse(
 async def test_query_with_marks_in_its_text(storage: Storage) -> None:
     """Percent signs, and question marks in literals, are just text."""
     await save(storage, [row("a%b"), row("a?b"), row("axb")])
-    found = await storage.views.query(
+    found = await sql_of(storage.views).query(
         f"SELECT view_id, '100% ?' FROM {TABLE} WHERE view_id LIKE 'a%' AND view_id <> ?"  # noqa: S608 - a constant
         " ORDER BY view_id",
         ("axb",),
@@ -402,7 +412,7 @@ async def test_query_with_marks_in_its_text(storage: Storage) -> None:
 async def test_query_that_is_wrong(storage: Storage) -> None:
     """A statement that the store refuses is a store's error, and the store stays usable."""
     with pytest.raises(errors.StoreError):
-        await storage.views.query("SELECT nothing FROM nowhere")
+        await sql_of(storage.views).query("SELECT nothing FROM nowhere")
     assert await storage.views.page(TABLE) == []
 
 

@@ -20,6 +20,7 @@ from cqrs_es.stores import storage_for
 from tests.conftest import run_on
 from tests.samples import Add, Counter, Totals
 from tests.servers import CONFIG, psql
+from tests.stores import in_sql, sql_of
 from tests.tallies import check_complete, tallying_app
 from tests.waiting import eventually
 
@@ -149,10 +150,10 @@ async def test_every_role_can_do_its_work(users: Users, stack: AsyncExitStack) -
                 await eventually(supervisors[0].idle, within_seconds=PATIENCE)
                 await check_complete(init, name)
     reader = await opened_store(users.url_of("reader"), stack)
-    assert len(await reader.views.query("SELECT * FROM totals")) == 3
-    assert len(await reader.views.query("SELECT * FROM sums")) == 3
+    assert len(await sql_of(reader.views).query("SELECT * FROM totals")) == 3
+    assert len(await sql_of(reader.views).query("SELECT * FROM sums")) == 3
     with pytest.raises(errors.CqrsError):
-        await reader.views.query("SELECT * FROM events")
+        await sql_of(reader.views).query("SELECT * FROM events")
 
 
 async def opened_store(url: str, stack: AsyncExitStack) -> Storage:
@@ -178,7 +179,7 @@ async def test_a_role_can_do_nothing_else(users: Users, stack: AsyncExitStack) -
         storage = await opened_store(users.url_of(role), stack)
         for statement in statements:
             with pytest.raises(errors.CqrsError) as refusal:
-                async with storage.views.transaction() as sql:
+                async with in_sql(storage.views) as sql:
                     await sql.execute(statement)
             assert "may not" in str(refusal.value) or "denied" in str(refusal.value)
 
@@ -190,7 +191,7 @@ async def test_a_projector_that_may_not_publish_goes_on(
     """Where older code noted nothing of the name, it says so and projects all the same."""
     broker = MemoryBroker(event_retention=100_000)
     init = await prepared(users, stack, broker)
-    async with init.storage.views.transaction() as sql:
+    async with in_sql(init.storage.views) as sql:
         await sql.execute("DELETE FROM generations WHERE projector LIKE '$published%'")
     process = await opened_by(users, "run", stack, broker)
     with capture_logs() as captured:

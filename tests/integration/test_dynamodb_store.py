@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cqrs_es import errors
+from cqrs_es.definitions import define_projector
+from cqrs_es.projection.folding import folding_for
 from cqrs_es.settings import Settings
-from cqrs_es.stores import has_sql, storage_for
+from cqrs_es.stores import storage_for
 from cqrs_es.stores.dynamodb import places, table, target_of
 from cqrs_es.stores.dynamodb.actions import Key, condition, put, update
 from cqrs_es.stores.dynamodb.storage import DynamoStorage
@@ -28,6 +30,7 @@ from tests.contract.building import (
     whole_log,
 )
 from tests.samples import Add, Counter, Totals, counting_app
+from tests.tallies import Sums
 from worker.app import app as bank
 
 if TYPE_CHECKING:
@@ -286,20 +289,16 @@ async def pages(storage: Any, name: str) -> AsyncIterator[str]:
         yield row.view_id
 
 
-async def test_a_table_with_sql_of_its_own_is_refused(storage: DynamoStorage) -> None:
+async def test_a_projector_with_sql_of_its_own_is_refused(storage: DynamoStorage) -> None:
     """Nothing about SQL pretends to work; the error says which stores have it."""
+    assert storage.views.sql is None
+    folding = folding_for(define_projector(Sums, needed=True), 1)
     with pytest.raises(errors.ConfigurationError, match="PostgreSQL, MySQL or SQLite"):
-        await storage.views.create_table("own__1", "name VARCHAR(40) PRIMARY KEY")
-    with pytest.raises(errors.ConfigurationError, match="PostgreSQL, MySQL or SQLite"):
-        await storage.views.query("SELECT 1")
-    async with storage.views.transaction() as sql:
-        for refused_work in (
-            lambda: sql.execute("DELETE FROM own__1"),
-            lambda: sql.fetch("SELECT 1"),
-            lambda: sql.upsert("own__1", ["name"], [{"name": "a"}]),
-        ):
-            with pytest.raises(errors.ConfigurationError, match="PostgreSQL, MySQL or SQLite"):
-                await refused_work()
+        await folding.create_tables(storage.views)
+    async with storage.views.transaction() as transaction:
+        assert transaction.sql is None
+        with pytest.raises(errors.ConfigurationError, match="sums needs SQL"):
+            await folding.fold([], transaction)
 
 
 def test_the_bank_goes_without_its_totals() -> None:
@@ -308,8 +307,7 @@ def test_the_bank_goes_without_its_totals() -> None:
     suited = bank.on_store_of(settings)
     assert list(suited.registry.projections) == ["account_query"]
     assert suited.registry.left_out == ("bank_totals",)
-    assert bank.on_store_of(Settings()) is bank
-    assert not has_sql("dynamodb://eu-central-1/bank")
+    assert "bank_totals" in bank.on_store_of(Settings()).registry.projections
 
 
 def test_the_bank_on_the_command_line(

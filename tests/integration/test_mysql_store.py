@@ -27,6 +27,7 @@ from tests.contract.building import (
     stream,
     whole_log,
 )
+from tests.stores import sql_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -61,7 +62,7 @@ async def test_sessions_are_set_up(storage: Storage, *, on_mariadb: bool) -> Non
         if on_mariadb
         else ("transaction_isolation", "wait_timeout")
     )
-    [(isolation, lock_wait, idle, zone)] = await storage.views.query(
+    [(isolation, lock_wait, idle, zone)] = await sql_of(storage.views).query(
         f"SELECT @@{isolation_name}, @@innodb_lock_wait_timeout, @@{idle_name}, @@time_zone"
     )
     assert (isolation, lock_wait, idle, zone) == ("READ-COMMITTED", 5, 7, "+00:00")
@@ -148,7 +149,7 @@ async def test_a_database_of_the_rust_crates_is_adopted(mysql_url: str) -> None:
     await storage.open()
     async with storage.views.transaction() as transaction:
         for statement in RUST_SCHEMA:
-            await transaction.execute(statement)
+            await sql_of(transaction).execute(statement)
     await storage.initialise(PARTITIONS)
     [found] = await stream(storage, account("a"))
     assert orjson.loads(found.payload) == {"a": 1}  # MySQL writes it with a space

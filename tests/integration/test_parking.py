@@ -16,7 +16,7 @@ from cqrs_es.types import new_command_id, partition_of
 from projectors.account_query import AccountQuery
 from projectors.bank_totals import BankTotals
 from tests.bank_data import bank_balances, bank_folder
-from tests.stores import on_sql
+from tests.stores import on_sql, sql_of
 from tests.waiting import eventually
 from worker.app import app as bank
 
@@ -138,5 +138,5 @@ async def check_totals(opened: OpenApplication, money: Decimal) -> None:
     async for event in opened.replay():
         folded[event.aggregate_id] = getattr(event.data, "balance", Decimal(0))
     assert sum(folded.values()) == money
-    rows = await opened.storage.views.query("SELECT * FROM bank_totals")
+    rows = await sql_of(opened.storage.views).query("SELECT * FROM bank_totals")
     assert Decimal(sum(int(row[-1] or 0) for row in rows)) / 100 == money

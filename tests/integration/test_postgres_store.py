@@ -30,6 +30,7 @@ from tests.contract.building import (
 )
 from tests.samples import Add, Counter
 from tests.servers import psql, start_pgbouncer
+from tests.stores import in_sql, sql_of
 from tests.tallies import Sums, tallying_app
 from tests.waiting import eventually
 
@@ -57,7 +58,7 @@ async def test_sessions_are_set_up(storage: Storage) -> None:
         "idle_in_transaction_session_timeout",
         "timezone",
     )
-    found = [(await storage.views.query(f"SHOW {name}"))[0][0] for name in names]
+    found = [(await sql_of(storage.views).query(f"SHOW {name}"))[0][0] for name in names]
     assert found == ["read committed", "5s", "7s", "UTC"]
 
 
@@ -109,35 +110,37 @@ async def test_a_transaction_that_an_error_ended_does_not_pass_for_committed(
 ) -> None:
     """A projector that swallows the error of a statement commits nothing, and is told."""
     columns = "name VARCHAR(40) PRIMARY KEY, total BIGINT NOT NULL"
-    await storage.views.create_table("totals__1", columns)
+    await sql_of(storage.views).create("totals__1", columns)
 
     async def swallow() -> None:
-        async with storage.views.transaction() as sql:
+        async with in_sql(storage.views) as sql:
             await sql.execute("INSERT INTO totals__1 VALUES ('a', 1)")
             with contextlib.suppress(errors.StoreError):
                 await sql.execute("INSERT INTO totals__1 VALUES ('a', 2)")
 
     with pytest.raises(errors.StoreError, match="nothing of it was committed"):
         await swallow()
-    assert await storage.views.query("SELECT name FROM totals__1") == []
+    assert await sql_of(storage.views).query("SELECT name FROM totals__1") == []
 
 
 async def test_names_of_views_may_be_in_any_case(storage: Storage) -> None:
     """The database folds names that are not quoted, as in a projector's own SQL."""
     columns = "name VARCHAR(40) PRIMARY KEY, total BIGINT NOT NULL"
-    await storage.views.create_table("BankTotals__1", columns)
-    await storage.views.publish_table("BankTotals", "BankTotals__1")
-    async with storage.views.transaction() as sql:
+    await sql_of(storage.views).create("BankTotals__1", columns)
+    await sql_of(storage.views).publish("BankTotals", "BankTotals__1")
+    async with in_sql(storage.views) as sql:
         for _ in range(2):
             rows: list[dict[str, SqlValue]] = [{"name": "a", "total": 1}]
             added = {"total": "old.total + new.total"}
             await sql.upsert("BankTotals__1", ["name"], rows, added)
-    assert await storage.views.query("SELECT total FROM BankTotals") == [(2,)]
+    assert await sql_of(storage.views).query("SELECT total FROM BankTotals") == [(2,)]
 
 
 async def test_sums_are_whole_numbers(storage: Storage) -> None:
     """As on the other stores; what has decimals is a Decimal, as on MySQL."""
-    [(total, half)] = await storage.views.query("SELECT SUM(n), AVG(n) FROM (VALUES (1), (2)) t(n)")
+    [(total, half)] = await sql_of(storage.views).query(
+        "SELECT SUM(n), AVG(n) FROM (VALUES (1), (2)) t(n)"
+    )
     assert (total, half) == (3, 1.5)
     assert (type(total), type(half)) == (int, Decimal)
 
@@ -188,13 +191,13 @@ async def test_a_database_of_the_rust_crates_is_adopted(postgres_url: str) -> No
     storage = storage_for(postgres_url)
     await storage.open()
     async with storage.views.transaction() as transaction:
-        await transaction.execute(RUST_SCHEMA)
+        await sql_of(transaction).execute(RUST_SCHEMA)
     for _ in range(2):
         await storage.initialise(PARTITIONS)
     [found] = await stream(storage, account("a"))
     assert (found.payload, found.partition, found.offset) == (b'{"a":1}', 0, 0)
     assert await conflict(storage, one(account("a"), 0)) == 1
-    snapshots = await storage.views.query(
+    snapshots = await sql_of(storage.views).query(
         "SELECT aggregate_id, last_sequence, payload FROM snapshots ORDER BY aggregate_id"
     )
     assert snapshots == [("a", 2, '{"new":1}'), ("b", 1, '{"b":1}')]
@@ -206,13 +209,13 @@ async def test_an_adopted_snapshot_is_replaced(postgres_url: str) -> None:
     storage = storage_for(postgres_url)
     await storage.open()
     async with storage.views.transaction() as transaction:
-        await transaction.execute(RUST_SCHEMA)
+        await sql_of(transaction).execute(RUST_SCHEMA)
     await storage.initialise(PARTITIONS)
     key = account("a")
     event = NewEvent("Changed", "1.0", b"{}", b"{}")
     snapshot = Snapshot(key, 2, 3, b'{"newest":1}')
     await commit(storage, chain(key, 1, accepted(key, 1, [event]), snapshot=snapshot))
-    found = await storage.views.query(
+    found = await sql_of(storage.views).query(
         "SELECT current_snapshot FROM snapshots WHERE aggregate_id='a'"
     )
     assert found == [(3,)]
@@ -223,13 +226,13 @@ async def test_an_adopted_snapshot_is_replaced(postgres_url: str) -> None:
 
 
 async def run_ddl(storage: Storage, *statements: str) -> None:
-    async with storage.views.transaction() as sql:
+    async with in_sql(storage.views) as sql:
         for statement in statements:
             await sql.execute(statement)
 
 
 async def grants_on(storage: Storage, name: str) -> set[tuple[object, ...]]:
-    found = await storage.views.query(
+    found = await sql_of(storage.views).query(
         "SELECT grantee, privilege_type, is_grantable FROM information_schema.role_table_grants"
         " WHERE table_name = ? AND grantee IN ('PUBLIC', 'analyst')",
         (name,),
@@ -241,10 +244,10 @@ async def grants_on(storage: Storage, name: str) -> set[tuple[object, ...]]:
 async def published(storage: Storage) -> AsyncIterator[Storage]:
     """Publish a projector's table, with grants on the name; prepare two more generations."""
     views = storage.views
-    await views.create_table("days__1", "day INT PRIMARY KEY, total BIGINT NOT NULL")
-    await views.create_table("days__2", "day INT PRIMARY KEY, total BIGINT NOT NULL")
-    await views.create_table("days__3", "day INT PRIMARY KEY, amount VARCHAR(9)")
-    await views.publish_table("days", "days__1")
+    await sql_of(views).create("days__1", "day INT PRIMARY KEY, total BIGINT NOT NULL")
+    await sql_of(views).create("days__2", "day INT PRIMARY KEY, total BIGINT NOT NULL")
+    await sql_of(views).create("days__3", "day INT PRIMARY KEY, amount VARCHAR(9)")
+    await sql_of(views).publish("days", "days__1")
     await run_ddl(
         storage,
         "INSERT INTO days__2 VALUES (2, 2)",
@@ -263,12 +266,12 @@ async def test_a_published_name_keeps_its_grants_and_what_depends_on_it(publishe
     assert ("analyst", "SELECT", "YES") in before
     assert ("PUBLIC", "SELECT", "NO") in before
     await run_ddl(published, "CREATE VIEW report AS SELECT total FROM days")
-    await published.views.publish_table("days", "days__2")
-    assert await published.views.query("SELECT total FROM report") == [(2,)]
+    await sql_of(published.views).publish("days", "days__2")
+    assert await sql_of(published.views).query("SELECT total FROM report") == [(2,)]
     assert await grants_on(published, "days") == before
     await run_ddl(published, "DROP VIEW report")
-    await published.views.publish_table("days", "days__3")
-    assert await published.views.query("SELECT amount FROM days") == [("three",)]
+    await sql_of(published.views).publish("days", "days__3")
+    assert await sql_of(published.views).query("SELECT amount FROM days") == [("three",)]
     assert await grants_on(published, "days") == before
 
 
@@ -276,8 +279,8 @@ async def test_what_stands_in_the_way_of_a_published_name_is_named(published: St
     """A view that reads columns which are gone: it is said which, and the name stays as it was."""
     await run_ddl(published, "CREATE VIEW report AS SELECT total FROM days")
     with pytest.raises(errors.StoreError, match="view report depends on view days"):
-        await published.views.publish_table("days", "days__3")
-    assert await published.views.columns("days") == ["day", "total"]
+        await sql_of(published.views).publish("days", "days__3")
+    assert await sql_of(published.views).columns("days") == ["day", "total"]
     before = await grants_on(published, "days")
     assert ("analyst", "SELECT", "YES") in before
 
@@ -301,7 +304,7 @@ async def test_a_rebuild_that_cant_publish_says_why(postgres_url: str) -> None:
             assert [line["view"] for line in captured if line["event"] == "name not published"] == [
                 "sums"
             ]
-            assert await opened.storage.views.query("SELECT total FROM sums__2") == [(2,)]
+            assert await sql_of(opened.storage.views).query("SELECT total FROM sums__2") == [(2,)]
             await run_ddl(opened.storage, "DROP VIEW report")
             await opened.initialise()
-            assert await opened.storage.views.query("SELECT total FROM sums") == [(2,)]
+            assert await sql_of(opened.storage.views).query("SELECT total FROM sums") == [(2,)]

@@ -23,7 +23,7 @@ from cqrs_es.stores.sql.storage import SqlStorage
 from cqrs_es.testing import TestApp
 from tests.faulty import FaultyStorage
 from tests.samples import Add, AddEach, Added, Commit, Counter, Done, Services, Started, T, Totals
-from tests.stores import on_sql
+from tests.stores import on_sql, sql_of
 from tests.tallies import check_complete, tallying_app
 from tests.waiting import eventually
 
@@ -256,7 +256,7 @@ async def lose_table(storage: Storage, name: str) -> None:
             await storage._database.run(lambda session: session.execute(drop_view))
         with contextlib.suppress(errors.StoreError):
             await storage.views.drop_table(f"{name}__1")
-        return not await storage.views.columns(f"{name}__1")
+        return not await sql_of(storage.views).columns(f"{name}__1")
 
     await eventually(gone)
 
@@ -443,7 +443,7 @@ async def test_tables_are_made_where_nothing_was_written_yet(store_url: str) -> 
     async with tallying_app().open(on(store_url), initialise=True) as opened:
         folding = folding_for(opened.projection("sums"), 7)
         await make_sure_of_tables(opened.storage.views, folding)
-        assert await opened.storage.views.columns("sums__7") == ["counter", "total"]
+        assert await sql_of(opened.storage.views).columns("sums__7") == ["counter", "total"]
 
 
 # --- Where the topic keeps nothing --------------------------------------------

@@ -15,7 +15,7 @@ from cqrs_es.projector import physical_name
 from cqrs_es.settings import Settings
 from tests.mortal import Killed, MortalStorage
 from tests.samples import AddEach, Counter
-from tests.stores import on_sql
+from tests.stores import on_sql, sql_of
 from tests.tallies import check_complete, check_live, tallying_app
 from tests.waiting import eventually
 
@@ -116,7 +116,7 @@ async def test_an_abort_killed_at_every_step(store_url: str, name: str) -> None:
             now = await read_generations(opened.storage.views, name)
             assert now == Generations(given_up - 1, None, given_up)
             await opened.rebuild(name).drop(given_up)
-            assert await opened.storage.views.columns(physical_name(name, given_up)) == []
+            assert await sql_of(opened.storage.views).columns(physical_name(name, given_up)) == []
             assert await opened.rebuild(name).run() == rebuilt
             assert await check_complete(opened, name) == rebuilt
             if not died:
@@ -162,7 +162,7 @@ async def test_a_drop_killed_at_every_step(store_url: str, name: str) -> None:
             await opened.rebuild(name).drop(step)
             with pytest.raises(errors.NotFound):
                 await opened.rebuild(name).switch_to(step)
-            assert await opened.storage.views.columns(physical_name(name, step)) == []
+            assert await sql_of(opened.storage.views).columns(physical_name(name, step)) == []
             if not died:
                 assert step > 3
                 return

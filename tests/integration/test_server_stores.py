@@ -36,6 +36,7 @@ from tests.contract.building import (
 from tests.proxy import proxy_to
 from tests.samples import Add, Counter, Services, Totals
 from tests.servers import psql, start_mariadb
+from tests.stores import sql_of
 from tests.waiting import eventually, until
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ async def other(server: Server) -> AsyncIterator[Storage]:
 
 
 async def connection_id(server: Server, transaction: ViewTransaction) -> int:
-    [(number,)] = await transaction.fetch(server.connection_id)
+    [(number,)] = await sql_of(transaction).fetch(server.connection_id)
     assert isinstance(number, int)
     return number
 
@@ -185,9 +186,9 @@ async def test_g5_a_frozen_process_can_not_hold_a_partition(
 
     async def freeze() -> None:
         async with other.views.transaction() as frozen:
-            await frozen.fetch(HEAD, (0,))
+            await sql_of(frozen).fetch(HEAD, (0,))
             await commit(storage, one(key, 0))
-            await frozen.fetch(HEAD, (0,))
+            await sql_of(frozen).fetch(HEAD, (0,))
 
     began = time.monotonic()
     with pytest.raises(errors.StoreUnavailable):
@@ -199,11 +200,11 @@ async def test_g5_a_frozen_process_can_not_hold_a_partition(
 async def test_a_lock_that_is_held_for_long(storage: Storage, other: Storage) -> None:
     """It is waited for a bounded time, again and again, and then reported."""
     async with storage.views.transaction() as holder:
-        await holder.fetch(HEAD, (0,))
+        await sql_of(holder).fetch(HEAD, (0,))
         waiting = asyncio.create_task(other.events.append([one(account_in(0), 0)], NOW))
         async with asyncio.timeout(20):
             while not waiting.done():
-                await holder.fetch("SELECT 1")  # so that it does not idle
+                await sql_of(holder).fetch("SELECT 1")  # so that it does not idle
                 await asyncio.sleep(0.1)
     with pytest.raises(errors.StoreUnavailable):
         await waiting
@@ -235,7 +236,7 @@ async def test_disjoint_partitions_do_not_wait_for_each_other(
 ) -> None:
     """Only the heads that an append names are locked, also where the table is tiny."""
     async with other.views.transaction() as holder:
-        await holder.fetch(HEAD, (1,))
+        await sql_of(holder).fetch(HEAD, (1,))
         async with asyncio.timeout(1):
             await commit(storage, *(one(account_in(p), 0) for p in (0, 2, 3)))
 
@@ -244,10 +245,10 @@ async def test_a_migration_that_fails_leaves_its_limits_to_nobody(
     server: Server, storage: Storage
 ) -> None:
     """Its connection is not lent again: it waits for locks for longer than a lease."""
-    before = await storage.views.query(server.connection_id)
+    before = await sql_of(storage.views).query(server.connection_id)
     with pytest.raises(errors.StoreError):
-        await storage.views.create_table("broken__1", "no columns at all")
-    assert await storage.views.query(server.connection_id) != before
+        await sql_of(storage.views).create("broken__1", "no columns at all")
+    assert await sql_of(storage.views).query(server.connection_id) != before
     assert (await storage.initialise(PARTITIONS)).partitions == PARTITIONS
 
 
@@ -262,8 +263,8 @@ async def test_a_killed_connection_is_reported_and_replaced(
     async def be_killed() -> None:
         async with storage.views.transaction() as transaction:
             number = await connection_id(server, transaction)
-            await storage.views.query(server.kill.format(number))
-            await transaction.fetch("SELECT 1")
+            await sql_of(storage.views).query(server.kill.format(number))
+            await sql_of(transaction).fetch("SELECT 1")
 
     with pytest.raises(errors.StoreUnavailable):
         await be_killed()
@@ -276,7 +277,7 @@ async def test_a_connection_killed_while_idle(
     """It is reported at most once."""
     async with storage.views.transaction() as transaction:
         number = await connection_id(server, transaction)
-    await other.views.query(server.kill.format(number))
+    await sql_of(other.views).query(server.kill.format(number))
     with contextlib.suppress(errors.StoreUnavailable):
         await storage.info()
     assert (await storage.info()).partitions == PARTITIONS
@@ -286,12 +287,12 @@ async def test_a_cancelled_query_leaves_no_answer_for_the_next(
     server: Server, storage: Storage
 ) -> None:
     """Its connection is closed: nobody knows what comes next on it."""
-    slow = asyncio.create_task(storage.views.query(server.sleep))
+    slow = asyncio.create_task(sql_of(storage.views).query(server.sleep))
     await storage.info()
     slow.cancel()
     with pytest.raises(asyncio.CancelledError):
         await slow
-    assert await storage.views.query("SELECT 'fresh'") == [("fresh",)]
+    assert await sql_of(storage.views).query("SELECT 'fresh'") == [("fresh",)]
 
 
 async def test_a_query_beyond_its_deadline(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,8 +301,8 @@ async def test_a_query_beyond_its_deadline(server: Server, monkeypatch: pytest.M
     storage = storage_for(server.url)
     await storage.open()
     with pytest.raises(errors.StoreUnavailable):
-        await storage.views.query(server.sleep)
-    assert await storage.views.query("SELECT 1") == [(1,)]
+        await sql_of(storage.views).query(server.sleep)
+    assert await sql_of(storage.views).query("SELECT 1") == [(1,)]
     await storage.close()
 
 
@@ -500,7 +501,7 @@ async def test_no_tables(server: Server) -> None:
     with pytest.raises(errors.StoreNotInitialised):
         await storage.events.append([one(account(), 0)], NOW)
     with pytest.raises(errors.StoreError, match="nowhere"):
-        await storage.views.query("SELECT * FROM nowhere")
+        await sql_of(storage.views).query("SELECT * FROM nowhere")
     await storage.close()
 
 

@@ -25,6 +25,7 @@ from tests.contract.building import (
     stream,
     whole_log,
 )
+from tests.stores import sql_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -63,8 +64,8 @@ def overwrite(path: Path, filler: bytes, keep: int = 0) -> None:
 async def test_commits_are_synced_to_the_disk(storage: Storage) -> None:
     """WAL, and a sync at every commit."""
     async with storage.views.transaction() as transaction:
-        assert await transaction.fetch("PRAGMA synchronous") == [(2,)]
-        assert await transaction.fetch("PRAGMA journal_mode") == [("wal",)]
+        assert await sql_of(transaction).fetch("PRAGMA synchronous") == [(2,)]
+        assert await sql_of(transaction).fetch("PRAGMA journal_mode") == [("wal",)]
 
 
 async def test_locked_by_another_process(storage: Storage, path: Path) -> None:
@@ -207,20 +208,20 @@ async def test_append_inside_a_view_transaction_of_the_same_task(storage: Storag
 async def test_a_projectors_mistake_is_reported_as_such(storage: Storage) -> None:
     """An unknown table of its own is no missing `init`."""
     with pytest.raises(errors.StoreError, match="no such table: nowhere") as caught:
-        await storage.views.query("SELECT * FROM nowhere")
+        await sql_of(storage.views).query("SELECT * FROM nowhere")
     assert not isinstance(caught.value, errors.ConfigurationError)
 
 
 async def test_queries_can_not_write(storage: Storage) -> None:
     """What is outside a transaction only reads."""
     with pytest.raises(errors.StoreReadOnly):
-        await storage.views.query("DELETE FROM store_info")
+        await sql_of(storage.views).query("DELETE FROM store_info")
 
 
 async def test_a_cancelled_query_ends(storage: Storage) -> None:
     """Its connection is free at once, for all of them."""
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
-    queries = [asyncio.create_task(storage.views.query(endless)) for _ in range(4)]
+    queries = [asyncio.create_task(sql_of(storage.views).query(endless)) for _ in range(4)]
     await asyncio.sleep(0)
     for query in queries:
         query.cancel()

@@ -12,6 +12,7 @@ from cqrs_es import errors
 from cqrs_es.stores import storage_for
 from tests.certificates import self_signed
 from tests.servers import start_mariadb, start_postgres
+from tests.stores import sql_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +64,7 @@ async def cipher(server: Server, options: str) -> object:
     storage = storage_for(server.url(options))
     await storage.open()
     try:
-        [(cipher,)] = await storage.views.query(CIPHER[server.scheme])
+        [(cipher,)] = await sql_of(storage.views).query(CIPHER[server.scheme])
     finally:
         await storage.close()
     return cipher

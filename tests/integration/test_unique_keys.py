@@ -24,7 +24,7 @@ from tests.apps import users
 from tests.apps.users import ADDRESSES, USERS, Leave, Register, User
 from tests.bank_data import PROJECT
 from tests.command_line import Result, cqrs_es
-from tests.stores import STORES
+from tests.stores import STORES, sql_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -279,7 +279,7 @@ def start(store_url: str, *arguments: object) -> subprocess.Popen[bytes]:
 
 async def deadlocks(opened: OpenApplication, store_url: str) -> int:
     sql = DEADLOCKS.get(store_url.split(":", 1)[0].split("+", 1)[0])
-    return int(str((await opened.storage.views.query(sql))[0][0])) if sql else 0
+    return int(str((await sql_of(opened.storage.views).query(sql))[0][0])) if sql else 0
 
 
 @on_databases

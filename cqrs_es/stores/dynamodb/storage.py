@@ -56,11 +56,6 @@ class DynamoStorage(Storage):
         """Always True."""
         return True
 
-    @property
-    def sql(self) -> bool:
-        """Always False."""
-        return False
-
     async def open(self) -> None:
         """Connect. Raises `StoreUnavailable` when that can't be done now."""
         await self._table.open()

@@ -7,10 +7,10 @@ it, so that the transaction takes place only if nobody changed it meanwhile.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from cqrs_es import errors
-from cqrs_es.ports.views import NO_CHANGES, ViewTransaction
+from cqrs_es.ports.views import ViewTransaction
 from cqrs_es.stores.dynamodb import items, places, scheduled
 from cqrs_es.stores.dynamodb.actions import (
     ABSENT,
@@ -28,22 +28,13 @@ from cqrs_es.stores.dynamodb.actions import (
 from cqrs_es.stores.dynamodb.failures import ConditionFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from cqrs_es.ports.store import ScheduledCommand
-    from cqrs_es.ports.views import ParkedAggregate, SqlRow, SqlValue, ViewRow
+    from cqrs_es.ports.views import ParkedAggregate, ViewRow
     from cqrs_es.stores.dynamodb.actions import Action, Condition
     from cqrs_es.stores.dynamodb.table import Table
     from cqrs_es.types import AggregateKey
-
-
-def refuse_sql(what: str) -> NoReturn:
-    """Say which stores have SQL."""
-    message = (
-        f"{what} needs SQL, and DynamoDB has none: use a view, or a store on"
-        " PostgreSQL, MySQL or SQLite"
-    )
-    raise errors.ConfigurationError(message)
 
 
 @dataclass(slots=True)
@@ -207,29 +198,6 @@ class DynamoTransaction(ViewTransaction):
         """Make a generation live."""
         only_if = ABSENT if self._read_generations else None
         self._set(Key(places.GENERATIONS, projector), {"live": live}, only_if)
-
-    # --- SQL -----------------------------------------------------------------
-
-    async def execute(self, sql: str, parameters: Sequence[SqlValue] = ()) -> int:
-        """Raise `ConfigurationError`."""
-        del sql, parameters
-        refuse_sql("a projector with statements of its own")
-
-    async def fetch(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
-        """Raise `ConfigurationError`."""
-        del sql, parameters
-        refuse_sql("a projector with queries of its own")
-
-    async def upsert(
-        self,
-        table: str,
-        key: Sequence[str],
-        rows: Sequence[Mapping[str, SqlValue]],
-        changes: Mapping[str, str] = NO_CHANGES,
-    ) -> None:
-        """Raise `ConfigurationError`."""
-        del table, key, rows, changes
-        refuse_sql("a projector with tables of its own")
 
 
 def _conflict(changed: Sequence[Key]) -> errors.Conflict:

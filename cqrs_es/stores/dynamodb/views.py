@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from cqrs_es.ports.views import ViewStore, ViewTransaction
 from cqrs_es.stores.dynamodb import items, places
 from cqrs_es.stores.dynamodb.actions import Key, delete, found_key, put
-from cqrs_es.stores.dynamodb.transaction import DynamoTransaction, refuse_sql
+from cqrs_es.stores.dynamodb.transaction import DynamoTransaction
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Mapping
 
-    from cqrs_es.ports.views import ParkedAggregate, SqlRow, SqlValue, ViewRow
+    from cqrs_es.ports.views import ParkedAggregate, ViewRow
     from cqrs_es.stores.dynamodb.actions import Condition
     from cqrs_es.stores.dynamodb.table import Table
 
@@ -31,16 +31,9 @@ class DynamoViews(ViewStore):
         yield transaction
         await transaction.commit()
 
-    async def create_table(self, table: str, columns: str | None = None) -> None:
-        """Note that a view is there; refuse a table with columns of its own."""
-        if columns is not None:
-            refuse_sql(f"the table {table}")
+    async def create_table(self, table: str) -> None:
+        """Note that a view is there."""
         await self._table.write(put(Key(places.TABLES, table), {}))
-
-    async def columns(self, table: str) -> list[str]:
-        """Return the names of a view's columns; none where there is no such view."""
-        there = await self._table.get(Key(places.TABLES, table))
-        return [] if there is None else ["view_id", "version", "payload"]
 
     async def list_tables(self) -> list[str]:
         """Return the names of all views' tables."""
@@ -51,12 +44,6 @@ class DynamoViews(ViewStore):
         """Delete the rows of a view, then what says that it is there."""
         await self._delete_all(places.all_of(places.rows_of(table)))
         await self._table.write(delete(Key(places.TABLES, table)))
-
-    async def publish_table(self, name: str, table: str) -> None:
-        """Do nothing: who reads a view goes through `generations`, there is no SQL to read it."""
-
-    async def unpublish_table(self, name: str) -> None:
-        """Do nothing, as `publish_table` does."""
 
     async def get(self, table: str, view_id: str) -> ViewRow | None:
         """Return one row, None when there is none."""
@@ -74,11 +61,6 @@ class DynamoViews(ViewStore):
     async def count(self, table: str) -> int:
         """Return how many rows there are; reads them all."""
         return await self._table.count(places.all_of(places.rows_of(table)))
-
-    async def query(self, sql: str, parameters: Sequence[SqlValue] = ()) -> list[SqlRow]:
-        """Raise `ConfigurationError`."""
-        del sql, parameters
-        refuse_sql("a query")
 
     async def checkpoints(self, projector: str) -> dict[int, int]:
         """Return a projector's checkpoints by partition."""

@@ -44,11 +44,6 @@ class MemoryStorage(Storage):
         """Always False."""
         return False
 
-    @property
-    def sql(self) -> bool:
-        """Always True."""
-        return True
-
     async def open(self) -> None:
         """Do nothing: there is nothing to connect to."""
 

@@ -19,6 +19,8 @@ from cqrs_es.ports.views import (
     NO_CHANGES,
     ParkedAggregate,
     SqlRow,
+    SqlSession,
+    SqlTables,
     SqlValue,
     ViewRow,
     ViewStore,
@@ -47,8 +49,8 @@ _SCHEMA = (
 _VIEW_COLUMNS = "view_id TEXT PRIMARY KEY, version INTEGER NOT NULL, payload TEXT NOT NULL"
 
 
-class MemoryViews(ViewStore):
-    """The views of an in-memory store."""
+class MemoryViews(ViewStore, SqlTables):
+    """The views of an in-memory store, and its SQL."""
 
     def __init__(self, schedule: Callable[[Sequence[ScheduledCommand]], None]) -> None:
         """Commands that a transaction schedules are given to `schedule` when it commits."""
@@ -57,21 +59,32 @@ class MemoryViews(ViewStore):
         self._lock = asyncio.Lock()
         self._holder: asyncio.Task[Any] | None = None
 
+    @property
+    def sql(self) -> SqlTables:
+        """Its own."""
+        return self
+
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[ViewTransaction]:
         """Open a transaction; the next one waits until it has ended."""
-        async with self._alone() as database:
-            database.run("BEGIN")
+        async with self._in_transaction() as database:
             transaction = _MemoryTransaction(database)
             try:
                 yield transaction
+            finally:
+                transaction.end()
+        self._schedule(transaction.scheduled)
+
+    @asynccontextmanager
+    async def _in_transaction(self) -> AsyncGenerator[_Database]:
+        async with self._alone() as database:
+            database.run("BEGIN")
+            try:
+                yield database
             except BaseException:
                 database.run("ROLLBACK")
                 raise
-            finally:
-                transaction.end()
             database.run("COMMIT")
-            self._schedule(transaction.scheduled)
 
     @asynccontextmanager
     async def _alone(self) -> AsyncGenerator[_Database]:
@@ -86,11 +99,17 @@ class MemoryViews(ViewStore):
             finally:
                 self._holder = None
 
-    async def create_table(self, table: str, columns: str | None = None) -> None:
-        """Create a table unless it is there; columns are in SQLite's dialect."""
-        own = _VIEW_COLUMNS if columns is None else own_columns(SQLITE, columns)
+    async def create_table(self, table: str) -> None:
+        """Create a table of rows unless it is there."""
+        await self._create(table, _VIEW_COLUMNS)
+
+    async def create(self, table: str, columns: str) -> None:
+        """Create a table of a projector's own unless it is there."""
+        await self._create(table, own_columns(SQLITE, columns))
+
+    async def _create(self, table: str, columns: str) -> None:
         async with self._alone() as database:
-            database.run(f"CREATE TABLE IF NOT EXISTS {_quoted(table)} ({own})")
+            database.run(f"CREATE TABLE IF NOT EXISTS {_quoted(table)} ({columns})")
 
     async def columns(self, table: str) -> list[str]:
         """Return the names of a table's columns, in order; none where there is no such table."""
@@ -107,15 +126,13 @@ class MemoryViews(ViewStore):
         async with self._alone() as database:
             database.run(f"DROP TABLE IF EXISTS {_quoted(table)}")
 
-    async def publish_table(self, name: str, table: str) -> None:
+    async def publish(self, name: str, table: str) -> None:
         """Replace the SQL view `name` by one that shows `table`."""
-        async with self.transaction() as transaction:
-            await transaction.execute(f"DROP VIEW IF EXISTS {_quoted(name)}")
-            await transaction.execute(
-                f"CREATE VIEW {_quoted(name)} AS SELECT * FROM {_quoted(table)}"
-            )
+        async with self._in_transaction() as database:
+            for statement in SQLITE.replace_view:
+                database.run(statement.format(name=_quoted(name), table=_quoted(table)))
 
-    async def unpublish_table(self, name: str) -> None:
+    async def unpublish(self, name: str) -> None:
         """Drop the SQL view `name` if it is there."""
         async with self._alone() as database:
             database.run(f"DROP VIEW IF EXISTS {_quoted(name)}")
@@ -157,7 +174,7 @@ class MemoryViews(ViewStore):
             return database.parked(projector)
 
 
-class _MemoryTransaction(ViewTransaction):
+class _MemoryTransaction(ViewTransaction, SqlSession):
     def __init__(self, database: _Database) -> None:
         self._lent: _Database | None = database
         self.scheduled: list[ScheduledCommand] = []
@@ -165,6 +182,10 @@ class _MemoryTransaction(ViewTransaction):
     def end(self) -> None:
         """Refuse what a task that nobody waited for still wants."""
         self._lent = None
+
+    @property
+    def sql(self) -> SqlSession:
+        return self
 
     @property
     def _database(self) -> _Database:

@@ -46,11 +46,6 @@ class SqlStorage(Storage):
         """Whether the database is a server."""
         return self._shared
 
-    @property
-    def sql(self) -> bool:
-        """Always True."""
-        return True
-
     async def open(self) -> None:
         """Connect. Raises `StoreUnavailable` when that can't be done now."""
         await self._database.open()

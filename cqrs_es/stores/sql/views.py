@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 from cqrs_es import errors
-from cqrs_es.ports.views import NO_CHANGES, ViewStore, ViewTransaction
+from cqrs_es.ports.views import NO_CHANGES, SqlSession, SqlTables, ViewStore, ViewTransaction
 from cqrs_es.stores.sql import checkpoints, scheduled
 from cqrs_es.stores.sql.dialect import marks
 from cqrs_es.stores.sql.migrations import VIEW_COLUMNS, CreateTable
@@ -34,11 +34,16 @@ _FORGET_GENERATION: Final = "DELETE FROM generations WHERE projector = ?"
 _IN_ORDER: Final = "ORDER BY projector, aggregate_type, aggregate_id"
 
 
-class SqlViews(ViewStore):
-    """The views of an SQL database."""
+class SqlViews(ViewStore, SqlTables):
+    """The views of an SQL database, and its SQL."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
+
+    @property
+    def sql(self) -> SqlTables:
+        """Its own."""
+        return self
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[ViewTransaction]:
@@ -50,11 +55,15 @@ class SqlViews(ViewStore):
             finally:
                 transaction.end()
 
-    async def create_table(self, table: str, columns: str | None = None) -> None:
-        """Create a table unless it is there: a view's, or one with the given columns."""
+    async def create_table(self, table: str) -> None:
+        """Create a table of rows unless it is there."""
         async with self._database.migration() as session:
-            own = VIEW_COLUMNS if columns is None else own_columns(session.dialect, columns)
-            await CreateTable(table, own).apply(session)
+            await CreateTable(table, VIEW_COLUMNS).apply(session)
+
+    async def create(self, table: str, columns: str) -> None:
+        """Create a table of a projector's own unless it is there."""
+        async with self._database.migration() as session:
+            await CreateTable(table, own_columns(session.dialect, columns)).apply(session)
 
     async def columns(self, table: str) -> list[str]:
         """Return the names of a table's columns, in order; none where there is no such table."""
@@ -73,7 +82,7 @@ class SqlViews(ViewStore):
         async with self._database.migration() as session:
             await session.execute(f"DROP TABLE IF EXISTS {session.dialect.quoted(table)}")
 
-    async def publish_table(self, name: str, table: str) -> None:
+    async def publish(self, name: str, table: str) -> None:
         """Make `name` an SQL view that shows `table`; grants and dependents stay."""
         async with self._database.migration() as session:
             dialect = session.dialect
@@ -86,7 +95,7 @@ class SqlViews(ViewStore):
                     raise
                 await session.execute(dialect.remake_view.format_map(names))
 
-    async def unpublish_table(self, name: str) -> None:
+    async def unpublish(self, name: str) -> None:
         """Drop the SQL view `name` if it is there."""
         async with self._database.migration() as session:
             await session.execute(f"DROP VIEW IF EXISTS {session.dialect.quoted(name)}")
@@ -137,7 +146,7 @@ class SqlViews(ViewStore):
         return [marker_of(row) for row in rows]
 
 
-class _SqlTransaction(ViewTransaction):
+class _SqlTransaction(ViewTransaction, SqlSession):
     def __init__(self, session: Session) -> None:
         self._lent: Session | None = session
         # The version of each row that was loaded, 0 for none. The lock keeps it so; that
@@ -147,6 +156,10 @@ class _SqlTransaction(ViewTransaction):
     def end(self) -> None:
         """Refuse what a task that nobody waited for still wants: the session is another's soon."""
         self._lent = None
+
+    @property
+    def sql(self) -> SqlSession:
+        return self
 
     @property
     def _session(self) -> Session:
