@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from cqrs_es import errors
 from cqrs_es.brokers import broker_for
-from cqrs_es.definitions import define_aggregate, define_projector, define_view, needs_services
+from cqrs_es.definitions import (
+    define_aggregate,
+    define_projector,
+    define_recurring,
+    define_view,
+    needs_services,
+)
 from cqrs_es.execution.executor import Executor
 from cqrs_es.execution.policy import ExecutionPolicy as ExecutionPolicy  # for `policy`
 from cqrs_es.execution.policy import Hooks, OnHandlerFailure
@@ -34,6 +40,7 @@ if TYPE_CHECKING:
 
     from cqrs_es.aggregate import Aggregate, SourceOfTruth
     from cqrs_es.definitions import ServicesFactory
+    from cqrs_es.intents import Send
     from cqrs_es.messages import CommandContext
     from cqrs_es.ports.broker import Broker
     from cqrs_es.ports.storage import Storage
@@ -105,6 +112,18 @@ class Application:
         does without the projector if it is not `needed`.
         """
         self.registry.add_projection(define_projector(cls, needed=needed))
+
+    def every(
+        self, cron: str, command: Send, *, zone: str = "UTC", name: str | None = None
+    ) -> None:
+        """Send a command at each time of a cron expression, in a zone such as Europe/Berlin.
+
+            app.every("0 3 * * *", send(Report, "daily", Make()), zone="Europe/Berlin")
+
+        Of times that were missed, while no worker ran, it is sent once. `name` is the command's
+        unless given; it stays when the times are changed. Raises `DefinitionError`.
+        """
+        self.registry.add_recurring(define_recurring(cron, command, zone, name))
 
     def on_store_of(self, settings: Settings) -> Application:
         """Return what of the application runs on the store that the settings name.
@@ -181,6 +200,8 @@ class Application:
                 policy=policy or execution_policy(settings, self.policy),
                 hooks=hooks,
             )
+            for definition in registry.recurring.values():
+                executor.causes.recurring(definition, clock.now())
             process = Process(
                 registry=registry,
                 settings=settings,

@@ -9,18 +9,22 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from types import NoneType
 from typing import Any, Final, TypeAlias, TypeVar, cast
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import orjson
+from cronsim import CronSim, CronSimError
 
 from cqrs_es import errors
 from cqrs_es.aggregate import Aggregate, EventSourced, SourceOfTruth
 from cqrs_es.codec import Codec, CommandCodec
+from cqrs_es.intents import Send, check_timer_name
 from cqrs_es.messages import CommandContext, MessageSpec, StoredEvent, spec_of
 from cqrs_es.projector import Projector, check_view_name
 from cqrs_es.sum_types import class_of, members_of
-from cqrs_es.types import Version
+from cqrs_es.types import Version, text_of, utc_now
 from cqrs_es.upcasting import RawEvent, Upcaster, UpcasterChain
 from cqrs_es.view import View
 
@@ -34,6 +38,51 @@ ServicesFactory: TypeAlias = Callable[[CommandContext], Any]
 
 MAX_TYPE_WITH_KEYS: Final = 59
 """A row of `store_info` is called `keys:` and the type, and a name has 64 characters."""
+
+
+# --- Recurring commands ------------------------------------------------------
+
+RECURRING: Final = "$every "
+"""What the rows of recurring commands are called, as timers of their target: this and the name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recurring:
+    """A command that is sent at each time of a cron expression, in a zone."""
+
+    name: str
+    cron: str
+    zone: ZoneInfo
+    send: Send
+
+    def after(self, moment: datetime) -> datetime:
+        """Return the first time after a moment, in UTC; raise `DefinitionError` for none."""
+        try:
+            return next(CronSim(self.cron, moment.astimezone(self.zone))).astimezone(UTC)
+        except (CronSimError, StopIteration) as exc:
+            message = f"{self.cron!r} names no time (as in crontab(5)): {text_of(exc, str)}"
+            raise errors.DefinitionError(message) from exc
+
+    def is_at(self, moment: datetime) -> bool:
+        """Tell whether a moment is one of its times."""
+        return self.after(moment - timedelta(seconds=1)) == moment
+
+
+def define_recurring(cron: str, send: Send, zone: str, name: str | None) -> Recurring:
+    """Check and put together a recurring command; raise `DefinitionError`."""
+    if send.at is not None:
+        message = f"every({cron!r}, send(…, at=…)): its times are those of the expression"
+        raise errors.DefinitionError(message)
+    try:
+        found = ZoneInfo(zone)
+    except (ValueError, OSError, ZoneInfoNotFoundError) as exc:
+        message = f"there is no time zone {zone!r}: check its name, or install tzdata"
+        raise errors.DefinitionError(message) from exc
+    given = spec_of(type(send.command)).name if name is None else name
+    check_timer_name(given)
+    recurring = Recurring(given, cron, found, send)
+    recurring.after(utc_now())
+    return recurring
 
 
 # --- Aggregates --------------------------------------------------------------

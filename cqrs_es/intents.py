@@ -85,13 +85,13 @@ def later(name: str, *, after: timedelta | None = None, at: datetime | None = No
         message = f"later({name!r}) takes either after=… or at=…"
         raise errors.DefinitionError(message)
     _check_moment(at)
-    _check_name(name)
+    check_timer_name(name)
     return Later(name, at, after)
 
 
 def cancel(name: str) -> Cancel:
     """End a timer of this aggregate; nothing happens where there is none of that name."""
-    _check_name(name)
+    check_timer_name(name)
     return Cancel(name)
 
 
@@ -101,8 +101,10 @@ def _check_moment(at: datetime | None) -> None:
         raise errors.DefinitionError(message)
 
 
-def _check_name(name: str) -> None:
-    if not 1 <= len(name) <= MAX_TIMER_NAME_CHARACTERS or not name.isprintable():
-        most = MAX_TIMER_NAME_CHARACTERS
-        message = f"a timer's name has 1 to {most} printable characters, not {shown(name)}"
+def check_timer_name(name: str) -> None:
+    """Raise `DefinitionError` for what no timer may be called."""
+    most = MAX_TIMER_NAME_CHARACTERS
+    if not 1 <= len(name) <= most or not name.isprintable() or name.startswith("$"):
+        message = f"a timer's name has 1 to {most} printable characters, the first no $: not "
+        message += shown(name)
         raise errors.DefinitionError(message)

@@ -194,6 +194,19 @@ class OpenApplication:
         process.timetable.poke({row.partition})
         return row.command_id
 
+    async def unschedule(self, command_id: str) -> bool:
+        """Cancel a scheduled command, of a recurring one this time; return whether there was one.
+
+        After False it may have an outcome.
+        """
+        events, known = self.storage.events, parse_command_id(command_id)
+        rows = await events.find_scheduled([known])
+        following = [self.process.executor.causes.renewed(row) for row in rows.values()]
+        if not await events.unschedule([known]):
+            return False
+        await events.schedule([row for row in following if row is not None])
+        return True
+
     async def outcome(self, command_id: str) -> Outcome | None:
         """Look up what became of a command."""
         known = parse_command_id(command_id)

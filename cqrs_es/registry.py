@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from cqrs_es import errors
-from cqrs_es.definitions import ProjectorDefinition
+from cqrs_es.definitions import RECURRING, ProjectorDefinition
 from cqrs_es.messages import Envelope
 
 if TYPE_CHECKING:
-    from cqrs_es.definitions import AggregateDefinition, AnyAggregate, ProjectionDefinition
+    from cqrs_es.definitions import (
+        AggregateDefinition,
+        AnyAggregate,
+        ProjectionDefinition,
+        Recurring,
+    )
     from cqrs_es.messages import StoredEvent
+    from cqrs_es.types import AggregateKey
 
 # The framework's own tables: a view may not take their names.
 RESERVED_NAMES = frozenset(
@@ -41,6 +47,8 @@ class Registry:
     def __init__(self) -> None:
         self.aggregates: dict[str, AggregateDefinition] = {}
         self.projections: dict[str, ProjectionDefinition] = {}
+        self.recurring: dict[tuple[str, str, str], Recurring] = {}
+        """By the target's type and id, and by name."""
         self.left_out: tuple[str, ...] = ()
 
     def suited(self, *, sql: bool) -> Registry:
@@ -60,6 +68,7 @@ class Registry:
             raise errors.ConfigurationError(message)
         rest = Registry()
         rest.aggregates = self.aggregates
+        rest.recurring = self.recurring
         rest.left_out = (*self.left_out, *(definition.name for definition in projectors))
         rest.projections = {n: p for n, p in self.projections.items() if n not in rest.left_out}
         return rest
@@ -78,6 +87,24 @@ class Registry:
                 message = f"the view or table name {name!r} is taken (case does not count)"
                 raise errors.DefinitionError(message)
         self.projections[definition.name] = definition
+
+    def add_recurring(self, definition: Recurring) -> None:
+        """Add a recurring command; raise `DefinitionError` where its name is taken."""
+        target, name = definition.send.target, definition.name
+        if isinstance(target, str):
+            message = f"every(…, send({target!r}, …)): only aggregates of this service"
+            raise errors.DefinitionError(message)
+        place = (self.aggregate_of(target).type, definition.send.aggregate_id, name)
+        if place in self.recurring:
+            message = f"{place[0]}/{place[1]} has a recurring command {name!r}: give name=…"
+            raise errors.DefinitionError(message)
+        self.recurring[place] = definition
+
+    def recurring_for(self, key: AggregateKey, timer: str) -> Recurring | None:
+        """Return the recurring command that a row belongs to, None for any other row."""
+        if not timer.startswith(RECURRING):
+            return None
+        return self.recurring.get((key.type, key.id, timer.removeprefix(RECURRING)))
 
     def has_name(self, name: str) -> bool:
         """Tell whether a view, projector or table is called so, whatever the case."""

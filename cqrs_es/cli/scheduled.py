@@ -18,7 +18,7 @@ from cqrs_es.program import FAILED
 from cqrs_es.types import AggregateKey, parse_command_id
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection
+    from collections.abc import AsyncIterator
 
     from cqrs_es.messages import Outcome
     from cqrs_es.opened import OpenApplication
@@ -116,14 +116,17 @@ def _fields(row: ScheduledCommand, *, held_back: bool) -> dict[str, Any]:
 def cancel_scheduled(context: typer.Context, command_id: Id, json: JsonFlag = False) -> None:
     """Cancel a scheduled command; exits 1, with its outcome, where it was decided.
 
+    A recurring command is left out this time only: to end it, take it out of the code.
+
     Example: cqrs-es scheduled cancel 0192f0c4-5b7a-7cc3-98c4-dc0c0c07398f
     """
     known = parse_command_id(command_id)
 
-    async def work(opened: OpenApplication) -> tuple[Collection[str], Outcome | None]:
-        return await opened.storage.events.unschedule([known]), await opened.outcome(known)
+    async def work(opened: OpenApplication) -> tuple[bool, Outcome | None]:
+        return await opened.unschedule(known), await opened.outcome(known)
 
-    _report(known, "cancelled", *with_application(context, work), as_json=json)
+    found, outcome = with_application(context, work)
+    _report(known, "cancelled", outcome, found=found, as_json=json)
 
 
 @scheduled.command("run")
@@ -134,14 +137,16 @@ def run_scheduled(context: typer.Context, command_id: Id, json: JsonFlag = False
     """
     known = parse_command_id(command_id)
 
-    async def work(opened: OpenApplication) -> tuple[Collection[str], Outcome | None]:
-        return await opened.storage.events.hasten([known]), await opened.outcome(known)
+    async def work(opened: OpenApplication) -> tuple[bool, Outcome | None]:
+        found = await opened.storage.events.hasten([known])
+        return bool(found), await opened.outcome(known)
 
-    _report(known, "due", *with_application(context, work), as_json=json)
+    found, outcome = with_application(context, work)
+    _report(known, "due", outcome, found=found, as_json=json)
 
 
 def _report(
-    command_id: str, done: str, found: Collection[str], outcome: Outcome | None, *, as_json: bool
+    command_id: str, done: str, outcome: Outcome | None, *, found: bool, as_json: bool
 ) -> None:
     """Say that it is done; else what became of the command."""
     if found:

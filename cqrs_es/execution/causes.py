@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import uuid
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 import orjson
 
 from cqrs_es import errors, wire
+from cqrs_es.definitions import RECURRING
 from cqrs_es.intents import Elapsed, Later, Send
 from cqrs_es.messages import CommandMessage, spec_of
 from cqrs_es.ports.store import IMMEDIATELY, ScheduledCommand
@@ -25,7 +27,7 @@ from cqrs_es.types import AggregateKey, check_aggregate_id, new_command_id, text
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from cqrs_es.definitions import AggregateDefinition
+    from cqrs_es.definitions import AggregateDefinition, Recurring
     from cqrs_es.registry import Registry
     from cqrs_es.types import JsonObject
 
@@ -76,6 +78,50 @@ class Causes:
         Raises `DefinitionError` for a target or command that there is not, or that does not
         fit its type.
         """
+        key, name, payload = self._addressed(intent)
+        due = IMMEDIATELY if intent.at is None else self._checked(intent.at)
+        return self.row(key, name, payload, cause, due)
+
+    def recurring(self, definition: Recurring, after: datetime) -> ScheduledCommand:
+        """Make the row of a recurring command's first time after a moment.
+
+        Its id is derived, so that it is the same whoever makes it; nobody else can.
+        """
+        key, name, payload = self._addressed(definition.send)
+        due = definition.after(after)
+        occurrence = f"every/{key}/{definition.name}/{due.isoformat()}"
+        return self.row(
+            key,
+            name,
+            payload,
+            Cause(occurrence, None, {}),
+            due,
+            timer=f"{RECURRING}{definition.name}",
+            command_id=self._derived_id(occurrence),
+        )
+
+    def renewed(self, row: ScheduledCommand) -> ScheduledCommand | None:
+        """Make the row that follows one of a recurring command; None for any other row.
+
+        What was missed meanwhile is not made up for.
+        """
+        definition = self._registry.recurring_for(row.key, row.timer or "")
+        if definition is None:
+            return None
+        following = self.recurring(definition, row.moment + row.late)
+        if following.command_id == row.command_id:  # it was made due before its time
+            return self.recurring(definition, following.moment)
+        return following
+
+    def _derived_id(self, text: str) -> str:
+        """Return a UUIDv8 that only this store can derive [RFC 9562]."""
+        digest = hmac.new(self._secret, f"id|{text}".encode(), hashlib.sha256).digest()
+        number = int.from_bytes(digest[:16])
+        number = number & ~(0xF << 76) | 8 << 76
+        return str(uuid.UUID(int=number & ~(0x3 << 62) | 2 << 62))
+
+    def _addressed(self, intent: Send) -> tuple[AggregateKey, str, JsonObject]:
+        """Return whom a command is for, what it is called, and its payload."""
         definition = self._target(intent)
         spec = spec_of(type(intent.command))
         codec = definition.commands.get(spec.name)
@@ -84,8 +130,7 @@ class Causes:
             message = f"send({name}, …, {spec.name}(…)): {name} has no such command"
             raise errors.DefinitionError(message)
         key = AggregateKey(definition.type, intent.aggregate_id)
-        due = IMMEDIATELY if intent.at is None else self._checked(intent.at)
-        return self.row(key, spec.name, orjson.loads(codec.encode(intent.command)), cause, due)
+        return key, spec.name, orjson.loads(codec.encode(intent.command))
 
     def timer(self, intent: Later, key: AggregateKey, cause: Cause) -> ScheduledCommand:
         """Make the row of a timer of an aggregate."""
@@ -107,9 +152,10 @@ class Causes:
         due: datetime | timedelta = IMMEDIATELY,
         *,
         timer: str | None = None,
+        command_id: str | None = None,
     ) -> ScheduledCommand:
-        """Make a row with an id of its own; raise `TooManyHops` and `TooLarge`."""
-        command_id = new_command_id()
+        """Make a row, with a new id unless one is given; raise `TooManyHops` and `TooLarge`."""
+        command_id = command_id or new_command_id()
         message = CommandMessage(
             command_id,
             command_type,

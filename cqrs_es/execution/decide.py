@@ -101,7 +101,7 @@ class Decider:
                 later = replace(decided, behind=prepared.submissions[index + 1 :])
                 break
             submissions.append(submission)
-            commands.append(decided)
+            commands.append(self._renewed(submission, decided))
         return Decided(
             submissions=tuple(submissions),
             chain=Chain(
@@ -139,6 +139,14 @@ class Decider:
                     )
                 if delay > 0:
                     return _Later(submission, delay)
+
+    def _renewed(self, submission: Submission, decided: DecidedCommand) -> DecidedCommand:
+        """Have a recurring command come again, whatever its outcome."""
+        row = submission.scheduled
+        following = None if row is None else self._causes.renewed(row)
+        return (
+            decided if following is None else replace(decided, causes=(*decided.causes, following))
+        )
 
     def _after_failure(self, submission: Submission, exc: BaseException) -> float | None:
         """Record a handler's failure; return the wait before the next try, None for no more."""

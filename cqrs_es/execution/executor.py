@@ -77,10 +77,10 @@ class Executor:
         self._loader = BaselineLoader(events, self._baselines, self._reading)
         self._reporter = Reporter(clock.monotonic, hooks.meter)
         self._inbox = Inbox(policy.batch_size, self._reporter)
-        causes = Causes(registry, partitions, secret, policy.max_message_bytes, clock.now)
+        self.causes = Causes(registry, partitions, secret, policy.max_message_bytes, clock.now)
         self.keys = Keys(secret, partitions)
         self._decider = Decider(
-            policy, clock.now, partitions, causes, self.keys, self._inbox.begin, hooks
+            policy, clock.now, partitions, self.causes, self.keys, self._inbox.begin, hooks
         )
         self._tasks: set[asyncio.Task[None]] = set()
 

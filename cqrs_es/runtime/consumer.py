@@ -29,12 +29,13 @@ from cqrs_es.execution.retry import Retry
 from cqrs_es.ports.broker import OutgoingReply
 from cqrs_es.ports.dead_letters import DeadLetter
 from cqrs_es.ports.store import IMMEDIATELY, ScheduledCommand
-from cqrs_es.runtime.due import NOTHING_DUE, DueIntake, overdue
+from cqrs_es.runtime.due import NOTHING_DUE, DueIntake, keep_recurring, overdue
 from cqrs_es.runtime.redelivery import Gate, Redelivered, Redelivery
 from cqrs_es.runtime.roles import WORKER, Role
 from cqrs_es.runtime.waiting import unless
 from cqrs_es.telemetry import metrics
 from cqrs_es.telemetry.metrics import Reading
+from cqrs_es.types import partition_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Coroutine, Iterator, Mapping
@@ -59,6 +60,7 @@ CALM_SECONDS: Final = 1.0
 DRAIN_SECONDS: Final = 1.0
 PRUNE_CHUNK: Final = 1000
 PRUNE_EVERY_SECONDS: Final = 60.0
+RECUR_EVERY_SECONDS: Final = 60.0
 IMPORTED_AT_ONCE: Final = 100
 
 
@@ -143,6 +145,7 @@ class CommandWorker(Role):
     def _chores(self, assignment: Assignment) -> Iterator[Coroutine[Any, Any, None]]:
         """Yield what is done beside; the holder of partition 0 does what belongs to none."""
         yield self._note_calm(assignment)
+        yield self._recur_forever(assignment.lease.partition)
         if assignment.lease.partition == 0:
             yield self._prune_forever()
             yield self._import_forever(assignment.lease.owner)
@@ -152,6 +155,22 @@ class CommandWorker(Role):
         if assignment.trouble is not None:
             await self._process.clock.sleep(CALM_SECONDS)
             assignment.went_well()
+
+    async def _recur_forever(self, partition: int) -> None:
+        """See to it that a partition's recurring commands are scheduled; errors are only logged."""
+        process = self._process
+        wanted = [
+            definition
+            for place, definition in process.registry.recurring.items()
+            if partition_of(*place[:2], process.partitions) == partition
+        ]
+        while wanted:
+            try:
+                for definition in wanted:
+                    await keep_recurring(process, definition)
+            except errors.CqrsError as exc:
+                log.warning("recurring commands not scheduled", error=exc.message)
+            await process.clock.sleep(RECUR_EVERY_SECONDS)
 
     async def _prune_forever(self) -> None:
         """Forget outcomes that have been kept for long enough (G2); errors are only logged."""

@@ -25,13 +25,17 @@ from cqrs_es.runtime.waiting import within
 if TYPE_CHECKING:
     from collections.abc import Collection, Generator, Sequence
 
+    from cqrs_es.definitions import Recurring
+    from cqrs_es.execution.causes import Causes
     from cqrs_es.ports.store import EventStore, ScheduledCommand
     from cqrs_es.runtime.leases import Assignment
+    from cqrs_es.runtime.process import Process
 
 log = structlog.get_logger("cqrs_es.worker")
 
 # What another process schedules is noticed within so many seconds.
 LOOK_SECONDS: Final = 1.0
+LISTED_AT_ONCE: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,42 @@ def _waits_for(row: ScheduledCommand) -> float:
     if due == IMMEDIATELY:
         due += timedelta(milliseconds=uuid.UUID(row.command_id).int >> 80)  # of a UUIDv7
     return max(0.0, (row.moment + row.late - due).total_seconds())
+
+
+async def keep_recurring(process: Process, definition: Recurring) -> None:
+    """Have one row for a recurring command: the first, and another when its code was changed.
+
+    One row follows another in the append that decides it; see `Causes.renewed`.
+    """
+    events, causes = process.storage.events, process.executor.causes
+    following = causes.recurring(definition, process.clock.now())
+    if (await events.find_scheduled([following.command_id])).get(following.command_id) == following:
+        return
+    rows = await _rows_of(events, following)
+    late = [row for row in rows if row.moment <= process.clock.now()]
+    right = [row for row in rows if _is_right(row, definition, causes)]
+    kept = (late or right)[:1]
+    if others := [row.command_id for row in rows if row not in kept]:
+        await events.unschedule(others)
+    if not kept:
+        await events.schedule([following])
+        process.timetable.poke({following.partition})
+
+
+async def _rows_of(events: EventStore, wanted: ScheduledCommand) -> list[ScheduledCommand]:
+    """Read the rows of a recurring command."""
+    found: list[ScheduledCommand] = []
+    after = None
+    while page := await events.list_scheduled(after, LISTED_AT_ONCE, wanted.key):
+        found += [row for row in page if row.timer == wanted.timer]
+        after = page[-1].moment, page[-1].command_id
+    return found
+
+
+def _is_right(row: ScheduledCommand, definition: Recurring, causes: Causes) -> bool:
+    """Tell whether a row is one that the code as it is now would make."""
+    before = row.moment - timedelta(seconds=1)
+    return definition.is_at(row.moment) and row == causes.recurring(definition, before)
 
 
 class Timetable:

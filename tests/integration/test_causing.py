@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -14,11 +15,15 @@ from cqrs_es import Aggregate, Elapsed, Intent, cancel, command, errors, event, 
 from cqrs_es.application import Application
 from cqrs_es.messages import CommandMessage
 from cqrs_es.settings import Settings
-from cqrs_es.testing import TestApp
+from cqrs_es.testing import FakeClock, TestApp
 from cqrs_es.types import new_command_id
+from tests.waiting import eventually
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from cqrs_es.definitions import Recurring
+    from cqrs_es.ports.store import ScheduledCommand
 
 
 @command
@@ -268,3 +273,171 @@ def reminders() -> Application:
     app = Application("reminders")
     app.aggregate(Reminders)
     return app
+
+
+# --- Recurring commands ------------------------------------------------------
+
+BERLIN = "Europe/Berlin"
+
+
+def nightly(
+    cron: str = "30 2 * * *", item: str = "book", zone: str = BERLIN, name: str | None = None
+) -> Application:
+    app = Application("shop")
+    app.aggregate(Stock)
+    app.every(cron, send(Stock, "book", Reserve(item)), zone=zone, name=name)
+    return app
+
+
+async def rows(t: TestApp) -> list[ScheduledCommand]:
+    return await t.opened.storage.events.list_scheduled(None, 10)
+
+
+async def reserved(t: TestApp) -> int:
+    return (await t.opened.load(Stock, "book")).state.reserved
+
+
+async def scheduled(t: TestApp) -> None:
+    """Wait until the recurring command has its first row."""
+    await eventually(lambda: rows(t))
+
+
+@pytest.mark.parametrize("store", ["memory://", "sqlite:///{folder}/shop.db"])
+async def test_a_command_recurs(store: str, tmp_path: Path) -> None:
+    """One row at a time, each time once, with ids that are the same whoever makes them."""
+    settings = Settings(store_url=store.format(folder=tmp_path))
+    async with TestApp(nightly(), settings=settings) as t:
+        await scheduled(t)
+        [first] = await rows(t)
+        assert first.due == datetime(2026, 1, 1, 1, 30, tzinfo=UTC)
+        assert uuid.UUID(first.command_id).version == 8
+        for day in range(1, 4):
+            await t.advance(timedelta(days=1))
+            assert await reserved(t) == day
+            [following] = await rows(t)
+            assert following.due == datetime(2026, 1, 1 + day, 1, 30, tzinfo=UTC)
+        outcome = await t.outcome(first.command_id)
+        assert outcome is not None
+        assert outcome.accepted
+
+
+async def test_what_was_missed_is_made_up_for_once() -> None:
+    """After a week without workers it is sent once, and then at its next time."""
+    async with TestApp(nightly()) as t:
+        await scheduled(t)
+        await t.advance(timedelta(days=7))
+        assert await reserved(t) == 1
+        [following] = await rows(t)
+        assert following.due == datetime(2026, 1, 8, 1, 30, tzinfo=UTC)
+
+
+async def test_a_recurring_command_keeps_to_the_clock_on_the_wall() -> None:
+    """In summer time it comes an hour earlier by UTC."""
+    clock = FakeClock(datetime(2026, 3, 28, tzinfo=UTC))
+    async with TestApp(nightly("30 3 * * *"), clock=clock) as t:
+        await scheduled(t)
+        hours: list[int] = []
+        for _ in range(3):
+            [row] = await rows(t)
+            hours.append(row.moment.hour)
+            await t.advance(timedelta(days=1))
+        assert hours == [2, 1, 1]
+        assert await reserved(t) == 3
+
+
+async def test_a_recurring_command_goes_on_whatever_its_outcome() -> None:
+    """One that fails is a dead letter, and comes again."""
+    app = Application("shop")
+    app.aggregate(Reminders)
+    app.every("0 * * * *", send(Reminders, "r", Remind(0, 1, timedelta(days=-3))), name="hourly")
+    async with TestApp(app) as t:
+        await scheduled(t)
+        for count in (1, 2):
+            with t.expect_failures():
+                await t.advance(timedelta(hours=1))
+            assert len(await t.dead_letters()) == count
+            assert len(await rows(t)) == 1
+
+
+async def test_the_code_of_a_recurring_command_changes(tmp_path: Path) -> None:
+    """Its row is replaced when times or content are others, and left when they are not."""
+    settings = Settings(store_url=f"sqlite:///{tmp_path}/shop.db")
+    found: list[ScheduledCommand] = []
+    for cron, item in (
+        ("30 2 * * *", "a"),
+        ("30 2 * * *", "a"),
+        ("0 5 * * *", "a"),
+        ("0 5 * * *", "b"),
+    ):
+        app = nightly(cron, item)
+        definition = app.registry.recurring["stock", "book", "Reserve"]
+        async with TestApp(app, settings=settings) as t:
+
+            async def right(t: TestApp = t, definition: Recurring = definition) -> bool:
+                causes = t.opened.process.executor.causes
+                return await rows(t) == [causes.recurring(definition, t.clock.now())]
+
+            await eventually(right)
+            found += await rows(t)
+    assert found[0] == found[1]
+    assert [row.moment.hour for row in found] == [1, 1, 4, 4]
+    assert found[2].command_id == found[3].command_id
+
+
+async def test_one_time_of_a_recurring_command_is_left_out() -> None:
+    """Cancelled it is passed over; made due it is sent early, and not again at its time."""
+    async with TestApp(nightly()) as t:
+        await scheduled(t)
+        [first] = await rows(t)
+        assert await t.opened.unschedule(first.command_id)
+        [second] = await rows(t)
+        assert second.due == datetime(2026, 1, 2, 1, 30, tzinfo=UTC)
+        await t.advance(timedelta(hours=12))
+        assert await reserved(t) == 0
+        await t.opened.storage.events.hasten([second.command_id])
+        t.opened.process.timetable.poke()
+        await eventually(lambda: t.outcome(second.command_id))
+        assert await reserved(t) == 1
+        [third] = await rows(t)
+        assert third.due == datetime(2026, 1, 3, 1, 30, tzinfo=UTC)
+        assert not await t.opened.unschedule(second.command_id)
+
+
+@pytest.mark.parametrize(
+    ("cron", "zone", "name", "said"),
+    [
+        ("61 * * * *", BERLIN, None, "names no time"),
+        ("0 0 30 2 *", BERLIN, None, "names no time"),
+        ("nightly", BERLIN, None, "names no time"),
+        ("0 3 * * *", "Europe/Atlantis", None, "no time zone"),
+        ("0 3 * * *", "../etc/passwd", None, "no time zone"),
+        ("0 3 * * *", BERLIN, "$x", "a timer's name"),
+    ],
+)
+def test_a_recurring_command_that_could_never_be_sent(
+    cron: str, zone: str, name: str | None, said: str
+) -> None:
+    """The mistake is named where it is made."""
+    with pytest.raises(errors.DefinitionError, match=said):
+        nightly(cron, zone=zone, name=name)
+
+
+def test_recurring_commands_have_names_of_their_own() -> None:
+    """Two of one command for one aggregate need names; others' aggregates are not for them."""
+    app = nightly()
+    with pytest.raises(errors.DefinitionError, match="give name="):
+        app.every("0 4 * * *", send(Stock, "book", Reserve("book")))
+    app.every("0 4 * * *", send(Stock, "book", Reserve("book")), name="at four")
+    with pytest.raises(errors.DefinitionError, match="not registered"):
+        app.every("0 4 * * *", send(Purchase, "p", Pay()))
+    with pytest.raises(errors.DefinitionError, match="only aggregates of this service"):
+        app.every("0 4 * * *", send("billing:report", "p", Pay()))
+
+
+async def test_a_recurring_command_that_its_target_has_not() -> None:
+    """The application does not open."""
+    app = nightly()
+    app.every("0 4 * * *", send(Stock, "book", Pay()))
+    with pytest.raises(errors.DefinitionError, match="has no such command"):
+        async with TestApp(app):
+            pass
