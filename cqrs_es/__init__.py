@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cqrs_es.aggregate import Aggregate
     from cqrs_es.errors import CqrsError, DomainError
-    from cqrs_es.intents import Elapsed, Intent, cancel, later, send
+    from cqrs_es.intents import Elapsed, Intent, Send, cancel, later, send
     from cqrs_es.messages import (
         CommandContext,
         Envelope,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         command,
         event,
     )
+    from cqrs_es.reactor import Input, ProcessManager, Reactor, Refused
     from cqrs_es.types import AggregateKey, Version
     from cqrs_es.upcasting import Upcaster, drops, renames, upcaster
     from cqrs_es.view import View
@@ -36,10 +37,15 @@ __all__ = [
     "DomainError",
     "Elapsed",
     "Envelope",
+    "Input",
     "Intent",
     "Outcome",
     "OutcomeError",
     "OutcomeEvent",
+    "ProcessManager",
+    "Reactor",
+    "Refused",
+    "Send",
     "Status",
     "Upcaster",
     "Version",
@@ -53,7 +59,7 @@ __all__ = [
     "send",
     "upcaster",
 ]
-_MODULES = ("aggregate", "errors", "intents", "messages", "types", "upcasting", "view")
+_MODULES = ("aggregate", "errors", "intents", "messages", "reactor", "types", "upcasting", "view")
 
 
 def __getattr__(name: str) -> Any:

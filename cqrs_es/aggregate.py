@@ -20,13 +20,8 @@ Handled: TypeAlias = (
 )
 
 
-class Aggregate(ABC, Generic[C, E, S]):
-    """A consistency boundary: its commands are decided one after another, on current state.
-
-    Subclass as `class Account(Aggregate[Command, Event, Services], type="account")`
-    and make it a dataclass whose fields all have defaults: those are the state
-    of an aggregate that nothing has happened to yet.
-    """
+class Stateful(ABC, Generic[E]):
+    """What has a stream of events of its own, which make its state."""
 
     aggregate_type: ClassVar[str]
 
@@ -40,16 +35,6 @@ class Aggregate(ABC, Generic[C, E, S]):
         cls.aggregate_type = type
 
     @abstractmethod
-    def handle(self, command: C, services: S) -> Handled[E]:
-        """Decide a command: yield events, or return a list of them, or raise a `DomainError`.
-
-        May be a plain or an async function or generator. A yielded event is
-        applied at once, so the code after the `yield` sees its effect. Change
-        state in `apply` only: other changes are discarded. May run more than
-        once for one command.
-        """
-
-    @abstractmethod
     def apply(self, event: E) -> None:
         """Change the state by an event that has happened; never refuse, never do I/O."""
 
@@ -60,6 +45,25 @@ class Aggregate(ABC, Generic[C, E, S]):
         aggregate's is rejected as `<name>_taken`. Computed from the state alone.
         """
         return {}
+
+
+class Aggregate(Stateful[E], Generic[C, E, S]):
+    """A consistency boundary: its commands are decided one after another, on current state.
+
+    Subclass as `class Account(Aggregate[Command, Event, Services], type="account")`
+    and make it a dataclass whose fields all have defaults: those are the state
+    of an aggregate that nothing has happened to yet.
+    """
+
+    @abstractmethod
+    def handle(self, command: C, services: S) -> Handled[E]:
+        """Decide a command: yield events, or return a list of them, or raise a `DomainError`.
+
+        May be a plain or an async function or generator. A yielded event is
+        applied at once, so the code after the `yield` sees its effect. Change
+        state in `apply` only: other changes are discarded. May run more than
+        once for one command.
+        """
 
 
 @dataclass(frozen=True, slots=True)

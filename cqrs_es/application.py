@@ -11,8 +11,11 @@ from cqrs_es import errors
 from cqrs_es.brokers import broker_for
 from cqrs_es.definitions import (
     define_aggregate,
+    define_process,
     define_projector,
+    define_reactor,
     define_recurring,
+    define_router,
     define_view,
     needs_services,
 )
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.store import StoreInfo
     from cqrs_es.projector import Projector
+    from cqrs_es.reactor import ProcessManager, Reactor
     from cqrs_es.upcasting import Upcaster
     from cqrs_es.view import View
 
@@ -124,6 +128,31 @@ class Application:
         unless given; it stays when the times are changed. Raises `DefinitionError`.
         """
         self.registry.add_recurring(define_recurring(cron, command, zone, name))
+
+    def reactor(
+        self, cls: type[Reactor[Any]], *, services: Callable[[CommandContext], Any] | None = None
+    ) -> None:
+        """Register a reactor; `services` makes what `react` is given, for each event anew."""
+        self.registry.add_reactor(define_reactor(cls, services))
+
+    def process_manager(
+        self,
+        cls: type[ProcessManager[Any, Any]],
+        *,
+        source: SourceOfTruth | None = None,
+        upcasters: Iterable[Upcaster] = (),
+        handler_timeout: float | None = None,
+    ) -> None:
+        """Register a process manager, and what routes events to its instances."""
+        definition = define_process(
+            cls,
+            self.registry.aggregates,
+            source=source,
+            upcasters=upcasters,
+            handler_timeout=handler_timeout,
+        )
+        self.registry.add_aggregate(definition)
+        self.registry.add_reactor(define_router(cls, definition))
 
     def on_store_of(self, settings: Settings) -> Application:
         """Return what of the application runs on the store that the settings name.

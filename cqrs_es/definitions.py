@@ -18,19 +18,21 @@ import orjson
 from cronsim import CronSim, CronSimError
 
 from cqrs_es import errors
-from cqrs_es.aggregate import Aggregate, EventSourced, SourceOfTruth
+from cqrs_es.aggregate import Aggregate, EventSourced, SourceOfTruth, Stateful
 from cqrs_es.codec import Codec, CommandCodec
-from cqrs_es.intents import Send, check_timer_name
-from cqrs_es.messages import CommandContext, MessageSpec, StoredEvent, spec_of
+from cqrs_es.intents import Elapsed, Send, check_timer_name
+from cqrs_es.messages import CommandContext, Envelope, MessageSpec, StoredEvent, spec_of
 from cqrs_es.projector import Projector, check_view_name
+from cqrs_es.reactor import ProcessManager, Reactor, Refused, Since
 from cqrs_es.sum_types import class_of, members_of
-from cqrs_es.types import Version, text_of, utc_now
+from cqrs_es.types import AggregateKey, JsonObject, Version, text_of, utc_now
 from cqrs_es.upcasting import RawEvent, Upcaster, UpcasterChain
 from cqrs_es.view import View
 
 D = TypeVar("D")
 
-AnyAggregate: TypeAlias = Aggregate[Any, Any, Any]
+AnyAggregate: TypeAlias = Aggregate[Any, Any, Any] | ProcessManager[Any, Any]
+AnyStateful: TypeAlias = Stateful[Any]
 AnyView: TypeAlias = View[Any]
 AnyProjector: TypeAlias = Projector[Any]
 ServicesFactory: TypeAlias = Callable[[CommandContext], Any]
@@ -99,7 +101,7 @@ class EventDefinition:
 
 @dataclass(frozen=True, slots=True)
 class AggregateDefinition:
-    """An aggregate class with everything it needs to be run."""
+    """An aggregate class with everything it needs to be run; `inputs` of a process manager."""
 
     cls: type[AnyAggregate]
     state: Codec[Any]
@@ -110,6 +112,31 @@ class AggregateDefinition:
     source: SourceOfTruth
     upcasters: UpcasterChain
     handler_timeout: float | None
+    inputs: ProcessInputs | None = None
+
+    def takes(self, message_type: str) -> bool:
+        """Tell whether a message of this type can be for it."""
+        return message_type in self.commands or (
+            self.inputs is not None and message_type in {EVENT_INPUT, REFUSED_INPUT}
+        )
+
+    def read(self, message_type: str, payload: JsonObject) -> Sequence[object]:
+        """Return what a message of a type that it takes gives to the handler, one after another.
+
+        Raises `InvalidCommand`; of a process manager, whose inputs nobody outside has
+        written, `UndecodableRow`.
+        """
+        if self.inputs is None:
+            return [self.commands[message_type].convert(payload)]
+        try:
+            if message_type == EVENT_INPUT:
+                return self.inputs.events(payload)
+            if message_type == REFUSED_INPUT:
+                return [self.inputs.refused(payload)]
+            return [self.commands[message_type].convert(payload)]
+        except (KeyError, errors.InvalidCommand) as exc:
+            message = f"a {message_type} for {self.type} can't be read: {exc}; add an upcaster"
+            raise errors.UndecodableRow(message) from exc
 
     @property
     def type(self) -> str:
@@ -119,7 +146,7 @@ class AggregateDefinition:
     @property
     def has_keys(self) -> bool:
         """Whether its aggregates may have unique keys."""
-        return self.cls.keys is not AnyAggregate.keys
+        return self.cls.keys is not AnyStateful.keys
 
     def decode(self, event: StoredEvent) -> list[object]:
         """Return the typed events that a stored one means today: one, or what it was split into.
@@ -160,6 +187,57 @@ class AggregateDefinition:
         return _typed(definition, event, raw.payload)
 
 
+# Types of messages that only the framework sends: no name of a command has a dollar sign.
+EVENT_INPUT: Final = "$event"
+REFUSED_INPUT: Final = "$refused"
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessInputs:
+    """How events and refusals are carried to a process manager: by which names, in which form.
+
+    An event goes through the upcasters of its aggregate when it is read, so it may lie in a
+    row while the code changes.
+    """
+
+    aggregates: Mapping[str, AggregateDefinition]
+    event_classes: frozenset[type[object]]
+
+    def event_payload(self, event: Envelope[Any]) -> JsonObject:
+        """Return what is to be sent of an event."""
+        definition = self.aggregates[event.aggregate_type].event_classes[type(event.data)]
+        return {
+            "aggregate_type": event.aggregate_type,
+            "aggregate_id": event.aggregate_id,
+            "sequence": event.sequence,
+            "type": definition.spec.name,
+            "version": definition.spec.version,
+            "data": orjson.loads(definition.codec.encode(event.data)),
+        }
+
+    def events(self, payload: Mapping[str, Any]) -> Sequence[object]:
+        """Read an event; there may be several, or none, once upcasters have seen it."""
+        stored = StoredEvent(
+            key=AggregateKey(payload["aggregate_type"], payload["aggregate_id"]),
+            sequence=payload["sequence"],
+            event_type=payload["type"],
+            event_version=payload["version"],
+            payload=orjson.dumps(payload["data"]),
+            metadata=b"{}",
+            partition=0,
+            offset=0,
+            command_id=None,
+            recorded_at=datetime.min,  # noqa: DTZ901 - nobody reads it
+        )
+        events = self.aggregates[stored.key.type].decode(stored)
+        return [event for event in events if type(event) in self.event_classes]
+
+    def refused(self, payload: Mapping[str, Any]) -> Refused:
+        """Read a refusal."""
+        codec = self.aggregates[payload["aggregate_type"]].commands[payload["type"]]
+        return Refused(codec.convert(payload["payload"]), payload["code"], payload["message"])
+
+
 def _typed(definition: EventDefinition, event: StoredEvent, payload: object) -> object:
     try:
         if isinstance(payload, bytes):
@@ -180,7 +258,7 @@ def undecodable(event: StoredEvent, reason: str) -> errors.UndecodableRow:
 
 
 def define_aggregate(
-    cls: type[AnyAggregate],
+    cls: type[Aggregate[Any, Any, Any]],
     *,
     services: ServicesFactory | None = None,
     source: SourceOfTruth | None = None,
@@ -191,31 +269,82 @@ def define_aggregate(
 
     Raises `DefinitionError` naming the class and what is wrong.
     """
+    command_types, event_types, _ = _type_arguments(cls, Aggregate, 3)
+    return _define(
+        cls,
+        _define_commands(_members(command_types), cls),
+        event_types,
+        services=services,
+        source=source,
+        upcasters=upcasters,
+        handler_timeout=handler_timeout,
+    )
+
+
+def define_process(
+    cls: type[ProcessManager[Any, Any]],
+    aggregates: Mapping[str, AggregateDefinition],
+    *,
+    source: SourceOfTruth | None = None,
+    upcasters: Iterable[Upcaster] = (),
+    handler_timeout: float | None = None,
+) -> AggregateDefinition:
+    """Read a process manager's type arguments; `aggregates` are those whose events it hears.
+
+    Raises `DefinitionError` as `define_aggregate` does.
+    """
+    input_types, event_types = _type_arguments(cls, ProcessManager, 2)
+    inputs = frozenset(class_of(member) for member in _members(input_types))
+    for input_class in inputs:
+        _spec_of_kind(input_class, "event")
+    return _define(
+        cls,
+        _define_commands([Elapsed], cls),
+        event_types,
+        source=source,
+        upcasters=upcasters,
+        handler_timeout=handler_timeout,
+        inputs=ProcessInputs(aggregates, inputs),
+    )
+
+
+def _define(  # noqa: PLR0913 - what a definition consists of
+    cls: type[AnyAggregate],
+    commands: Mapping[str, CommandCodec[Any]],
+    event_types: Any,
+    *,
+    services: ServicesFactory | None = None,
+    source: SourceOfTruth | None,
+    upcasters: Iterable[Upcaster],
+    handler_timeout: float | None,
+    inputs: ProcessInputs | None = None,
+) -> AggregateDefinition:
     if "aggregate_type" not in cls.__dict__:
-        message = f'{cls.__qualname__} has no type: class {cls.__name__}(Aggregate[…], type="…")'
+        base = "Aggregate" if inputs is None else "ProcessManager"
+        message = f'{cls.__qualname__} has no type: class {cls.__name__}({base}[…], type="…")'
         raise errors.DefinitionError(message)
     _check_field_names(cls, _OF_AGGREGATES)
-    if cls.keys is not AnyAggregate.keys and len(cls.aggregate_type) > MAX_TYPE_WITH_KEYS:
+    if cls.keys is not AnyStateful.keys and len(cls.aggregate_type) > MAX_TYPE_WITH_KEYS:
         most = MAX_TYPE_WITH_KEYS
         message = f"{cls.__qualname__} has unique keys: its type may have {most} characters at most"
         raise errors.DefinitionError(message)
-    command_types, event_types, _ = _type_arguments(cls, Aggregate, 3)
     events = [_define_event(event_class) for event_class in _members(event_types)]
     by_name = _unique({definition.spec.name: definition for definition in events}, events, cls)
     return AggregateDefinition(
         cls=cls,
         state=_state_codec(cls),
-        commands=_define_commands(_members(command_types), cls),
+        commands=commands,
         events=by_name,
         event_classes={definition.codec.cls: definition for definition in events},
         services=services or _no_services,
         source=source or EventSourced(),
         upcasters=UpcasterChain(upcasters, {name: d.version for name, d in by_name.items()}),
         handler_timeout=handler_timeout,
+        inputs=inputs,
     )
 
 
-def needs_services(cls: type[AnyAggregate]) -> bool:
+def needs_services(cls: type[Aggregate[Any, Any, Any]]) -> bool:
     """Tell whether a handler could not do with `None` for its services."""
     services = _type_arguments(cls, Aggregate, 3)[2]
     if services in {None, Any, object} or isinstance(services, TypeVar):
@@ -298,6 +427,7 @@ _OF_AGGREGATES: Mapping[str, str] = {
     "handle": "decides commands",
     "apply": "follows events",
     "keys": "says what no other aggregate may have",
+    "process_id": "says which instance an event is for",
 }
 _OF_VIEWS: Mapping[str, str] = {
     "view_name": "is the name that the class was given as name=",
@@ -351,6 +481,39 @@ class ProjectorDefinition:
 
 
 ProjectionDefinition: TypeAlias = ViewDefinition | ProjectorDefinition
+
+
+@dataclass(frozen=True, slots=True)
+class ReactorDefinition:
+    """What follows the log to send commands: a reactor, or what routes to a process manager.
+
+    `process` is that process manager; `reactor` and `services` are of a reactor.
+    """
+
+    name: str
+    event_classes: frozenset[type[object]]
+    since: Since
+    reactor: Reactor[Any] | None = None
+    services: ServicesFactory = _no_services
+    process: AggregateDefinition | None = None
+
+
+def define_reactor(
+    cls: type[Reactor[Any]], services: ServicesFactory | None = None
+) -> ReactorDefinition:
+    """Read a reactor's type argument; raise `DefinitionError`."""
+    _require_name(cls, Reactor, "name")
+    return ReactorDefinition(
+        cls.name, _event_classes(cls, Reactor), cls.since, cls(), services or _no_services
+    )
+
+
+def define_router(
+    cls: type[ProcessManager[Any, Any]], process: AggregateDefinition
+) -> ReactorDefinition:
+    """Make what routes events to the instances of a process manager."""
+    assert process.inputs is not None  # noqa: S101 - see `define_process`
+    return ReactorDefinition(process.type, process.inputs.event_classes, cls.since, process=process)
 
 
 def define_view(cls: type[AnyView]) -> ViewDefinition:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from cqrs_es.ports.store import ScheduledCommand
 from cqrs_es.projection.folding import folding_for
 from cqrs_es.projection.generations import live_name, prepared_live, publish, remove
 from cqrs_es.projection.parking import ParkedRetry, Tracebacks
+from cqrs_es.projection.reacting import ReactorFolding, make_sure_of_beginning
 from cqrs_es.projection.rebuild import Rebuild
 from cqrs_es.projection.replay import replay, stored_stream
 from cqrs_es.projection.seen import wait_until_seen
 from cqrs_es.projector import check_view_name, generation_of
+from cqrs_es.reactor import reactor_role
 from cqrs_es.runtime.republishing import republish
 from cqrs_es.runtime.supervisor import Supervisor
 from cqrs_es.runtime.waiting import Home
@@ -36,12 +39,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from datetime import datetime
 
-    from cqrs_es.aggregate import Aggregate
-    from cqrs_es.definitions import AggregateDefinition, ProjectionDefinition
+    from cqrs_es.aggregate import Aggregate, Stateful
+    from cqrs_es.definitions import (
+        AggregateDefinition,
+        ProjectionDefinition,
+        ReactorDefinition,
+    )
     from cqrs_es.execution.baselines import Baseline
+    from cqrs_es.ports.dead_letters import DeadLetter
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.store import StoreInfo
     from cqrs_es.ports.views import ParkedAggregate, ViewRow
+    from cqrs_es.projection.folding import Folding
     from cqrs_es.projection.rebuild import RebuildProgress
     from cqrs_es.registry import Registry
     from cqrs_es.runtime.process import Process
@@ -51,7 +60,7 @@ log = structlog.get_logger("cqrs_es.application")
 
 C = TypeVar("C")
 E = TypeVar("E")
-A = TypeVar("A", bound="Aggregate[Any, Any, Any]")
+A = TypeVar("A", bound="Stateful[Any]")
 V = TypeVar("V", bound="View[Any]")
 
 
@@ -107,6 +116,8 @@ class OpenApplication:
         for definition in self.registry.projections.values():
             await self._initialise_view(definition)
         await self._note_new_keys()
+        for reactor in self.registry.reactors.values():
+            await make_sure_of_beginning(self.storage, reactor)
         if declare:
             await self.process.broker.declare(info.partitions, info.log_epoch)
         return info
@@ -118,11 +129,18 @@ class OpenApplication:
     def projection(self, name: str) -> ProjectionDefinition:
         """Return the definition of a view or projector; raise `NotFound`."""
         definition = self.registry.projections.get(name)
+        if definition is None and self._reactor(name) is not None:
+            message = f"{name} is a reactor: nothing can replay it, it would send again"
+            raise errors.ConfigurationError(message)
         if definition is None:
             known = ", ".join(self.registry.projections) or "none"
             message = f"there is no view {name!r}; the application's are {known}"
             raise errors.NotFound(message)
         return definition
+
+    def _reactor(self, name: str) -> ReactorDefinition | None:
+        """Return a reactor by its name or its role."""
+        return self.registry.reactors.get(name.removeprefix("reactor:"))
 
     # --- Commands ------------------------------------------------------------
 
@@ -153,11 +171,23 @@ class OpenApplication:
         )
         return await self.submit(message)
 
-    async def submit(self, message: CommandMessage, *, retrying: bool = False) -> Outcome:
-        """Execute a command message; with `retrying`, also one whose outcome is `failed`."""
+    async def submit(
+        self,
+        message: CommandMessage,
+        *,
+        retrying: bool = False,
+        untrusted: bool = False,
+        dropped: bool = False,
+    ) -> Outcome:
+        """Execute a command message; with `retrying`, also one whose outcome is `failed`.
+
+        See `Submission` for the others.
+        """
         traced, span = self.process.tracing.executing(message)
         complete = _with_body(traced, self.process.settings.max_message_bytes)
-        answer = self.process.executor.submit(complete, retrying=retrying, span=span)
+        answer = self.process.executor.submit(
+            complete, retrying=retrying, untrusted=untrusted, dropped=dropped, span=span
+        )
         return await asyncio.shield(answer)
 
     async def schedule(
@@ -223,14 +253,43 @@ class OpenApplication:
         if letter is None:
             message = f"there is no dead letter {letter_id!r}; see `cqrs-es dead list`"
             raise errors.NotFound(message)
-        if letter.body_length != len(letter.body):
-            message = f"dead letter {letter_id} was cut at {len(letter.body)} bytes; drop it"
-            raise errors.InvalidMessage(message)
-        command = wire.parse_command(letter.body, self.process.settings.max_message_bytes)
-        outcome = await self.submit(command, retrying=True)
+        command, caused = self._command_of(letter)
+        outcome = await self.submit(command, retrying=True, untrusted=not caused)
         if outcome.status != "failed":
             await self.storage.dead_letters.drop(letter_id)
         return outcome
+
+    async def drop_dead_letter(self, letter_id: str) -> bool:
+        """Forget a dead letter; return whether there was one. A failed outcome stays failed.
+
+        Not so that of a command which an event or a timer has caused: it is rejected, with the
+        code `dropped`, and the process manager that has sent it hears of it.
+        """
+        letter = await self.storage.dead_letters.get(letter_id)
+        if letter is None:
+            return False
+        with contextlib.suppress(errors.InvalidMessage):
+            command, caused = self._command_of(letter)
+            if caused:
+                await self.submit(command, retrying=True, dropped=True)
+        await self.storage.dead_letters.drop(letter_id)
+        return True
+
+    def _command_of(self, letter: DeadLetter) -> tuple[CommandMessage, bool]:
+        """Read the command of a letter, and whether the framework itself has sent it.
+
+        Raises `InvalidMessage`, also for an internal command that somebody else has sent.
+        """
+        process = self.process
+        if letter.body_length != len(letter.body):
+            message = f"dead letter {letter.id} was cut at {len(letter.body)} bytes; drop it"
+            raise errors.InvalidMessage(message)
+        command = wire.parse_command(letter.body, process.settings.max_message_bytes, trusted=True)
+        caused = process.executor.causes.signed(command.id, command.metadata)
+        if wire.is_internal(command.type) and not caused:
+            message = f"{command.type} is no command that anybody may send; drop it"
+            raise errors.InvalidMessage(message)
+        return command, caused
 
     # --- Aggregates and events -----------------------------------------------
 
@@ -246,9 +305,7 @@ class OpenApplication:
         (first,) = await events.load([first_page(definition, key)])
         return await replayed(definition, key, first, events.load)
 
-    async def events(
-        self, cls: type[Aggregate[Any, E, Any]], aggregate_id: str
-    ) -> list[Envelope[E]]:
+    async def events(self, cls: type[Stateful[E]], aggregate_id: str) -> list[Envelope[E]]:
         """Read an aggregate's events, upcast to what the code knows."""
         key = AggregateKey(self.registry.aggregate_of(cls).type, aggregate_id)
         return [
@@ -278,12 +335,12 @@ class OpenApplication:
         wanted = self.process.executor.keys.key(definition, name, value)
         return (await self.storage.events.find_holders([wanted])).get(wanted)
 
-    async def rebuild_keys(self, cls: type[Aggregate[Any, Any, Any]]) -> KeysRebuilt:
+    async def rebuild_keys(self, cls: type[Stateful[Any]]) -> KeysRebuilt:
         """Make the unique keys of a type those that its aggregates claim today."""
         definition = self._with_keys(cls)
         return await KeysRebuild(definition, self.storage, self.process.executor.keys).run()
 
-    def _with_keys(self, cls: type[Aggregate[Any, Any, Any]]) -> AggregateDefinition:
+    def _with_keys(self, cls: type[Stateful[Any]]) -> AggregateDefinition:
         definition = self.registry.aggregate_of(cls)
         if not definition.has_keys:
             message = f"{cls.__qualname__} has no unique keys: define keys(self) to say what it has"
@@ -364,21 +421,31 @@ class OpenApplication:
         return await remove(self.storage.views, name)
 
     async def parked(self, name: str | None = None) -> list[ParkedAggregate]:
-        """Return the parked aggregates of a view's live generation, or of all views'."""
+        """Return what is parked for a view's live generation, for a reactor, or for all."""
         generations = await self.storage.views.generations()
-        names = self.registry.projections if name is None else [self.projection(name).name]
+        names = [*self.registry.projections, *map(reactor_role, self.registry.reactors)]
+        if name is not None:
+            reactor = None if name in self.registry.projections else self._reactor(name)
+            names = [reactor_role(reactor.name) if reactor else self.projection(name).name]
         live = {live_name(generations, name) for name in names}
         every = await self.storage.views.list_parked()
         return [marker for marker in every if marker.projector in live]
 
     async def retry_parked(self, name: str, marker: ParkedAggregate) -> bool:
-        """Apply a parked aggregate's events to a view again; return whether it caught up.
+        """Apply a parked aggregate's events to a view or reactor; return whether it caught up.
 
         Raises `StoreUnavailable` while the store is away; what was applied is kept.
         """
-        folding = folding_for(self.projection(name), generation_of(marker.projector))
+        folding = self._folding(name, generation_of(marker.projector))
         retry = ParkedRetry(self.registry, self.storage, folding, marker, self._tracebacks)
         return await retry.run()
+
+    def _folding(self, name: str, generation: int) -> Folding:
+        reactor = None if name in self.registry.projections else self._reactor(name)
+        if reactor is None:
+            return folding_for(self.projection(name), generation)
+        process = self.process
+        return ReactorFolding(reactor, process.executor.causes, process.settings.handler_timeout)
 
     # --- The topic -----------------------------------------------------------
 

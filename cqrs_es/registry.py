@@ -11,10 +11,11 @@ from cqrs_es.definitions import RECURRING, ProjectorDefinition
 from cqrs_es.messages import Envelope
 
 if TYPE_CHECKING:
+    from cqrs_es.aggregate import Stateful
     from cqrs_es.definitions import (
         AggregateDefinition,
-        AnyAggregate,
         ProjectionDefinition,
+        ReactorDefinition,
         Recurring,
     )
     from cqrs_es.messages import StoredEvent
@@ -42,13 +43,14 @@ RESERVED_NAMES = frozenset(
 
 
 class Registry:
-    """All aggregates, views and projectors of an application, by name."""
+    """All aggregates, views, projectors and reactors of an application, by name."""
 
     def __init__(self) -> None:
         self.aggregates: dict[str, AggregateDefinition] = {}
         self.projections: dict[str, ProjectionDefinition] = {}
         self.recurring: dict[tuple[str, str, str], Recurring] = {}
         """By the target's type and id, and by name."""
+        self.reactors: dict[str, ReactorDefinition] = {}
         self.left_out: tuple[str, ...] = ()
 
     def suited(self, *, sql: bool) -> Registry:
@@ -67,7 +69,7 @@ class Registry:
             )
             raise errors.ConfigurationError(message)
         rest = Registry()
-        rest.aggregates = self.aggregates
+        rest.aggregates, rest.reactors = self.aggregates, self.reactors
         rest.recurring = self.recurring
         rest.left_out = (*self.left_out, *(definition.name for definition in projectors))
         rest.projections = {n: p for n, p in self.projections.items() if n not in rest.left_out}
@@ -111,19 +113,29 @@ class Registry:
         taken = {taken.lower() for other in self.projections.values() for taken in _names(other)}
         return name.lower() in taken | RESERVED_NAMES
 
+    def add_reactor(self, definition: ReactorDefinition) -> None:
+        """Add a reactor; raise `DefinitionError` when its name is taken."""
+        if definition.name.lower() in map(str.lower, self.reactors):
+            message = f"two reactors or process managers have the name {definition.name!r}"
+            raise errors.DefinitionError(message)
+        self.reactors[definition.name] = definition
+
     def check(self) -> None:
-        """Check that views fold only events that aggregates yield; raise `DefinitionError`."""
+        """Check that views and reactors follow only events that aggregates yield.
+
+        Raises `DefinitionError`.
+        """
         yielded = {cls for a in self.aggregates.values() for cls in a.event_classes}
-        for projection in self.projections.values():
-            for cls in projection.event_classes - yielded:
-                raise errors.DefinitionError(_not_yielded(projection.name, cls, yielded))
+        for follower in (*self.projections.values(), *self.reactors.values()):
+            for cls in follower.event_classes - yielded:
+                raise errors.DefinitionError(_not_yielded(follower.name, cls, yielded))
 
     @property
     def command_names(self) -> frozenset[str]:
         """The commands that some aggregate has."""
         return frozenset(name for known in self.aggregates.values() for name in known.commands)
 
-    def aggregate_of(self, cls: type[AnyAggregate]) -> AggregateDefinition:
+    def aggregate_of(self, cls: type[Stateful[Any]]) -> AggregateDefinition:
         """Return the definition of a class; raise `DefinitionError` when it is not registered."""
         definition = self.aggregates.get(getattr(cls, "aggregate_type", ""))
         if definition is None or definition.cls is not cls:
@@ -152,8 +164,8 @@ def _not_yielded(name: str, cls: type[object], yielded: set[type[object]]) -> st
             f" events themselves, {' | '.join(below)}"
         )
     return (
-        f"{name} folds {cls.__qualname__}, which no registered aggregate yields: register the"
-        " aggregate first, or drop the event from the view"
+        f"{name} follows {cls.__qualname__}, which no registered aggregate yields: register the"
+        " aggregate first, or leave the event out"
     )
 
 

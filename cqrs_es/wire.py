@@ -46,14 +46,18 @@ _RFC_3339: Final = re.compile(
 # --- Commands in -------------------------------------------------------------
 
 
-def parse_command(body: bytes, max_bytes: int = MAX_MESSAGE_BYTES) -> CommandMessage:
+def parse_command(
+    body: bytes, max_bytes: int = MAX_MESSAGE_BYTES, *, trusted: bool = False
+) -> CommandMessage:
     """Read a command message and check its envelope; the payload's fields come later.
 
-    Raises `InvalidMessage` that names the field and the reason.
+    One that the framework has written itself is `trusted`: it may be internal, and then of any
+    size. Raises `InvalidMessage` that names the field and the reason.
     """
-    message = _parse_object(body, max_bytes)
+    message = _parse_object(body, max_bytes, trusted=trusted)
     name = _text(message, "type")
-    check_name(name, "type")
+    if not (trusted and is_internal(name)):
+        check_name(name, "type")
     aggregate_type = _text(message, "aggregate_type")
     check_name(aggregate_type, "aggregate_type")
     aggregate_id = _text(message, "aggregate_id")
@@ -132,6 +136,11 @@ def check_due(due: datetime, now: datetime, sent_at: datetime | None = None) -> 
     return due.astimezone(UTC)
 
 
+def is_internal(command_type: str) -> bool:
+    """Tell whether a command is one that only the framework sends."""
+    return command_type.startswith("$")
+
+
 def command_id_of(body: bytes) -> str | None:
     """Return the id of a message that may be invalid otherwise; None when it has none."""
     try:
@@ -141,11 +150,13 @@ def command_id_of(body: bytes) -> str | None:
         return None
 
 
-def _parse_object(body: bytes, max_bytes: int, max_nesting: int = MAX_NESTING) -> JsonObject:
+def _parse_object(
+    body: bytes, max_bytes: int, max_nesting: int = MAX_NESTING, *, trusted: bool = False
+) -> JsonObject:
     if not body:
         reason = "message is not JSON but empty; on Redis it goes into the entry's field `command`"
         raise errors.InvalidMessage(reason)
-    if len(body) > max_bytes:
+    if len(body) > max_bytes and not trusted:
         limit = f"the limit of {max_bytes} (CQRS_ES_MAX_MESSAGE_BYTES)"
         reason = f"message has {len(body)} bytes, over {limit}"
         raise errors.InvalidMessage(reason)
@@ -154,7 +165,7 @@ def _parse_object(body: bytes, max_bytes: int, max_nesting: int = MAX_NESTING) -
     except orjson.JSONDecodeError as exc:
         reason = f"message is not JSON in UTF-8: {exc.msg} at character {exc.pos}"
         raise errors.InvalidMessage(reason) from exc
-    may_nest = body.count(b"{") + body.count(b"[") > max_nesting
+    may_nest = not trusted and body.count(b"{") + body.count(b"[") > max_nesting
     if may_nest and nests_deeper_than(message, max_nesting):
         reason = f"message nests deeper than {max_nesting} levels"
         raise errors.InvalidMessage(reason)

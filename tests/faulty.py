@@ -101,7 +101,10 @@ class FaultyStorage(Storage):
         self.views = FaultyViews(inner.views, self.faults)
         self.leases = inner.leases
         self.dead_letters = inner.dead_letters
-        self.durable = inner.durable
+
+    @property
+    def durable(self) -> bool:
+        return self._inner.durable
 
     @property
     def shared(self) -> bool:

@@ -112,6 +112,9 @@ def drop_dead(
 ) -> None:
     """Forget dead letters; a failed outcome stays failed.
 
+    That of a command which an event or a timer has caused becomes rejected, with the code
+    `dropped`; a process that has sent it hears of it.
+
     Example: cqrs-es dead drop 0192f0c4-5b7a-7cc3-98c4-dc0c0c07398f
     """
     _require_one(ids, every=every)
@@ -127,7 +130,7 @@ def drop_dead(
 
 
 async def _drop(opened: OpenApplication, letter_id: str, *, as_json: bool) -> bool:
-    if not await opened.storage.dead_letters.drop(letter_id):
+    if not await opened.drop_dead_letter(letter_id):
         complain(sentence(_no_letter(letter_id)))
         return False
     if as_json:

@@ -11,6 +11,7 @@ from cqrs_es.cli.invocation import with_application
 from cqrs_es.cli.output import Coloured, JsonFlag, print_json, print_table, print_text
 from cqrs_es.cli.showing import event_writer, print_outcome
 from cqrs_es.projection.replay import stored_stream
+from cqrs_es.reactor import reactor_role
 from cqrs_es.runtime.due import overdue
 from cqrs_es.runtime.roles import known_roles
 from cqrs_es.types import AggregateKey
@@ -42,7 +43,7 @@ async def read_status(opened: OpenApplication) -> dict[str, Any]:
     relayed = await storage.views.checkpoints(RELAY_MARK)
     projected = {
         name: await storage.views.checkpoints(await opened.table(name))
-        for name in opened.registry.projections
+        for name in [*opened.registry.projections, *map(reactor_role, opened.registry.reactors)]
     }
     members = await storage.leases.members()
     vacant = known_roles(opened.registry) - {member.role for member in members}

@@ -82,6 +82,7 @@ for _verb in (
     running.worker,
     running.relay,
     running.projector,
+    running.reactor,
     preparing.init,
     preparing.check,
     preparing.settings,

@@ -1,4 +1,4 @@
-"""Verbs that run until they are told to stop: `run`, `worker`, `relay`, `projector`."""
+"""Verbs that run until they are told to stop: `run`, and one for each kind of role."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from cqrs_es import errors
 from cqrs_es.cli.invocation import invocation_of, refuse_memory
 from cqrs_es.cli.output import JsonFlag, complain, print_fields, print_json
 from cqrs_es.program import INTERRUPTED
+from cqrs_es.reactor import reactor_role
 from cqrs_es.runtime.roles import RELAY, WORKER, projector_role
 from cqrs_es.settings import address
 from cqrs_es.telemetry.masking import mask_credentials, printable
@@ -55,6 +56,10 @@ Only = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", help="Run only this projector; may be given several times."),
 ]
+OnlyReactor = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Run only this reactor; may be given several times."),
+]
 HealthPort = Annotated[
     str | None,
     typer.Option(
@@ -73,7 +78,7 @@ def run(
     health_port: HealthPort = None,
     json: JsonFlag = False,
 ) -> None:
-    """Run every role in one process: worker, relay and projectors.
+    """Run every role in one process: worker, relay, projectors and reactors.
 
     Initialises a SQLite or memory store by itself.
 
@@ -122,6 +127,28 @@ def projector(context: typer.Context, only: Only = None, health_port: HealthPort
     Example: cqrs-es projector --only account_query
     """
     _serve_roles(context, health_port, lambda registry: _projector_roles(registry, only))
+
+
+def reactor(
+    context: typer.Context, only: OnlyReactor = None, health_port: HealthPort = None
+) -> None:
+    """Run the reactors and those of process managers, which send commands; any number of copies.
+
+    Example: cqrs-es reactor --only transfer
+    """
+    _serve_roles(context, health_port, lambda registry: _reactor_roles(registry, only))
+
+
+def _reactor_roles(registry: Registry, only: Collection[str] | None) -> set[str]:
+    known = registry.reactors
+    if not known:
+        message = "the application has no reactor and no process manager"
+        raise errors.ConfigurationError(message)
+    for name in only or ():
+        if name not in known:
+            message = f"there is no reactor {name!r}; there are {', '.join(known)}"
+            raise errors.ConfigurationError(message)
+    return {reactor_role(name) for name in only or known}
 
 
 def _projector_roles(registry: Registry, only: Collection[str] | None) -> set[str]:

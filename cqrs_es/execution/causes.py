@@ -13,21 +13,23 @@ import hmac
 import uuid
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
 from cqrs_es import errors, wire
-from cqrs_es.definitions import RECURRING
+from cqrs_es.definitions import EVENT_INPUT, RECURRING, REFUSED_INPUT
 from cqrs_es.intents import Elapsed, Later, Send
 from cqrs_es.messages import CommandMessage, spec_of
 from cqrs_es.ports.store import IMMEDIATELY, ScheduledCommand
+from cqrs_es.reactor import ProcessManager
 from cqrs_es.types import AggregateKey, check_aggregate_id, new_command_id, text_of, utc_now
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from cqrs_es.definitions import AggregateDefinition, Recurring
+    from cqrs_es.messages import Envelope, OutcomeError
     from cqrs_es.registry import Registry
     from cqrs_es.types import JsonObject
 
@@ -141,9 +143,47 @@ class Causes:
         due = intent.after if intent.at is None else intent.at
         assert due is not None  # noqa: S101 - `later` takes one of the two
         payload: JsonObject = {"name": intent.name}
-        return self.row(key, ELAPSED, payload, cause, self._checked(due), timer=intent.name)
+        return self.row(key, ELAPSED, payload, cause, self._checked(due), timer=intent.name, hops=1)
 
-    def row(
+    def event(self, process: AggregateKey, event: Envelope[Any]) -> ScheduledCommand:
+        """Make the row that gives an event to an instance of a process manager."""
+        inputs = self._registry.aggregates[process.type].inputs
+        assert inputs is not None  # noqa: S101 - it is a process manager
+        return self.row(process, EVENT_INPUT, inputs.event_payload(event), cause_of(event))
+
+    def instance(self, process: AggregateDefinition, event: Envelope[Any]) -> AggregateKey | None:
+        """Return the instance of a process manager that an event is for, if it is for any."""
+        sender = self.process_of(event.command_id, event.metadata)
+        if sender is not None and sender.type == process.type:
+            return sender
+        assert issubclass(process.cls, ProcessManager)  # noqa: S101 - it has inputs
+        named = process.cls.process_id(event)
+        if named is None:
+            return None
+        check_aggregate_id(named)
+        return AggregateKey(process.type, named)
+
+    def refusal(self, message: CommandMessage, error: OutcomeError) -> ScheduledCommand | None:
+        """Make the row that tells a process manager of a rejection; None if none has sent it."""
+        process = self.process_of(message.id, message.metadata)
+        if process is None or not self._is_process(process.type):
+            return None
+        payload: JsonObject = {
+            "aggregate_type": message.aggregate_type,
+            "type": message.type,
+            "payload": message.payload,
+            "code": error.code,
+            "message": error.message,
+        }
+        hops = self.hops(message.id, message.metadata)
+        cause = Cause(message.id, message.id, message.metadata)
+        return self.row(process, REFUSED_INPUT, payload, cause, hops=hops)
+
+    def _is_process(self, aggregate_type: str) -> bool:
+        definition = self._registry.aggregates.get(aggregate_type)
+        return definition is not None and definition.inputs is not None
+
+    def row(  # noqa: PLR0913 - what a row consists of
         self,
         key: AggregateKey,
         command_type: str,
@@ -153,8 +193,13 @@ class Causes:
         *,
         timer: str | None = None,
         command_id: str | None = None,
+        hops: int | None = None,
     ) -> ScheduledCommand:
-        """Make a row, with a new id unless one is given; raise `TooManyHops` and `TooLarge`."""
+        """Make a row, with a new id unless one is given; raise `TooManyHops` and `TooLarge`.
+
+        `hops` is one more than the cause's unless given: a timer begins anew, since what
+        waits in between is no endless circle, and an answer adds none.
+        """
         command_id = command_id or new_command_id()
         message = CommandMessage(
             command_id,
@@ -162,10 +207,10 @@ class Causes:
             key.type,
             key.id,
             payload,
-            metadata=self._metadata(command_id, cause),
+            metadata=self._metadata(command_id, cause, hops),
         )
         body = wire.encode_command(message)
-        if len(body) > self._max_message_bytes:
+        if len(body) > self._max_message_bytes and not wire.is_internal(command_type):
             text = f"a {command_type} of {len(body)} bytes is over CQRS_ES_MAX_MESSAGE_BYTES"
             raise errors.TooLarge(text)
         partition = key.partition(self._partitions)
@@ -193,8 +238,9 @@ class Causes:
 
     # --- Metadata ------------------------------------------------------------
 
-    def _metadata(self, command_id: str, cause: Cause) -> dict[str, str]:
-        hops = self.hops(cause.command_id, cause.metadata) + 1
+    def _metadata(self, command_id: str, cause: Cause, hops: int | None) -> dict[str, str]:
+        if hops is None:
+            hops = self.hops(cause.command_id, cause.metadata) + 1
         if hops > MOST_HOPS:
             message = (
                 f"{cause.id} would cause a command {hops} steps after the first one: what causes"
@@ -234,3 +280,9 @@ class Causes:
     def _signature(self, command_id: str, hops: int, process: str) -> str:
         text = f"{command_id}|{hops}|{process}".encode()
         return hmac.new(self._secret, text, hashlib.sha256).hexdigest()
+
+
+def cause_of(event: Envelope[Any]) -> Cause:
+    """Return an event as what causes commands."""
+    event_id = f"{event.aggregate_type}/{event.aggregate_id}/{event.sequence}"
+    return Cause(event_id, event.command_id, event.metadata)

@@ -24,12 +24,12 @@ from msgspec.structs import replace
 from cqrs_es import errors
 from cqrs_es.codec import to_json
 from cqrs_es.execution.baselines import Baseline, freeze
-from cqrs_es.execution.causes import MOST_COMMANDS, Cause, Causes
+from cqrs_es.execution.causes import ELAPSED, MOST_COMMANDS, Cause, Causes
 from cqrs_es.execution.keys import NONE, Claims, Keys
 from cqrs_es.execution.policy import MAX_EVENTS_PER_COMMAND, NO_HOOKS, ExecutionPolicy, Hooks
 from cqrs_es.execution.report import ids_of
 from cqrs_es.execution.stages import Decided, Prepared, Submission
-from cqrs_es.intents import Cancel, Elapsed, Later, Send
+from cqrs_es.intents import Cancel, Later, Send
 from cqrs_es.messages import (
     CommandContext,
     CommandMessage,
@@ -40,6 +40,7 @@ from cqrs_es.messages import (
 )
 from cqrs_es.ports.dead_letters import DeadLetter
 from cqrs_es.ports.store import Chain, DecidedCommand, NewEvent, ScheduledCommand, Snapshot
+from cqrs_es.reactor import ProcessManager
 from cqrs_es.types import storable, text_of
 
 if TYPE_CHECKING:
@@ -100,8 +101,17 @@ class Decider:
             if isinstance(decided, _Later):
                 later = replace(decided, behind=prepared.submissions[index + 1 :])
                 break
+            decided = self._with_consequences(prepared.definition, submission, decided)
             submissions.append(submission)
             commands.append(self._renewed(submission, decided))
+            if (
+                decided.holds_back
+                and decided.dead_letter
+                and (behind := prepared.submissions[index + 1 :])
+            ):
+                # They are looked up again when the failure is committed, and found held back.
+                later = _Later(behind[0], 0.0, behind[1:])
+                break
         return Decided(
             submissions=tuple(submissions),
             chain=Chain(
@@ -117,6 +127,24 @@ class Decider:
             waiting=() if later is None else (later.first, *later.behind),
             wait_seconds=0.0 if later is None else later.seconds,
         )
+
+    def _with_consequences(
+        self,
+        definition: AggregateDefinition | None,
+        submission: Submission,
+        decided: DecidedCommand,
+    ) -> DecidedCommand:
+        """Tell a process manager of a rejection; have what follows on its own failure wait."""
+        if not self._trusted(submission):
+            return decided
+        if definition is not None and definition.inputs is not None:
+            return replace(decided, holds_back=True)
+        error = decided.outcome.error
+        if decided.outcome.status is Status.REJECTED and error is not None:
+            refusal = self._causes.refusal(submission.message, error)
+            if refusal is not None:
+                return replace(decided, causes=(refusal,))
+        return decided
 
     async def _decide_until_settled(
         self, prepared: Prepared, lineage: _Lineage | None, submission: Submission
@@ -171,15 +199,17 @@ class Decider:
         message, definition = submission.message, prepared.definition
         if submission.condemned is not None:
             return self._failed(submission, "internal_error", submission.condemned)
-        if definition is None:
+        if submission.dropped:
+            return _rejected(submission, "dropped", "an operator has dropped it", None)
+        trusted = self._trusted(submission)
+        if definition is None or (definition.inputs is not None and not trusted):
             reason = f"aggregate type {message.aggregate_type!r} is unknown here"
             return self._failed(submission, "unknown_aggregate_type", reason)
-        codec = definition.commands.get(message.type)
-        if codec is None or (codec.cls is Elapsed and not self._trusted(submission)):
+        if not definition.takes(message.type) or (message.type == ELAPSED and not trusted):
             reason = f"{message.aggregate_type} has no command {message.type!r}"
             return self._failed(submission, "unknown_command", reason)
         try:
-            command = codec.convert(self._payload(codec.cls, submission))
+            given = definition.read(message.type, self._payload(submission))
         except errors.InvalidCommand as exc:
             return _rejected(submission, "invalid_command", exc.message, None)
         if lineage is None:
@@ -187,7 +217,7 @@ class Decider:
             return self._failed(
                 submission, "internal_error", _said(failure), detail=text_of(failure)
             )
-        return await self._handle(definition, lineage, submission, command)
+        return await self._handle(definition, lineage, submission, given)
 
     def _trusted(self, submission: Submission) -> bool:
         """Tell whether only the framework can have made a command; a row may be a sender's."""
@@ -196,10 +226,10 @@ class Decider:
             return not submission.untrusted
         return self._causes.signed(message.id, message.metadata)
 
-    def _payload(self, cls: type[Any], submission: Submission) -> JsonObject:
+    def _payload(self, submission: Submission) -> JsonObject:
         """Return the command's payload; a timer's is told when it was due, and the time."""
         payload, row = submission.message.payload, submission.scheduled
-        if cls is not Elapsed:
+        if submission.message.type != ELAPSED:
             return payload
         now = self._now() if row is None else row.moment + row.late
         due = now if row is None else row.moment
@@ -210,9 +240,12 @@ class Decider:
         definition: AggregateDefinition,
         lineage: _Lineage,
         submission: Submission,
-        command: object,
+        given: Sequence[object],
     ) -> DecidedCommand:
-        """Run the handler on a scratch copy; only what it yields goes on into the lineage."""
+        """Run the handler on a scratch copy; only what it yields goes on into the lineage.
+
+        A rule of a process manager refuses nothing, since nobody would hear it: it has failed.
+        """
         message = submission.message
         expected = message.expected_sequence
         if expected is not None and expected != lineage.sequence:
@@ -221,14 +254,21 @@ class Decider:
         yielded = _Yielded(definition, message, self._policy.max_event_bytes)
         try:
             with submission.span.handling():
-                await run_handler(
-                    lineage.scratch(),
-                    command,
-                    definition.services(_context(message)),
-                    on_yield=yielded.add,
-                    seconds=definition.handler_timeout or self._policy.handler_timeout,
-                )
+                state, services = lineage.scratch(), definition.services(_context(message))
+                for each in given:
+                    if definition.inputs is not None and state.closed:
+                        self._hooks.meter.closed_input(definition.type)
+                        continue
+                    await run_handler(
+                        state,
+                        each,
+                        services,
+                        on_yield=yielded.add,
+                        seconds=definition.handler_timeout or self._policy.handler_timeout,
+                    )
         except errors.DomainError as exc:
+            if definition.inputs is not None:
+                raise
             return _rejected(submission, exc.code, exc.message, lineage.sequence)
         except errors.TooLarge as exc:
             return self._failed(submission, "internal_error", exc.message)
@@ -253,7 +293,8 @@ class Decider:
                 raise errors.DefinitionError(text)
             number = sequence + max(1, events_before)
             cause_id = f"{key}/{number}" if yielded.events else message.id
-            cause = Cause(cause_id, message.id, message.metadata)
+            process = None if yielded.definition.inputs is None else key
+            cause = Cause(cause_id, message.id, message.metadata, process)
             if isinstance(intent, Send):
                 rows.append(self._causes.sent(intent, cause))
             else:
@@ -572,11 +613,22 @@ async def run_handler(
         if not isinstance(yielded, Send | Later | Cancel):
             aggregate.apply(yielded)
 
-    result = aggregate.handle(command, services)
-    if isinstance(result, AsyncIterator) or inspect.isawaitable(result):
-        await _within(seconds, _drive(result, happen))
+    if isinstance(aggregate, ProcessManager):
+        result = aggregate.handle(command)
     else:
-        _apply_all(result, happen)
+        result = aggregate.handle(command, services)
+    await take_all(result, happen, seconds)
+
+
+Result: TypeAlias = AsyncIterator[Any] | Iterable[Any] | Awaitable[Iterable[Any] | None] | None
+
+
+async def take_all(result: Result, each: OnYield, seconds: float | None = None) -> None:
+    """Pass on what a function yields or returns, whatever kind of function it is."""
+    if isinstance(result, AsyncIterator) or inspect.isawaitable(result):
+        await _within(seconds, _drive(result, each))
+    else:
+        _apply_all(result, each)
 
 
 async def _drive(result: AsyncIterator[Any] | Awaitable[Any], happen: OnYield) -> None:
@@ -595,7 +647,7 @@ def _apply_all(result: object, happen: OnYield) -> None:
     if result is None:
         return
     if not isinstance(result, Iterable) or isinstance(result, str | bytes):
-        message = f"handle must yield events or return a list of them, not {result!r}"
+        message = f"it must yield what is to happen, or return a list of it, not {result!r}"
         raise errors.DefinitionError(message)
     for event in cast("Iterable[object]", result):
         happen(event)

@@ -31,6 +31,7 @@ from cqrs_es.execution.policy import NO_HOOKS, ExecutionPolicy, Hooks
 from cqrs_es.execution.report import Counts, Reporter
 from cqrs_es.execution.retry import Outage
 from cqrs_es.execution.stages import Answer, Decided, Prepared, Submission
+from cqrs_es.messages import Status
 from cqrs_es.ports.store import Committed
 from cqrs_es.telemetry.tracing import NO_SPAN, CommandSpan
 
@@ -109,7 +110,7 @@ class Executor:
 
     # --- For callers ---------------------------------------------------------
 
-    def submit(
+    def submit(  # noqa: PLR0913 - one argument for each thing that is known of a command
         self,
         message: CommandMessage,
         *,
@@ -118,6 +119,7 @@ class Executor:
         condemned: str | None = None,
         scheduled: ScheduledCommand | None = None,
         untrusted: bool = False,
+        dropped: bool = False,
         span: CommandSpan = NO_SPAN,
     ) -> Answer:
         """Take a command and return its outcome's future; never blocks.
@@ -137,6 +139,7 @@ class Executor:
             condemned=condemned,
             scheduled=scheduled,
             untrusted=untrusted,
+            dropped=dropped,
             span=span,
         )
         if span is not NO_SPAN:
@@ -350,6 +353,10 @@ class Executor:
         if decided.baseline is not None:
             self._baselines.put(decided.key, decided.baseline)
         for each, outcome in zip(decided.submissions, result.outcomes, strict=True):
+            if outcome.status is Status.REJECTED and self.causes.signed(
+                each.message.id, each.message.metadata
+            ):
+                self._reporter.refused(each.message, outcome)
             self._inbox.answer(each, outcome)
         self._release(decided)
 
@@ -408,7 +415,7 @@ def _check_whole(key: AggregateKey, baseline: Baseline, submissions: Iterable[Su
 
 def _state_needed(submissions: Iterable[Submission], definition: AggregateDefinition) -> bool:
     return any(
-        each.condemned is None and each.message.type in definition.commands for each in submissions
+        each.condemned is None and definition.takes(each.message.type) for each in submissions
     )
 
 

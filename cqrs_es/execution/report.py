@@ -71,6 +71,12 @@ class Reporter:
         self.counts.count(outcome)
         self._meter.command(message.aggregate_type, message.type, name)
 
+    def refused(self, message: CommandMessage, outcome: Outcome) -> None:
+        """Count the rejection of a command that an event or a timer has caused; say which."""
+        self._meter.refused(message.aggregate_type)
+        error = outcome.error
+        log.info("refused", **ids_of(message), code=None if error is None else error.code)
+
     def conflict(self) -> None:
         """Count an aggregate whose commands are decided again."""
         self.counts.conflicts += 1

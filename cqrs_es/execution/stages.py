@@ -36,8 +36,9 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     commit is unknown. `alone`: it was part of one that the store refused, so it
     is decided and appended by itself. `scheduled`: the row that it was taken from, whose
     deletion is part of deciding it. `untrusted`: anybody may have sent it, so it can't be
-    one that only the framework sends. `taken`: unique keys that another aggregate held
-    when it was to be appended. `seen`: the aggregate's sequence as a conflict told it.
+    one that only the framework sends. `dropped`: an operator gives it up, so it is rejected.
+    `taken`: unique keys that another aggregate held when it was to be appended. `seen`: the
+    aggregate's sequence as a conflict told it.
     """
 
     message: CommandMessage
@@ -51,6 +52,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     alone: bool = False
     scheduled: ScheduledCommand | None = None
     untrusted: bool = False
+    dropped: bool = False
     taken: frozenset[UniqueKey] = frozenset()
     seen: int = 0
     span: CommandSpan = NO_SPAN

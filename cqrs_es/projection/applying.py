@@ -108,6 +108,7 @@ class Applier:
             await self._apply_in_halves(events)
             return
         try:
+            await self._folding.prepare(self._registry, self._storage.views, events)
             await past_collisions(lambda: self._commit(events), self._folding.name)
         except NOT_POISON:
             raise

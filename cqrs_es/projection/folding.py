@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from cqrs_es.definitions import AnyView, ProjectionDefinition
-    from cqrs_es.messages import Envelope
+    from cqrs_es.messages import Envelope, StoredEvent
     from cqrs_es.ports.views import ViewStore, ViewTransaction
+    from cqrs_es.registry import Registry
 
 
 T = TypeVar("T")
@@ -27,11 +28,11 @@ MAX_VIEW_ID_CHARACTERS: Final = 255
 class Folding(ABC):
     """One generation of a view or projector, seen as something that events are written to."""
 
-    def __init__(self, definition: ProjectionDefinition, generation: int) -> None:
-        self.name = definition.name
+    def __init__(self, name: str, event_classes: frozenset[type[object]], generation: int) -> None:
+        self.name = name
         self.generation = generation
-        self.key = physical_name(definition.name, generation)
-        self.event_classes = definition.event_classes
+        self.key = physical_name(name, generation)
+        self.event_classes = event_classes
 
     @property
     @abstractmethod
@@ -66,6 +67,12 @@ class Folding(ABC):
     def _physical(self, name: str) -> str:
         return physical_name(name, self.generation)
 
+    async def prepare(
+        self, registry: Registry, views: ViewStore, events: Sequence[StoredEvent]
+    ) -> None:
+        """Do what of the work needs no transaction."""
+        del registry, views, events
+
     @abstractmethod
     async def fold(self, events: Sequence[Envelope[Any]], transaction: ViewTransaction) -> None:
         """Write what the events mean; raises whatever the author's code raises."""
@@ -75,7 +82,7 @@ class ViewFolding(Folding):
     """Folds events into rows of JSON."""
 
     def __init__(self, definition: ViewDefinition, generation: int) -> None:
-        super().__init__(definition, generation)
+        super().__init__(definition.name, definition.event_classes, generation)
         self._definition = definition
 
     @property
@@ -139,7 +146,7 @@ class SqlFolding(Folding):
     """Hands events to a projector that writes its own tables."""
 
     def __init__(self, definition: ProjectorDefinition, generation: int) -> None:
-        super().__init__(definition, generation)
+        super().__init__(definition.name, definition.event_classes, generation)
         self._tables = definition.cls.tables
         self._projector = definition.cls(generation)
 

@@ -59,29 +59,26 @@ async def write_all(
 ) -> None:
     """Write what events mean to a view; raises whatever the author's code raises."""
     followed = [
-        (event, envelopes) for event in events if (envelopes := _relevant(registry, folding, event))
+        (event, envelopes) for event in events if (envelopes := relevant(registry, folding, event))
     ]
     if not followed:
         return
     if on_followed is not None:
         on_followed([event for event, _ in followed])
-    await _fold(
-        folding, [envelope for _, envelopes in followed for envelope in envelopes], transaction
-    )
+    envelopes = [envelope for _, envelopes in followed for envelope in envelopes]
+    await guarded(folding.name, folding.fold(envelopes, transaction))
 
 
-async def _fold(
-    folding: Folding, events: Sequence[Envelope[Any]], transaction: ViewTransaction
-) -> None:
-    """Call the author's code; what it raises that is no `Exception` must not end the process."""
+async def guarded(name: str, work: Awaitable[T]) -> T:
+    """Await the author's code; what it raises that is no `Exception` must not end the process."""
     try:
-        await folding.fold(events, transaction)
+        return await work
     except (Exception, KeyboardInterrupt):
         raise
     except BaseException as exc:
         if isinstance(exc, asyncio.CancelledError) and _being_cancelled():
             raise
-        message = f"{folding.name} raised {text_of(exc)}"
+        message = f"{name} raised {text_of(exc)}"
         raise errors.ViewFailed(message) from exc
 
 
@@ -91,7 +88,7 @@ def _being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def _relevant(registry: Registry, folding: Folding, event: StoredEvent) -> list[Envelope[Any]]:
+def relevant(registry: Registry, folding: Folding, event: StoredEvent) -> list[Envelope[Any]]:
     """Decode what a view folds of an event: nothing where it does not follow it."""
     return [
         envelope

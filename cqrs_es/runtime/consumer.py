@@ -422,7 +422,8 @@ class _Consumer:
     async def _parsed(self, delivery: Delivery) -> CommandMessage | None:
         """Read a message; one that is invalid becomes a dead letter."""
         try:
-            return wire.parse_command(delivery.body, self._process.settings.max_message_bytes)
+            most, trusted = self._process.settings.max_message_bytes, delivery.scheduled is not None
+            return wire.parse_command(delivery.body, most, trusted=trusted)
         except errors.InvalidMessage as exc:
             await self._bury(delivery, exc.message)
             return None

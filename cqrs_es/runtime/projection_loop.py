@@ -1,4 +1,4 @@
-"""Projectors: bring one view up to date from the topic, and from the store where that has holes."""
+"""Projectors and reactors: follow the log by the topic, and by the store where that has holes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from cqrs_es import errors
 from cqrs_es.cloudevents import event_at
 from cqrs_es.projection.applying import READ_LIMIT, Applier
 from cqrs_es.projection.generations import (
+    FIRST,
     live_name,
     prepared_live,
     publish_if_needed,
 )
 from cqrs_es.projection.parking import ParkingBreaker
+from cqrs_es.projection.reacting import ReactorFolding, make_sure_of_beginning
+from cqrs_es.projector import physical_name
+from cqrs_es.reactor import reactor_role
 from cqrs_es.runtime.roles import LagMetrics, Role, projector_role
 from cqrs_es.runtime.topic import topic_within_log
 from cqrs_es.runtime.waiting import unless, within
@@ -25,7 +29,7 @@ from cqrs_es.telemetry.metrics import Reading
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
 
-    from cqrs_es.definitions import ProjectionDefinition
+    from cqrs_es.definitions import ProjectionDefinition, ReactorDefinition
     from cqrs_es.messages import StoredEvent
     from cqrs_es.ports.broker import EventFeed, TopicEvent
     from cqrs_es.projection.folding import Folding
@@ -178,6 +182,73 @@ class ProjectorLoop(Role):
             on_move=moved,
             tracing=self._process.tracing,
         )
+
+
+class ReactorLoop(Role):
+    """Has one reactor see partitions of the log, and what routes to a process manager."""
+
+    def __init__(self, process: Process, definition: ReactorDefinition) -> None:
+        self._process = process
+        self._definition = definition
+        self._breaker = ParkingBreaker(process.clock)
+        self.name = reactor_role(definition.name)
+        self._key = physical_name(self.name, FIRST)
+        self.lag = LagMetrics(
+            metrics.REACTOR_LAG_EVENTS, metrics.REACTOR_LAG_SECONDS, (definition.name,)
+        )
+
+    async def run_partition(self, assignment: Assignment) -> None:
+        """React to the events of a partition from the reactor's checkpoint on."""
+        self._breaker.check()
+        process = self._process
+        await make_sure_of_beginning(process.storage, self._definition)
+        seconds = process.settings.handler_timeout
+        folding = ReactorFolding(self._definition, process.executor.causes, seconds)
+
+        def moved(before: int, to: int) -> None:
+            process.meter.reacted(self._definition.name, to - before)
+            assignment.reached(to)
+            self.handled += to - before
+            process.timetable.poke(folding.scheduled)
+            folding.scheduled.clear()
+            log.info(
+                "reacted",
+                reactor=self._definition.name,
+                partition=assignment.lease.partition,
+                from_offset=before + 1,
+                to_offset=to,
+            )
+
+        applier = Applier(
+            process.registry,
+            process.storage,
+            folding,
+            assignment.lease.partition,
+            breaker=self._breaker,
+            on_failure=process.on_view_failure,
+            on_move=moved,
+            tracing=process.tracing,
+        )
+        await Follower(process, applier, assignment, _always).run()
+
+    def backlog(self, assignment: Assignment) -> int:
+        """Return how many events are committed that it has not seen."""
+        return self._process.watcher.backlog(assignment)
+
+    async def reached(self) -> int:
+        """Read the sum of its checkpoints."""
+        return sum((await self._process.storage.views.checkpoints(self._key)).values())
+
+    async def figures(self, held: Collection[int]) -> list[Reading]:
+        """Ask how many aggregates are parked."""
+        if 0 not in held:
+            return []
+        parked = await self._process.storage.views.list_parked(self._key)
+        return [Reading(metrics.PARKED_AGGREGATES, len(parked), (self.name,))]
+
+
+async def _always() -> bool:
+    return True
 
 
 class _Live:

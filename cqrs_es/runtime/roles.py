@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from cqrs_es import errors
+from cqrs_es.reactor import reactor_role
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -92,7 +93,8 @@ def projector_role(name: str) -> str:
 def known_roles(registry: Registry) -> frozenset[str]:
     """Return every role that a process of an application can have."""
     projectors = (projector_role(name) for name in registry.projections)
-    return frozenset({WORKER, RELAY, *projectors})
+    reactors = (reactor_role(name) for name in registry.reactors)
+    return frozenset({WORKER, RELAY, *projectors, *reactors})
 
 
 def check_roles(roles: Collection[str], registry: Registry) -> None:

@@ -12,7 +12,7 @@ import structlog
 from cqrs_es.execution.report import Counts
 from cqrs_es.runtime.consumer import CommandWorker
 from cqrs_es.runtime.leases import LeaseKeeper, Membership, Rounds
-from cqrs_es.runtime.projection_loop import ProjectorLoop
+from cqrs_es.runtime.projection_loop import ProjectorLoop, ReactorLoop
 from cqrs_es.runtime.relay_loop import Relay
 from cqrs_es.runtime.roles import WORKER, Position, Role, check_roles, known_roles
 
@@ -57,14 +57,15 @@ class Supervisor:
         self._worker = CommandWorker(process)
         self._relay = Relay(process)
         projectors = [ProjectorLoop(process, d) for d in process.registry.projections.values()]
-        every: list[Role] = [self._worker, self._relay, *projectors]
+        reactors = [ReactorLoop(process, d) for d in process.registry.reactors.values()]
+        every: list[Role] = [self._worker, self._relay, *projectors, *reactors]
         self._roles = {role.name: role for role in every}
 
     @property
     def progress(self) -> Progress:
         """What has been done until now."""
-        published = self._relay.handled
-        projected = sum(role.handled for role in self._roles.values()) - published
+        published, roles = self._relay.handled, self._roles.values()
+        projected = sum(role.handled for role in roles if isinstance(role, ProjectorLoop))
         return Progress(replace(self._executor.counts), self._worker.dead, published, projected)
 
     @property
@@ -73,11 +74,6 @@ class Supervisor:
         found = [self._process.broker.trouble, self._executor.trouble]
         found += (keeper.trouble for keeper in self._keepers)
         return [trouble for trouble in found if trouble]
-
-    @property
-    def renewed_at(self) -> float:
-        """When every role had its leases renewed, on the clock's `monotonic`."""
-        return min(keeper.renewed_at for keeper in self._keepers)
 
     @property
     def absent(self) -> list[str]:
@@ -155,10 +151,18 @@ class Supervisor:
         return head - min(offsets for offsets in reached if offsets is not None)
 
     async def idle(self) -> bool:
-        """Tell whether every command is handled, and every event published and projected."""
+        """Tell whether every command is handled, and every event published and followed.
+
+        The log is looked at before and after the commands: what reactors have made of its
+        events is among the commands only if they have seen them all.
+        """
+        events = self._process.storage.events
+        before = await events.heads()
+        if await self.lag():
+            return False
         if self._executor.pending or sum((await self._process.broker.queue_depth()).values()):
             return False
-        due = await self._process.storage.events.next_due(range(self._process.partitions))
+        due = await events.next_due(range(self._process.partitions))
         if any(seconds <= 0 for seconds in due.values()):
             return False
-        return await self.lag() == 0
+        return await events.heads() == before

@@ -133,6 +133,25 @@ PROJECTOR_LAG_SECONDS: Final = _gauge(
     "Age of the oldest event not yet in the view, 0 without one.",
     *("view", "partition"),
 )
+EVENTS_REACTED: Final = _counter(
+    "events_reacted", "Events that a reactor has taken in, passed over or parked.", "reactor"
+)
+REACTOR_LAG_EVENTS: Final = _gauge(
+    "reactor_lag_events", "Events committed that the reactor has not seen.", "reactor", "partition"
+)
+REACTOR_LAG_SECONDS: Final = _gauge(
+    "reactor_lag_seconds",
+    "Age of the oldest event that the reactor has not seen, 0 without one.",
+    *("reactor", "partition"),
+)
+REFUSALS: Final = _counter(
+    "refusals", "Commands caused by an event or a timer that were rejected.", "aggregate_type"
+)
+CLOSED_INPUTS: Final = _counter(
+    "closed_inputs",
+    "Inputs of a process manager's instance that was over: they change nothing.",
+    "process",
+)
 PARTITIONS_HELD: Final = _gauge("partitions_held", "Partitions that this process works on.", "role")
 LEASES_LOST: Final = _counter(
     "leases_lost", "Partitions lost to another process, or given up in time for one.", "role"
@@ -207,6 +226,15 @@ class Meter:
 
     def projected(self, view: str, events: int) -> None:
         """Note that a view's checkpoint has moved past so many more events."""
+
+    def reacted(self, reactor: str, events: int) -> None:
+        """Note that a reactor's checkpoint has moved past so many more events."""
+
+    def refused(self, aggregate_type: str) -> None:
+        """Note that a command which an event or a timer had caused was rejected."""
+
+    def closed_input(self, process: str) -> None:
+        """Note that a process manager's instance got an input when it was over."""
 
     def lease_lost(self, role: str) -> None:
         """Note that a partition was taken from this process, or given up unasked."""
@@ -298,6 +326,12 @@ class Metrics(Meter):
         self._published = self._counter(EVENTS_PUBLISHED, [()])
         views = [(name,) for name in registry.projections]
         self._projected = self._counter(EVENTS_PROJECTED, views)
+        reactors = [(name,) for name in registry.reactors]
+        self._reacted = self._counter(EVENTS_REACTED, reactors)
+        types = [(name,) for name in registry.aggregates]
+        self._refused = self._counter(REFUSALS, types)
+        processes = [(name,) for name, each in registry.aggregates.items() if each.inputs]
+        self._closed_inputs = self._counter(CLOSED_INPUTS, processes)
         self._leases_lost = self._counter(LEASES_LOST, [(role,) for role in roles])
         self._batch = self._histogram(BATCH_COMMANDS, [()])[()]
         self._wait = self._histogram(QUEUE_WAIT_SECONDS, [()])[()]
@@ -378,6 +412,18 @@ class Metrics(Meter):
     def projected(self, view: str, events: int) -> None:
         """Count projected events."""
         self._projected[view,] += events
+
+    def reacted(self, reactor: str, events: int) -> None:
+        """Count events that a reactor is done with."""
+        self._reacted[reactor,] += events
+
+    def refused(self, aggregate_type: str) -> None:
+        """Count a caused command that was rejected."""
+        self._refused[aggregate_type,] += 1
+
+    def closed_input(self, process: str) -> None:
+        """Count an input that came too late."""
+        self._closed_inputs[process,] += 1
 
     def lease_lost(self, role: str) -> None:
         """Count a lost lease."""

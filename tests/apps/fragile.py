@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from cqrs_es import Aggregate
 from cqrs_es.application import Application
 from projectors.account_query import AccountQuery
 from projectors.bank_totals import BankTotals
@@ -26,6 +27,7 @@ class Fragile(AccountQuery, name="fragile"):
 
 account = bank.registry.aggregates["account"]
 app = Application("bank")
+assert issubclass(account.cls, Aggregate)
 app.aggregate(account.cls, services=account.services, source=account.source)
 app.view(Fragile)
 app.projector(BankTotals)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from cqrs_es import Envelope, wire
+from cqrs_es import Aggregate, Envelope, wire
 from cqrs_es.application import Application
 from cqrs_es.ports.broker import OutgoingCommand
 from cqrs_es.settings import Settings
@@ -43,6 +43,7 @@ class Fragile(AccountQuery, name="fragile"):
 def fragile_bank() -> Application:
     account = bank.registry.aggregates["account"]
     app = Application("bank")
+    assert issubclass(account.cls, Aggregate)
     app.aggregate(account.cls, services=account.services, source=account.source)
     app.view(Fragile)
     app.projector(BankTotals)

@@ -17,7 +17,7 @@ import pytest
 from cqrs_es import Aggregate, command, errors, event
 from cqrs_es.application import Application
 from cqrs_es.cli.checking import check_everything
-from cqrs_es.definitions import AnyAggregate
+from cqrs_es.definitions import AnyStateful
 from cqrs_es.settings import Settings
 from cqrs_es.testing import TestApp
 from tests.apps import users
@@ -158,7 +158,7 @@ async def test_looking_up_what_is_no_key() -> None:
 class Before(User, type="user"):
     """Users as they were before they had unique addresses."""
 
-    keys = AnyAggregate.keys
+    keys = AnyStateful.keys
 
 
 @dataclass

@@ -118,6 +118,8 @@ def test_gauges_are_asked_when_somebody_reads() -> None:
 def test_no_sample_has_a_name_outside_the_catalogue() -> None:
     """Those of the process and of the interpreter apart."""
     metrics = made()
+    metrics.reacted("welcome", 1)
+    metrics.closed_input("transfer")
     every = [
         Reading(metric, 1.0, tuple(metric.labels))
         for metric in catalogue.EVERY

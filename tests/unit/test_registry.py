@@ -505,7 +505,7 @@ def test_a_view_folds_only_what_is_yielded() -> None:
     """An event that nobody yields is a mistake, unless its aggregate comes later."""
     registry = Registry()
     registry.add_projection(define_view(Diary))
-    with pytest.raises(errors.DefinitionError, match="diary folds Done, which no registered"):
+    with pytest.raises(errors.DefinitionError, match="diary follows Done, which no registered"):
         registry.check()
     registry.add_aggregate(define_aggregate(Task))
     registry.check()

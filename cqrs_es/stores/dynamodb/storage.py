@@ -47,6 +47,11 @@ class DynamoStorage(Storage):
         self.dead_letters = DynamoDeadLetters(table)
 
     @property
+    def durable(self) -> bool:
+        """Always True."""
+        return True
+
+    @property
     def shared(self) -> bool:
         """Always True."""
         return True

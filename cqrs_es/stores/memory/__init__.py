@@ -26,8 +26,6 @@ class MemoryStorage(Storage):
     when it is closed and opened again.
     """
 
-    durable = False
-
     def __init__(self, clock: Clock | None = None) -> None:
         self._info: StoreInfo | None = None
         self.dead_letters = MemoryDeadLetters()
@@ -35,6 +33,11 @@ class MemoryStorage(Storage):
         self.events = self._log
         self.views = MemoryViews(self._log.add_scheduled)
         self.leases = MemoryLeases(clock or SystemClock(), self.views)
+
+    @property
+    def durable(self) -> bool:
+        """Always False."""
+        return False
 
     @property
     def shared(self) -> bool:
