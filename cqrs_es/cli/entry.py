@@ -13,7 +13,7 @@ from cqrs_es import program
 if TYPE_CHECKING:
     from types import FrameType
 
-LONG_RUNNING: Final = frozenset({"run", "worker", "relay", "projector"})
+LONG_RUNNING: Final = frozenset({"run", "worker", "relay", "projector", "reactor"})
 _OPTIONS_WITH_VALUE: Final = frozenset({"--app", "--log-level", "--log-format"})
 
 

@@ -1,23 +1,43 @@
-"""Verbs that show what there is: `status`, `stream`, `outcome`."""
+"""Verbs that show what there is: `status`, `stream`, `outcome`, `view`, `tail`."""
 
 from __future__ import annotations
 
+import asyncio
+import re
+from collections.abc import AsyncIterator, Collection
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
+import orjson
 import typer
 
 from cqrs_es import errors
-from cqrs_es.cli.invocation import with_application
-from cqrs_es.cli.output import Coloured, JsonFlag, print_json, print_table, print_text
-from cqrs_es.cli.showing import event_writer, print_outcome
-from cqrs_es.projection.replay import stored_stream
-from cqrs_es.reactor import reactor_role
-from cqrs_es.runtime.due import overdue
+from cqrs_es.cli.invocation import invocation_of, with_application
+from cqrs_es.cli.output import (
+    Coloured,
+    JsonFlag,
+    event_writer,
+    print_json,
+    print_outcome,
+    print_table,
+    print_text,
+)
+from cqrs_es.program import DONE, FAILED
+from cqrs_es.projector import physical_name
 from cqrs_es.runtime.roles import known_roles
+from cqrs_es.runtime.waiting import unless
 from cqrs_es.types import AggregateKey
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+
+    from cqrs_es.application import Application
+    from cqrs_es.definitions import ProjectorDefinition
+    from cqrs_es.messages import StoredEvent
     from cqrs_es.opened import OpenApplication
+    from cqrs_es.ports.views import ViewRow
+    from cqrs_es.settings import Settings
 
 RELAY_MARK: Final = "$relay"
 LATE: Final = "yellow"
@@ -38,6 +58,8 @@ def status(context: typer.Context, json: JsonFlag = False) -> None:
 
 async def read_status(opened: OpenApplication) -> dict[str, Any]:
     """Return what `--json` prints."""
+    from cqrs_es.reactor import reactor_role
+
     storage = opened.storage
     heads = dict(await storage.events.heads())
     relayed = await storage.views.checkpoints(RELAY_MARK)
@@ -67,6 +89,8 @@ async def read_status(opened: OpenApplication) -> dict[str, Any]:
 
 async def _scheduled(opened: OpenApplication) -> dict[str, Any]:
     """Say how many scheduled commands are due, and for how many seconds the first has been."""
+    from cqrs_es.runtime.due import overdue
+
     late = await overdue(opened.storage.events, range(opened.process.partitions))
     return {
         "due": sum(each.rows for each in late.values()),
@@ -164,6 +188,8 @@ def stream(
     key = AggregateKey(aggregate_type, aggregate_id)
 
     async def work(opened: OpenApplication) -> None:
+        from cqrs_es.projection.replay import stored_stream
+
         write = await event_writer(opened, as_json=json)
         found = False
         async for event in stored_stream(opened.storage.events, key):
@@ -193,3 +219,269 @@ def outcome(
         )
         raise errors.NotFound(message)
     print_outcome(found, as_json=json)
+
+
+# --- view --------------------------------------------------------------------
+
+
+PAGE: Final = 500
+PATIENCE_SECONDS: Final = 10.0
+
+
+def view(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="The view's name.")],
+    view_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="One row's id.")] = None,
+    after: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Only rows with a higher id: the last one of a page."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="At most so many rows; else all.")
+    ] = None,
+    wait_for: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COMMAND_ID",
+            help="Wait until the view has seen this command, 10 s at most.",
+        ),
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Read a view: one row by its id, or all rows, by id.
+
+    Example: cqrs-es view account_query --after ACCT-001 --limit 20
+    """
+    if view_id is not None and (after is not None or limit is not None):
+        raise errors.ConfigurationError("--after and --limit are for rows without an id given")
+    page = Page(after or "", limit)
+
+    async def work(opened: OpenApplication) -> None:
+        opened.projection(name)
+        if wait_for is not None:
+            await _wait_for(opened, name, wait_for)
+        if view_id is None:
+            await _print_rows(opened, name, page, as_json=json)
+        else:
+            _print_row(await _read_row(opened, name, view_id), as_json=json)
+
+    with_application(context, work)
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Which rows of a view to print: those with an id above `after`, None for all of them."""
+
+    after: str
+    limit: int | None
+
+
+async def _wait_for(opened: OpenApplication, name: str, command_id: str) -> None:
+    """Wait until a command has an outcome, then until the view has seen it."""
+    from cqrs_es.projection.seen import wait_for_outcome
+
+    looking = wait_for_outcome(lambda: opened.outcome(command_id), command_id, PATIENCE_SECONDS)
+    await opened.wait_for(name, await looking, PATIENCE_SECONDS)
+
+
+# --- One row -----------------------------------------------------------------
+
+
+async def _read_row(opened: OpenApplication, name: str, view_id: str) -> ViewRow:
+    from cqrs_es.definitions import ProjectorDefinition
+
+    if isinstance(opened.projection(name), ProjectorDefinition):
+        message = f"{name} has rows of its own columns, not ids: leave the id out"
+        raise errors.ConfigurationError(message)
+    row = await opened.storage.views.get(await opened.table(name), view_id)
+    if row is None:
+        raise errors.NotFound(f"view {name} has no row {view_id!r}; is its projector behind?")
+    return row
+
+
+def _print_row(row: ViewRow, *, as_json: bool) -> None:
+    if as_json:
+        print_json(row.payload)
+    else:
+        print_text(orjson.dumps(orjson.loads(row.payload), option=orjson.OPT_INDENT_2).decode())
+
+
+# --- Many rows ---------------------------------------------------------------
+
+
+async def _print_rows(opened: OpenApplication, name: str, page: Page, *, as_json: bool) -> None:
+    from cqrs_es.definitions import ProjectorDefinition
+
+    definition = opened.projection(name)
+    if isinstance(definition, ProjectorDefinition):
+        await _print_tables(opened, definition, page, as_json=as_json)
+    elif as_json:
+        async for row in _rows(opened, name, page):
+            payload = orjson.Fragment(row.payload)
+            print_json({"view_id": row.view_id, "version": row.version, "payload": payload})
+    else:
+        rows = [[r.view_id, r.version, r.payload] async for r in _rows(opened, name, page)]
+        print_table(["view_id", "version", "payload"], rows)
+
+
+async def _rows(opened: OpenApplication, name: str, page: Page) -> AsyncIterator[ViewRow]:
+    after, left = page.after, page.limit
+    while left is None or left > 0:
+        limit = PAGE if left is None else min(PAGE, left)
+        rows = await opened.view_rows(name, after=after, limit=limit)
+        for row in rows:
+            yield row
+        if len(rows) < limit:
+            return
+        after, left = rows[-1].view_id, None if left is None else left - len(rows)
+
+
+async def _print_tables(
+    opened: OpenApplication, definition: ProjectorDefinition, page: Page, *, as_json: bool
+) -> None:
+    """Print the rows of a projector's own tables, by their own columns, in order of the first."""
+    if page.after:
+        raise errors.ConfigurationError(f"{definition.name} has no ids to go on after: use --limit")
+    views = opened.storage.views
+    from cqrs_es.projection.folding import required
+    from cqrs_es.projection.generations import read_generations
+
+    sql = required(views.sql, definition.name)
+    live = (await read_generations(views, definition.name)).live
+    for name in definition.cls.tables:
+        table = physical_name(name, live)
+        columns = await sql.columns(table)
+        most = "" if page.limit is None else f" LIMIT {page.limit}"
+        rows = await sql.query(f"SELECT * FROM {table} ORDER BY 1{most}")  # noqa: S608 - our names
+        if not as_json:
+            print_table(columns, rows)
+            continue
+        for row in rows:
+            print_json(dict(zip(columns, row, strict=True)))
+
+
+# --- tail --------------------------------------------------------------------
+
+
+POLL_SECONDS: Final = 0.2
+READ_LIMIT: Final = 500
+_POSITION: Final = re.compile(r"([0-9]{1,9}):([0-9]{1,18})")
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where to begin: at the start or the end of the log, but for some partitions elsewhere."""
+
+    at_end: bool = True
+    offsets: Mapping[int, int] = field(default_factory=dict[int, int])
+
+    @classmethod
+    def parse(cls, texts: Collection[str]) -> Start:
+        """Read `start`, `end` and `PARTITION:OFFSET`; raise `ConfigurationError`."""
+        at_end, offsets = True, dict[int, int]()
+        for text in texts:
+            if position := _POSITION.fullmatch(text):
+                offsets[int(position[1])] = int(position[2])
+            elif text in {"start", "end"}:
+                at_end = text == "end"
+            else:
+                message = f"--from takes start, end or PARTITION:OFFSET such as 3:120, not {text!r}"
+                raise errors.ConfigurationError(message)
+        return cls(at_end, offsets)
+
+    def after(self, heads: Mapping[int, int]) -> dict[int, int]:
+        """Return, by partition, the offset after which to read."""
+        unknown = self.offsets.keys() - heads.keys()
+        if unknown:
+            message = f"there is no partition {min(unknown)}; there are 0 to {len(heads) - 1}"
+            raise errors.ConfigurationError(message)
+        base = heads if self.at_end else dict.fromkeys(heads, 0)
+        given = {partition: max(0, offset - 1) for partition, offset in self.offsets.items()}
+        return {**base, **given}
+
+
+def tail(
+    context: typer.Context,
+    start: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--from",
+            metavar="start|end|PARTITION:OFFSET",
+            help="Where to begin; end unless given. May be given for several partitions.",
+        ),
+    ] = None,
+    types: Annotated[
+        list[str] | None,
+        typer.Option("--type", metavar="EVENT", help="Only events of this type; repeatable."),
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Follow the log as it grows, until ctrl-C or SIGTERM.
+
+    Example: cqrs-es tail --from start --type CustomerDepositedMoney --json
+    """
+    where = Start.parse(start or ())
+    settings, app = invocation_of(context).load()
+    clean = asyncio.run(_tail(app, settings, Selection(where, frozenset(types or ()), json)))
+    raise typer.Exit(DONE if clean else FAILED)
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What to show of the log (every type of event unless `types` names some), and how."""
+
+    start: Start
+    types: frozenset[str]
+    as_json: bool
+
+
+async def _tail(app: Application, settings: Settings, selection: Selection) -> bool:
+    """Follow until a signal; return whether that ended cleanly."""
+    from cqrs_es.runtime.stopping import run_until_stopped, stop_on_signals
+    from cqrs_es.service import open_patiently
+
+    async def follow(stopping: asyncio.Event) -> None:
+        async with AsyncExitStack() as stack:
+            opening = open_patiently(app, settings, stack, reach_broker=False, initialise=False)
+            opened = await unless(stopping, opening)
+            if opened is not None:
+                await unless(stopping, _follow(opened, selection))
+
+    with stop_on_signals() as stopping:
+        return await run_until_stopped(follow(stopping.asked), stopping, settings.shutdown_timeout)
+
+
+async def _follow(opened: OpenApplication, selection: Selection) -> None:
+    """Print events as they are committed, for ever."""
+    import structlog
+
+    from cqrs_es.execution.retry import backoff
+
+    log = structlog.get_logger("cqrs_es.cli")
+    write = await event_writer(opened, as_json=selection.as_json)
+    after = selection.start.after(await opened.storage.events.heads())
+    log.info("following", after={str(partition): offset for partition, offset in after.items()})
+    known = {name for each in opened.process.registry.aggregates.values() for name in each.events}
+    for unknown in sorted(selection.types - known):  # a slip, or of older code
+        log.warning("event type unknown", type=unknown, known=sorted(known))
+    failures = 0
+    while True:
+        try:
+            async for event in _new_events(opened, after):
+                if not selection.types or event.event_type in selection.types:
+                    write(event)
+            failures = 0
+        except errors.Unavailable as exc:
+            failures += 1
+            log.warning("waiting for the store", error=exc.message)
+        await asyncio.sleep(POLL_SECONDS + (backoff(failures) if failures else 0))
+
+
+async def _new_events(opened: OpenApplication, after: dict[int, int]) -> AsyncIterator[StoredEvent]:
+    """Read what lies beyond the offsets in `after`, partition by partition, and move them on."""
+    events = opened.storage.events
+    for partition, head in sorted((await events.heads()).items()):
+        while after[partition] < head:
+            for event in await events.read_log(partition, after[partition], READ_LIMIT):
+                yield event
+                after[partition] = event.offset

@@ -10,19 +10,7 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from cqrs_es import errors, program
-from cqrs_es.cli import (
-    dead_letters,
-    following,
-    inspecting,
-    parked,
-    preparing,
-    reading,
-    rebuilding,
-    republishing,
-    running,
-    scheduled,
-    sending,
-)
+from cqrs_es.cli import inspecting, preparing, repairing, running, scheduled, sending
 from cqrs_es.cli.invocation import Invocation, invocation_of
 from cqrs_es.cli.output import complain, print_text
 from cqrs_es.settings import LogFormat, LogLevel  # noqa: TC001 - typer evaluates annotations
@@ -88,17 +76,17 @@ for _verb in (
     preparing.settings,
     sending.send,
     inspecting.status,
-    reading.view,
+    inspecting.view,
     inspecting.stream,
-    following.tail,
+    inspecting.tail,
     inspecting.outcome,
-    rebuilding.rebuild,
-    republishing.republish,
+    repairing.rebuild,
+    repairing.republish,
 ):
     cli.command()(_verb)
-cli.add_typer(dead_letters.dead, name="dead")
-cli.add_typer(parked.parked, name="parked")
-cli.add_typer(rebuilding.keys, name="keys")
+cli.add_typer(repairing.dead, name="dead")
+cli.add_typer(repairing.parked, name="parked")
+cli.add_typer(repairing.keys, name="keys")
 cli.add_typer(scheduled.scheduled, name="scheduled")
 
 

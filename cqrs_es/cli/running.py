@@ -14,7 +14,6 @@ from cqrs_es import errors
 from cqrs_es.cli.invocation import invocation_of, refuse_memory
 from cqrs_es.cli.output import JsonFlag, complain, print_fields, print_json
 from cqrs_es.program import INTERRUPTED
-from cqrs_es.reactor import reactor_role
 from cqrs_es.runtime.roles import RELAY, WORKER, projector_role
 from cqrs_es.settings import address
 from cqrs_es.telemetry.masking import mask_credentials, printable
@@ -148,6 +147,8 @@ def _reactor_roles(registry: Registry, only: Collection[str] | None) -> set[str]
         if name not in known:
             message = f"there is no reactor {name!r}; there are {', '.join(known)}"
             raise errors.ConfigurationError(message)
+    from cqrs_es.reactor import reactor_role
+
     return {reactor_role(name) for name in only or known}
 
 

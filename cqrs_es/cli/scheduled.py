@@ -10,10 +10,15 @@ import typer
 
 from cqrs_es import errors
 from cqrs_es.cli.invocation import with_application
-from cqrs_es.cli.output import JsonFlag, complain, print_json, print_table, print_text
-from cqrs_es.cli.showing import print_outcome
+from cqrs_es.cli.output import (
+    JsonFlag,
+    complain,
+    print_json,
+    print_outcome,
+    print_table,
+    print_text,
+)
 from cqrs_es.cloudevents import timestamp
-from cqrs_es.ports.store import IMMEDIATELY
 from cqrs_es.program import FAILED
 from cqrs_es.types import AggregateKey, parse_command_id
 
@@ -100,6 +105,8 @@ async def _now(opened: OpenApplication) -> datetime:
 
 
 def _fields(row: ScheduledCommand, *, held_back: bool) -> dict[str, Any]:
+    from cqrs_es.ports.store import IMMEDIATELY
+
     return {
         "id": row.command_id,
         "due": None if row.moment == IMMEDIATELY else timestamp(row.moment),

@@ -10,8 +10,7 @@ import typer
 
 from cqrs_es import errors, wire
 from cqrs_es.cli.invocation import invocation_of, with_application
-from cqrs_es.cli.output import JsonFlag, print_json, print_text
-from cqrs_es.cli.showing import print_outcome
+from cqrs_es.cli.output import JsonFlag, print_json, print_outcome, print_text
 from cqrs_es.cloudevents import timestamp
 from cqrs_es.program import DONE, FAILED
 from cqrs_es.runtime.waiting import within

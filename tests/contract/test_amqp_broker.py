@@ -15,7 +15,7 @@ from cqrs_es.brokers import broker_for
 from cqrs_es.brokers.amqp import broker as amqp_broker
 from cqrs_es.brokers.amqp import consuming
 from cqrs_es.brokers.amqp import topology as topologies
-from cqrs_es.cli.checking import check_everything
+from cqrs_es.cli.preparing import check_everything
 from cqrs_es.ports.broker import OutgoingCommand, OutgoingReply
 from cqrs_es.settings import Settings
 from tests.contract.brokers import (

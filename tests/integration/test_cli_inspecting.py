@@ -57,6 +57,7 @@ def test_status(bank: Here) -> None:
         "members": [],
         "vacant_roles": ["projector:account_query", "projector:bank_totals", "relay", "worker"],
         "leases": [],
+        "scheduled": {"due": 0, "overdue_seconds": 0.0},
         "dead_letters": 0,
         "parked": 0,
     }

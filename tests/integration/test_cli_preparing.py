@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import botocore.session
 import pytest
 
-from cqrs_es.cli.explaining import MEANINGS
+from cqrs_es.cli.preparing import MEANINGS
 from tests.bank_data import PROJECT
 from tests.command_line import cqrs_es, environment
 from tests.conftest import run_on

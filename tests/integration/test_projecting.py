@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from cqrs_es import Envelope, View, errors
 from cqrs_es.application import Application
 from cqrs_es.brokers.memory import MemoryBroker
-from cqrs_es.cli.checking import check_everything
+from cqrs_es.cli.preparing import check_everything
 from cqrs_es.projection.folding import folding_for
 from cqrs_es.projection.generations import make_sure_of_tables
 from cqrs_es.projector import Projector, SqlSession

@@ -16,7 +16,7 @@ import pytest
 
 from cqrs_es import Aggregate, command, errors, event
 from cqrs_es.application import Application
-from cqrs_es.cli.checking import check_everything
+from cqrs_es.cli.preparing import check_everything
 from cqrs_es.definitions import AnyStateful
 from cqrs_es.settings import Settings
 from cqrs_es.testing import TestApp
