@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Final
 
-from cqrs_es import errors
+from cqrs_es.ports import BuiltIn, connector
 
 if TYPE_CHECKING:
     from cqrs_es.ports.clock import Clock
     from cqrs_es.ports.storage import Storage
 
-LEASE_SECONDS = 10.0
+LEASE_SECONDS: Final = 10.0
+# As the setting has it. `TestApp` asks for years, which no server takes for a time limit.
+MAX_LEASE_SECONDS: Final = 3_600.0
+
+_MYSQL: Final = BuiltIn("cqrs_es.stores.mysql", "mysql")
+_POSTGRES: Final = BuiltIn("cqrs_es.stores.postgres", "postgres")
+_BUILT_IN: Final = {
+    "memory": BuiltIn("cqrs_es.stores.memory"),
+    "sqlite": BuiltIn("cqrs_es.stores.sqlite"),
+    "mysql": _MYSQL,
+    "mariadb": _MYSQL,
+    "postgresql": _POSTGRES,
+    "postgres": _POSTGRES,
+    "dynamodb": BuiltIn("cqrs_es.stores.dynamodb", "dynamodb"),
+}
 
 
 def storage_for(
@@ -21,63 +34,11 @@ def storage_for(
 
     `clock` is the time by which leases expire where the database has none of
     its own (SQLite, memory, DynamoDB). Server stores give up locks and sessions that
-    idle in a transaction before a lease of `lease_seconds` expires. Raises
-    `SettingsError` for a URL of no store, `ConfigurationError` where the
-    store's driver is not installed.
+    idle in a transaction before a lease of `lease_seconds` expires. Another package's
+    store is a function with these parameters, an entry point of `cqrs_es.stores`. Raises
+    as `ports.connector` does, and `SettingsError` for a URL that can't be used.
     """
-    match urlsplit(url).scheme:
-        case "memory":
-            return _memory(clock)
-        case "sqlite":
-            return _sqlite(url, clock)
-        case "mysql" | "mariadb":
-            return _mysql(url, lease_seconds)
-        case "postgresql" | "postgres":
-            return _postgres(url, lease_seconds)
-        case "dynamodb":
-            return _dynamodb(url, clock)
-        case scheme:
-            known = "memory, sqlite, mysql, postgresql or dynamodb"
-            message = f"CQRS_ES_STORE_URL begins with {known}, not {scheme!r}"
-            raise errors.SettingsError(message)
-
-
-def _memory(clock: Clock | None) -> Storage:
-    from cqrs_es.stores.memory import MemoryStorage  # noqa: PLC0415 - loaded when it is used
-
-    return MemoryStorage(clock)
-
-
-def _sqlite(url: str, clock: Clock | None) -> Storage:
-    from cqrs_es.stores import sqlite  # noqa: PLC0415 - loaded when it is used
-
-    return sqlite.storage_for(url, clock)
-
-
-def _mysql(url: str, lease_seconds: float) -> Storage:
-    try:
-        from cqrs_es.stores import mysql  # noqa: PLC0415 - its driver may not be installed
-    except ModuleNotFoundError as exc:
-        raise _driver_missing(exc, "cqrs-es[mysql]") from exc
-    return mysql.storage_for(url, lease_seconds)
-
-
-def _postgres(url: str, lease_seconds: float) -> Storage:
-    try:
-        from cqrs_es.stores import postgres  # noqa: PLC0415 - its driver may not be installed
-    except ModuleNotFoundError as exc:
-        raise _driver_missing(exc, "cqrs-es[postgres]") from exc
-    return postgres.storage_for(url, lease_seconds)
-
-
-def _dynamodb(url: str, clock: Clock | None) -> Storage:
-    try:
-        from cqrs_es.stores import dynamodb  # noqa: PLC0415 - its driver may not be installed
-    except ModuleNotFoundError as exc:
-        raise _driver_missing(exc, "cqrs-es[dynamodb]") from exc
-    return dynamodb.storage_for(url, clock)
-
-
-def _driver_missing(exc: ModuleNotFoundError, requirement: str) -> errors.ConfigurationError:
-    message = f'the module {exc.name} is not installed: pip install "{requirement}"'
-    return errors.ConfigurationError(message)
+    connect = connector("store", url, _BUILT_IN)
+    seconds = min(lease_seconds, MAX_LEASE_SECONDS)
+    storage: Storage = connect(url, clock=clock, lease_seconds=seconds)
+    return storage

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cqrs_es import errors
+from cqrs_es.stores import storage_for
 from cqrs_es.stores.sql.session import MAX_TRIES, DuplicateKey, RolledBack
-from cqrs_es.stores.sqlite import storage_for
 from cqrs_es.stores.sqlite.address import SqliteTarget
 from cqrs_es.stores.sqlite.database import SqliteDatabase
 from tests.clock import SettableClock

@@ -25,11 +25,12 @@ _BAD_URL: Final = (
 )
 
 
-def storage_for(url: str, clock: Clock | None = None) -> DynamoStorage:
+def connect(url: str, *, clock: Clock | None, lease_seconds: float) -> DynamoStorage:
     """Make the storage that a URL names: `dynamodb://region/prefix?endpoint=…`.
 
     `clock` tells how long a lease has been seen unchanged.
     """
+    del lease_seconds  # nothing is locked
     return DynamoStorage(Table(target_of(url)), clock or SystemClock())
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from cqrs_es.stores.mysql.database import Limits, MysqlDatabase
 from cqrs_es.stores.sql.address import Target, read_target
 from cqrs_es.stores.sql.storage import SqlStorage
 from cqrs_es.stores.sql.tls import Tls
+
+if TYPE_CHECKING:
+    from cqrs_es.ports.clock import Clock
 
 DEFAULT_PORT = 3306
 SSL_MODES = ("disabled", "required", "verify_ca", "verify_identity")
@@ -16,12 +21,13 @@ _FORM = (
 )
 
 
-def storage_for(url: str, lease_seconds: float) -> SqlStorage:
+def connect(url: str, *, clock: Clock | None, lease_seconds: float) -> SqlStorage:
     """Make the storage that a URL names: `mysql://user:password@host:3306/database`.
 
     Locks are waited for, and a transaction may idle, for less than
-    `lease_seconds`, so that a frozen process can't hold a partition.
+    `lease_seconds`, so that a frozen process can't hold a partition. The clock is the server's.
     """
+    del clock
     return SqlStorage(MysqlDatabase(target_of(url), Limits.within(lease_seconds)), shared=True)
 
 

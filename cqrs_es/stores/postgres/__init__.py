@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from cqrs_es.stores.postgres.database import Limits, PostgresDatabase
 from cqrs_es.stores.sql.address import Target, read_target
 from cqrs_es.stores.sql.storage import SqlStorage
 from cqrs_es.stores.sql.tls import Tls
+
+if TYPE_CHECKING:
+    from cqrs_es.ports.clock import Clock
 
 DEFAULT_PORT = 5432
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
@@ -16,12 +21,13 @@ _FORM = (
 )
 
 
-def storage_for(url: str, lease_seconds: float) -> SqlStorage:
+def connect(url: str, *, clock: Clock | None, lease_seconds: float) -> SqlStorage:
     """Make the storage that a URL names: `postgresql://user:password@host:5432/database`.
 
     Locks are waited for, and a transaction may idle, for less than
-    `lease_seconds`, so that a frozen process can't hold a partition.
+    `lease_seconds`, so that a frozen process can't hold a partition. The clock is the server's.
     """
+    del clock
     return SqlStorage(PostgresDatabase(target_of(url), Limits.within(lease_seconds)), shared=True)
 
 

@@ -8,7 +8,8 @@ from cqrs_es.stores.sqlite.address import SqliteTarget
 from cqrs_es.stores.sqlite.database import SqliteDatabase
 
 
-def storage_for(url: str, clock: Clock | None = None) -> SqlStorage:
+def connect(url: str, *, clock: Clock | None, lease_seconds: float) -> SqlStorage:
     """Make the storage that a URL names; leases expire by `clock`."""
+    del lease_seconds  # nobody can throw out who holds a file's lock
     database = SqliteDatabase(SqliteTarget.parse(url), clock or SystemClock())
     return SqlStorage(database, shared=False)

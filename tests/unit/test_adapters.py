@@ -1,8 +1,9 @@
-"""Choosing a broker by its URL."""
+"""Choosing a store or broker by its URL."""
 
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -10,7 +11,14 @@ from cqrs_es import errors
 from cqrs_es.brokers import broker_for
 from cqrs_es.brokers.memory import MemoryBroker
 from cqrs_es.brokers.redis import RedisBroker
+from cqrs_es.settings import Settings
+from cqrs_es.stores import storage_for
+from cqrs_es.stores.memory import MemoryStorage
+from tests.samples import Add, Counter, counting_app
 from tests.servers import free_port
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SECRET = "hunter2"  # noqa: S105 - what must not be shown
 
@@ -47,6 +55,64 @@ def test_a_url_that_cannot_be_used_is_refused(url: str) -> None:
     assert SECRET not in str(refusal.value)
     assert refusal.value.__cause__ is None
     assert refusal.value.__suppress_context__
+
+
+@pytest.mark.parametrize("url", ["", "oracle://localhost", f"x{SECRET}"])
+def test_an_unknown_store_is_refused(url: str) -> None:
+    """As an unknown broker is."""
+    assert isinstance(storage_for("memory://"), MemoryStorage)
+    with pytest.raises(errors.SettingsError, match=r"STORE_URL .* memory://, sqlite://") as refusal:
+        storage_for(url)
+    assert SECRET not in str(refusal.value)
+
+
+ADAPTERS = """
+from cqrs_es.brokers.memory import connect as memory_broker
+from cqrs_es.stores.memory import connect as memory_store
+
+def broker(url, *, service, event_retention):
+    made = memory_broker(url, service=service, event_retention=event_retention)
+    made.url = url
+    return made
+
+def store(url, *, clock, lease_seconds):
+    made = memory_store(url, clock=clock, lease_seconds=lease_seconds)
+    made.url = url
+    return made
+"""
+
+
+@pytest.fixture
+def another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Install a package with a store and a broker of its own."""
+    (tmp_path / "acme_adapters.py").write_text(ADAPTERS)
+    package = tmp_path / "acme_adapters-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-adapters\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text(
+        "[cqrs_es.stores]\nacme = acme_adapters:store\nlost = acme_nowhere:store\n"
+        "[cqrs_es.brokers]\nacme = acme_adapters:broker\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)  # pyright: ignore[reportUnknownMemberType]
+
+
+@pytest.mark.usefixtures("another_package")
+async def test_adapters_of_another_package() -> None:
+    """They are found by its entry points, and used as any other."""
+    settings = Settings(store_url="acme://one", broker_url="acme://two", partitions=1)
+    async with counting_app().open(settings, initialise=True) as opened:
+        assert vars(opened.storage)["url"] == "acme://one"
+        assert vars(opened.process.broker)["url"] == "acme://two"
+        assert (await opened.execute(Counter, "a", Add(1))).status == "accepted"
+
+
+@pytest.mark.usefixtures("another_package")
+def test_adapters_of_another_package_that_fail() -> None:
+    """What it needs and is not there is named; its schemes are among those that there are."""
+    with pytest.raises(errors.ConfigurationError, match="acme_nowhere is not installed"):
+        storage_for("lost://")
+    with pytest.raises(errors.SettingsError, match=r"dynamodb://, acme://, lost://$"):
+        storage_for("found://")
 
 
 def test_a_missing_driver_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
