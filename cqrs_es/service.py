@@ -17,7 +17,7 @@ from cqrs_es import errors
 from cqrs_es.application import PATIENCE_SECONDS, execution_policy
 from cqrs_es.definitions import ViewDefinition
 from cqrs_es.execution.executor import CANCELLATION_SECONDS
-from cqrs_es.execution.retry import backoff
+from cqrs_es.execution.retry import Retry
 from cqrs_es.program import DONE, FAILED, INTERRUPTED, exit_code, sentence, version
 from cqrs_es.projection.generations import live_name
 from cqrs_es.runtime.feeding import Feeder
@@ -313,29 +313,26 @@ async def open_patiently(
     A locked SQLite file is no server: `StoreLocked` is raised. Nor is its store
     waited for as long as it takes, which a queue on a server can be asked to do.
     """
-    failures = 0
     patience = PATIENCE_SECONDS if settings.embedded else None
     policy = execution_policy(settings, app.policy, patience=patience)
-    while True:
+
+    async def opened() -> OpenApplication:
+        opening = app.open(
+            settings,
+            policy=policy,
+            initialise=initialise,
+            reach_broker=reach_broker,
+            meter=NO_METER if probes is None else probes.meter,
+        )
         try:
-            meter = NO_METER if probes is None else probes.meter
-            opening = app.open(
-                settings,
-                policy=policy,
-                initialise=initialise,
-                reach_broker=reach_broker,
-                meter=meter,
-            )
             return await stack.enter_async_context(opening)
-        except errors.StoreLocked:
-            raise
         except errors.Unavailable as exc:
-            failures += 1
-            delay = backoff(failures)
             if probes is not None:
                 probes.health.waiting_for = exc.message
-            log.warning("waiting for a server", error=exc.message, retry_in=round(delay, 2))
-            await asyncio.sleep(delay)
+            raise
+
+    retry = Retry(log, "waiting for a server", never=errors.StoreLocked)
+    return await retry.wait_out(opened)
 
 
 async def _is_idle(supervisor: Supervisor) -> bool:

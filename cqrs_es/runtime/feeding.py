@@ -15,8 +15,10 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+import structlog
+
 from cqrs_es import errors, wire
-from cqrs_es.execution.retry import backoff
+from cqrs_es.execution.retry import Retry
 from cqrs_es.ports.broker import OutgoingCommand
 from cqrs_es.types import utc_now
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from cqrs_es.ports.broker import Broker
 
 T = TypeVar("T")
+log = structlog.get_logger("cqrs_es.runtime")
 
 READ_BYTES: Final = 128 * 1024
 # Commands that may wait in the queue; a worker takes some 2,000 at once.
@@ -58,13 +61,8 @@ class Feeder:
 
     async def _send(self, commands: list[OutgoingCommand]) -> None:
         """Send, again while the broker is away: what arrives twice is a duplicate."""
-        failures = 0
-        while True:
-            try:
-                return await self._broker.send(commands)
-            except errors.BrokerUnavailable:
-                failures += 1
-                await asyncio.sleep(backoff(failures))
+        retry = Retry(log, "waiting for the broker", bears=errors.BrokerUnavailable)
+        await retry.wait_out(lambda: self._broker.send(commands))
 
     async def _wait_for_room(self) -> None:
         while await self._waiting() > MOST_WAITING:  # noqa: ASYNC110 - others feed and empty the queue too
