@@ -455,7 +455,7 @@ async def _follow(opened: OpenApplication, selection: Selection) -> None:
     """Print events as they are committed, for ever."""
     import structlog
 
-    from cqrs_es.execution.retry import backoff
+    from cqrs_es.execution.retry import Retry
 
     log = structlog.get_logger("cqrs_es.cli")
     write = await event_writer(opened, as_json=selection.as_json)
@@ -464,17 +464,13 @@ async def _follow(opened: OpenApplication, selection: Selection) -> None:
     known = {name for each in opened.process.registry.aggregates.values() for name in each.events}
     for unknown in sorted(selection.types - known):  # a slip, or of older code
         log.warning("event type unknown", type=unknown, known=sorted(known))
-    failures = 0
+    retry = Retry(log, "waiting for the store")
     while True:
-        try:
+        async with retry:
             async for event in _new_events(opened, after):
                 if not selection.types or event.event_type in selection.types:
                     write(event)
-            failures = 0
-        except errors.Unavailable as exc:
-            failures += 1
-            log.warning("waiting for the store", error=exc.message)
-        await asyncio.sleep(POLL_SECONDS + (backoff(failures) if failures else 0))
+        await asyncio.sleep(POLL_SECONDS)
 
 
 async def _new_events(opened: OpenApplication, after: dict[int, int]) -> AsyncIterator[StoredEvent]:
