@@ -112,6 +112,8 @@ class AggregateDefinition:
     source: SourceOfTruth
     upcasters: UpcasterChain
     handler_timeout: float | None
+    has_keys: bool
+    """Whether its aggregates may have unique keys."""
     inputs: ProcessInputs | None = None
 
     def takes(self, message_type: str) -> bool:
@@ -142,11 +144,6 @@ class AggregateDefinition:
     def type(self) -> str:
         """The aggregate's name on the wire and in the log."""
         return self.cls.aggregate_type
-
-    @property
-    def has_keys(self) -> bool:
-        """Whether its aggregates may have unique keys."""
-        return self.cls.keys is not AnyStateful.keys
 
     def decode(self, event: StoredEvent) -> list[object]:
         """Return the typed events that a stored one means today: one, or what it was split into.
@@ -324,7 +321,8 @@ def _define(  # noqa: PLR0913 - what a definition consists of
         message = f'{cls.__qualname__} has no type: class {cls.__name__}({base}[…], type="…")'
         raise errors.DefinitionError(message)
     _check_field_names(cls, _OF_AGGREGATES)
-    if cls.keys is not AnyStateful.keys and len(cls.aggregate_type) > MAX_TYPE_WITH_KEYS:
+    has_keys = cls.keys is not AnyStateful.keys
+    if has_keys and len(cls.aggregate_type) > MAX_TYPE_WITH_KEYS:
         most = MAX_TYPE_WITH_KEYS
         message = f"{cls.__qualname__} has unique keys: its type may have {most} characters at most"
         raise errors.DefinitionError(message)
@@ -340,6 +338,7 @@ def _define(  # noqa: PLR0913 - what a definition consists of
         source=source or EventSourced(),
         upcasters=UpcasterChain(upcasters, {name: d.version for name, d in by_name.items()}),
         handler_timeout=handler_timeout,
+        has_keys=has_keys,
         inputs=inputs,
     )
 

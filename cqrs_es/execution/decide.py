@@ -396,24 +396,29 @@ class _Lineage:
     def _apply(self, new: Sequence[NewEvent], taken: Claims) -> None:
         due = self._snapshot_due(len(new))
         live, sequence, snapshot = self.scratch(), self.sequence, self.snapshot
-        held = self._claimed_by(live) if self._held is None else self._held
+        with_keys = self._definition.has_keys
+        if with_keys and self._held is None:
+            self._held = self._had = self._claimed_by(live)
         for event in new:
             live.apply(self._definition.events[event.event_type].codec.read_back(event.payload))
             sequence += 1
             if sequence == due:
                 snapshot = self._snapshot(live, sequence)
         state = freeze(self._definition, live)
-        holds = self._claimed_by(live)
-        if names := [key.name for key in sorted((holds - held) & taken)]:
-            raise _KeyTaken(names[0])
-        if self._held is None:
-            self._had = held
-        self._held, self._claims = holds, self._claims | (holds - held)
+        if with_keys:
+            self._hold(self._claimed_by(live), taken)
         base, new_snapshot = self.base, snapshot is not None
         self.snapshot = snapshot
         self.baseline = Baseline(
             state, sequence, base.snapshot + new_snapshot, base.mend_snapshot and not new_snapshot
         )
+
+    def _hold(self, keys: Claims, taken: Claims) -> None:
+        """Note what the state claims now; raise `_KeyTaken` where that is new and taken."""
+        new = keys - (self._held or NONE)
+        if names := [key.name for key in sorted(new & taken)]:
+            raise _KeyTaken(names[0])
+        self._held, self._claims = keys, self._claims | new
 
     def _claimed_by(self, state: AnyAggregate) -> Claims:
         return self._keys.of(self._definition, state)

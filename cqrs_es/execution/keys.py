@@ -112,7 +112,7 @@ def due(definitions: Iterable[AggregateDefinition], noted: Mapping[str, str]) ->
 # --- Filling the table anew --------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Collision:
     """A value that two aggregates of a type have: `holder` holds it, `other` does not."""
 
@@ -145,7 +145,7 @@ class KeysRebuild:
         self._events = storage.events
         self._keys = keys
         self._added = self._removed = 0
-        self._collisions: list[Collision] = []
+        self._collisions: set[Collision] = set()
 
     async def run(self) -> KeysRebuilt:
         """Do it; record that it is done unless values collide."""
@@ -157,7 +157,7 @@ class KeysRebuild:
                 aggregates += 1
         if not self._collisions:
             await self._storage.note_keys(self._definition.type, fingerprint(self._definition))
-        return KeysRebuilt(aggregates, self._added, self._removed, tuple(self._collisions))
+        return KeysRebuilt(aggregates, self._added, self._removed, tuple(sorted(self._collisions)))
 
     async def _remove_stale(self) -> None:
         after: UniqueKey | None = None
@@ -178,29 +178,23 @@ class KeysRebuild:
                     yield event.key.id
             after = page[-1].offset
 
-    async def _reconcile(self, id_: str, held: Claims | None = None) -> None:
+    async def _reconcile(self, id_: str, held: Claims = NONE) -> None:
         """Give up those of the keys held that the state does not claim, or add what it lacks."""
         for _ in range(MAX_TRIES):
             sequence, claims = await self._claims(id_)
-            holders: dict[UniqueKey, str] = {}
-            if held is None:
-                holders = await self._events.find_holders(claims)
-                added, removed = claims - holders.keys(), NONE
-            else:
-                added, removed = NONE, held - claims
+            holders = await self._events.find_holders(held - claims if held else claims)
+            others = {} if held else {k: h for k, h in holders.items() if h != id_}
+            if others and (await self._claims(id_))[0] != sequence:
+                continue  # it may have given up what the other holds
+            added = NONE if held else claims - holders.keys()
+            removed = frozenset(k for k, h in holders.items() if h == id_) if held else NONE
             if await self._moved(id_, sequence, added, removed):
-                self._note_collisions(id_, holders)
                 self._added += len(added)
                 self._removed += len(removed)
+                self._collisions |= {Collision(k.name, h, id_) for k, h in others.items()}
                 return
         message = f"{self._definition.type}/{id_} kept changing: run `cqrs-es keys rebuild` again"
         raise errors.StoreUnavailable(message)
-
-    def _note_collisions(self, id_: str, holders: Mapping[UniqueKey, str]) -> None:
-        for key, holder in sorted(holders.items()):
-            collision = Collision(key.name, holder, id_)
-            if holder != id_ and collision not in self._collisions:
-                self._collisions.append(collision)
 
     async def _claims(self, id_: str) -> tuple[int, Claims]:
         key = AggregateKey(self._definition.type, id_)

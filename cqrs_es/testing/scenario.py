@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar, cast
 from cqrs_es.definitions import define_aggregate
 from cqrs_es.errors import DomainError
 from cqrs_es.execution.decide import run_handler
+from cqrs_es.execution.keys import Keys
 from cqrs_es.testing.decision import Decision
 from cqrs_es.testing.log import Log
 
@@ -19,6 +20,7 @@ C = TypeVar("C")
 E = TypeVar("E")
 S = TypeVar("S")
 
+_KEYS = Keys(b"", 1)
 _UNEXPLAINED = "the handler changed state without an event: yield one, and change state in apply"
 
 
@@ -59,8 +61,9 @@ class Scenario(Generic[C, E, S]):
 
         Raises `RuntimeError` inside a running event loop, `InvalidCommand` for
         a command that would not get through its codec, `AssertionError` when
-        the handler changes state without an event, and whatever the handler
-        raises that is no `DomainError`: in production that is a failure.
+        the handler changes state without an event, `DefinitionError` where `keys`
+        returns what is none, and whatever the handler raises that is no
+        `DomainError`: in production those are failures.
         """
         _refuse_running_loop()
         # A loop factory keeps the runner from touching the thread's own loop.
@@ -83,6 +86,8 @@ class Scenario(Generic[C, E, S]):
         except DomainError as exc:
             error = exc
         after.compare_states(after.fold(), aggregate, _UNEXPLAINED)
+        if error is None:
+            _KEYS.of(after.definition, aggregate)
         events = cast("list[E]", after.since(self._log))
         return Decision(self._log if error else after, events, error)
 

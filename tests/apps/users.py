@@ -11,6 +11,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING
@@ -77,10 +78,13 @@ app.aggregate(User)
 
 async def register(prefix: str, users: int, email: str) -> None:
     """Register users with one address at once; print how many outcomes of each kind there are."""
-    async with app.open() as opened:
-        outcomes = await asyncio.gather(
-            *(answered(opened, f"{prefix}-{n}", Register(email)) for n in range(users))
-        )
+    outcomes: list[Outcome] = []
+    while not outcomes:
+        with suppress(errors.StoreLocked):  # by as many as open the one SQLite file
+            async with app.open() as opened:
+                outcomes = await asyncio.gather(
+                    *(answered(opened, f"{prefix}-{n}", Register(email)) for n in range(users))
+                )
     kinds = Counter(o.error.code if o.error else o.status.value for o in outcomes)
     sys.stdout.write(orjson.dumps(kinds).decode())
 

@@ -316,7 +316,8 @@ async def test_g12_changes_under_kill_9_leave_each_value_with_its_holder(store_u
                 for process in processes:
                     assert process.stdout is not None
                     assert await asyncio.to_thread(process.stdout.readline) == b"changing\n"
-                await asyncio.sleep(0.1 + 0.05 * kill)  # somewhere among its commands
+                rebuilt = await opened.rebuild_keys(User)  # beside them; then somewhere among them
+                assert (rebuilt.added, rebuilt.removed, rebuilt.collisions) == (0, 0, ())
             finally:
                 for process in processes:
                     process.kill()

@@ -316,3 +316,24 @@ def test_a_class_that_could_not_be_registered_makes_no_scenario() -> None:
 
     with pytest.raises(errors.DefinitionError, match="Nameless has no type"):
         Scenario(Nameless, None)
+
+
+@dataclass
+class Badge(Aggregate[Add, Added, None], type="badge"):
+    number: int = 0
+
+    def handle(self, command: Add, services: None) -> Iterator[Added]:  # noqa: ARG002
+        yield Added(command.number)
+
+    def apply(self, event: Added) -> None:
+        self.number = event.number
+
+    def keys(self) -> dict[str, str]:
+        return {"number": str(self.number) if self.number else ""}
+
+
+def test_keys_that_are_none_are_found() -> None:
+    """What would fail the command in production fails here."""
+    Scenario(Badge, None).given(Added(3)).when(Add(7)).then_expect_events(Added(7))
+    with pytest.raises(errors.DefinitionError, match="the value of number is empty"):
+        Scenario(Badge, None).given(Added(3)).when(Add(0))
