@@ -27,8 +27,8 @@ from cqrs_es.projection.replay import replay, stored_stream
 from cqrs_es.projection.seen import wait_until_seen
 from cqrs_es.projector import check_view_name, generation_of
 from cqrs_es.reactor import reactor_role
-from cqrs_es.runtime.republishing import republish
 from cqrs_es.runtime.supervisor import Supervisor
+from cqrs_es.runtime.topic import republish
 from cqrs_es.runtime.waiting import Home
 from cqrs_es.types import (
     AggregateKey,

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import AsyncExitStack, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import structlog
@@ -356,40 +356,30 @@ async def _count_rows(opened: OpenApplication) -> dict[str, int]:
 # --- Progress ----------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What a process had done at one moment, and what is before it; `lag` is None if unknown."""
-
-    progress: Progress
-    lag: int | None
-    troubles: tuple[str, ...]
-    per_second: float
-
-
-async def looks(supervisor: Supervisor, seconds: float) -> AsyncIterator[Look]:
+async def looks(supervisor: Supervisor, seconds: float) -> AsyncIterator[Progress]:
     """Look how far a process is, again and again, for ever."""
     lately = deque[tuple[float, int]](maxlen=RATE_LOOKS)
-    known, asked, lag = Progress(), -LAG_SECONDS, None
+    known, asked, lag = -1, 0.0, None
     while True:
         await asyncio.sleep(seconds)
-        now, progress = time.monotonic(), supervisor.progress
-        troubles = tuple(supervisor.troubles)
-        if lag != 0 or progress != known or now - asked > LAG_SECONDS:
+        now, look = time.monotonic(), supervisor.progress
+        done, troubles = look.commands + look.published + look.projected, look.troubles
+        if lag != 0 or done != known or now - asked > LAG_SECONDS:
             try:
-                known, asked, lag = progress, now, await supervisor.lag()
+                lag, known, asked = await supervisor.lag(), done, now
             except errors.CqrsError as exc:
                 lag, troubles = None, (*troubles, exc.message)
-        lately.append((now, progress.commands))
+        lately.append((now, look.commands))
         since, before = lately[0]
-        rate = (progress.commands - before) / ((now - since) or 1)
-        yield Look(progress, lag, troubles, rate)
+        rate = (look.commands - before) / ((now - since) or 1)
+        yield replace(look, troubles=troubles, lag=lag, per_second=rate)
 
 
 async def log_progress(supervisor: Supervisor) -> None:
     """Write a log line a second while anything changes, for ever."""
     shown: tuple[object, ...] = (0, 0, 0, ())
     async for look in looks(supervisor, LOG_SECONDS):
-        commands, events = look.progress.commands, look.progress.counts.events
+        commands, events = look.commands, look.counts.events
         state = (commands, events, look.lag, look.troubles)
         if state == shown:
             continue

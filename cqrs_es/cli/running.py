@@ -200,7 +200,7 @@ async def _show_live(supervisor: Supervisor) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with Live(console=console, auto_refresh=False, transient=True) as live:
         async for look in service.looks(supervisor, LIVE_SECONDS):
-            commands, events = look.progress.commands, look.progress.counts.events
+            commands, events = look.commands, look.counts.events
             lag = "?" if look.lag is None else f"{look.lag:,}"
             rate = f"{look.per_second:,.0f}/s"
             text = Text(f"{commands:,} commands ({rate})  {events:,} events  lag {lag}")

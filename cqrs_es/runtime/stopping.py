@@ -35,6 +35,7 @@ SIGNALLED: Final = 128
 BLOCKED: Final = 1
 # Looks, and reports of the loop, within the time that the loop may be blocked.
 TICKS: Final = 20
+LAST_LINE_SECONDS: Final = 5.0
 
 
 class Stopping:
@@ -132,7 +133,10 @@ class Watchdog:
 
     def _bite(self) -> None:
         # What blocks the loop may be stderr itself, which nobody reads: then this blocks too.
-        threading.Timer(self._tick, os._exit, [BLOCKED]).start()
+        # Else the line has its time, also on a core that is shared with many.
+        last = threading.Timer(max(self._seconds, LAST_LINE_SECONDS), os._exit, [BLOCKED])
+        last.daemon = True
+        last.start()
         frame = sys._current_frames().get(self._loop_thread)  # noqa: SLF001 - there is no other way
         stack = "".join(traceback.format_stack(frame)) if frame else "the thread is gone"
         log.critical("event loop blocked", seconds=self._seconds, stack=stack)

@@ -29,13 +29,17 @@ log = structlog.get_logger("cqrs_es.runtime")
 class Progress:
     """What a process has done: commands by outcome, events, and what had no outcome (`dead`).
 
-    `published` counts events, `projected` too, each for every view.
+    `published` counts events, `projected` too, each for every view. `lag` is how many
+    events the slowest reader of the log has before it, None where that is not known.
     """
 
     counts: Counts = field(default_factory=Counts)
     dead: int = 0
     published: int = 0
     projected: int = 0
+    troubles: tuple[str, ...] = ()
+    lag: int | None = None
+    per_second: float = 0.0
 
     @property
     def commands(self) -> int:
@@ -66,7 +70,13 @@ class Supervisor:
         """What has been done until now."""
         published, roles = self._relay.handled, self._roles.values()
         projected = sum(role.handled for role in roles if isinstance(role, ProjectorLoop))
-        return Progress(replace(self._executor.counts), self._worker.dead, published, projected)
+        return Progress(
+            replace(self._executor.counts),
+            self._worker.dead,
+            published,
+            projected,
+            tuple(self.troubles),
+        )
 
     @property
     def troubles(self) -> list[str]:

@@ -1,8 +1,8 @@
-"""The topic beside the log: how events go there, and that it can't be ahead."""
+"""The topic beside the log: how events go there, that it can't be ahead, and filling it again."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from cqrs_es import errors
 from cqrs_es.cloudevents import to_cloudevent
@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from cqrs_es.messages import StoredEvent
     from cqrs_es.ports.broker import Broker
     from cqrs_es.ports.storage import Storage
+    from cqrs_es.ports.store import EventStore
+    from cqrs_es.runtime.process import Process
+
+REPUBLISHED_AT_ONCE: Final = 500
 
 
 def topic_events(events: Iterable[StoredEvent], service: str, epoch: str) -> list[OutgoingEvent]:
@@ -53,3 +57,30 @@ async def topic_within_log(
             )
             raise errors.BrokenLog(message)
     return end
+
+
+async def republish(process: Process, partition: int, start: int) -> int:
+    """Publish from one offset up to the log's end; return that.
+
+    Raises `NotFound` for a start beyond it, `ConfigurationError` for no partition.
+    """
+    events = process.storage.events
+    head = await _head(events, partition)
+    if start > head:
+        message = f"partition {partition} ends at offset {head}, before {start}"
+        raise errors.NotFound(message)
+    epoch = (await process.storage.info()).log_epoch
+
+    async def read(after: int) -> list[OutgoingEvent]:
+        found = await events.read_log(partition, after, REPUBLISHED_AT_ONCE)
+        return topic_events(found, process.service, epoch)
+
+    return await process.broker.republish(partition, epoch, start, read)
+
+
+async def _head(events: EventStore, partition: int) -> int:
+    heads = await events.heads()
+    if partition not in heads:
+        message = f"there is no partition {partition}; there are 0 to {len(heads) - 1}"
+        raise errors.ConfigurationError(message)
+    return heads[partition]

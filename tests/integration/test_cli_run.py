@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 import orjson
 import pytest
 
+from cqrs_es.cli import entry
+from cqrs_es.cli import running as running_verbs
+from cqrs_es.cli.main import cli
 from tests.command_line import EXAMPLE, cqrs_es, message, running
 from tests.waiting import until
 
@@ -140,6 +143,13 @@ def test_it_listens_for_signals_before_it_imports_anything() -> None:
     slow = "{'asyncio', 'msgspec', 'orjson', 'structlog', 'typer'}"
     code = f"import sys, cqrs_es.cli.entry; sys.exit(bool({slow} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_verb_that_runs_roles_listens_early() -> None:
+    """A new one is easily forgotten where the command line begins."""
+    callbacks = [command.callback for command in cli.registered_commands if command.callback]
+    verbs = {each.__name__ for each in callbacks if each.__module__ == running_verbs.__name__}
+    assert verbs == entry.LONG_RUNNING
 
 
 def test_an_interrupted_until_idle_is_told_apart(sqlite_url: str) -> None:

@@ -161,6 +161,28 @@ def test_a_process_whose_stderr_nobody_reads_is_ended(sqlite_url: str) -> None:
         os.close(writes)
 
 
+def test_a_watchdog_with_little_of_its_core_still_says_why() -> None:
+    """Writing the line may take far longer than a tick: the process ends with it, not before."""
+    program = (
+        "import asyncio, time, structlog\n"
+        "from cqrs_es.runtime.stopping import watched\n"
+        "def starved(_logger, _method, event):\n"
+        "    time.sleep(1)\n"
+        "    return event\n"
+        "structlog.configure(processors=[starved, structlog.processors.JSONRenderer()])\n"
+        "async def main():\n"
+        "    async with watched(0.5):\n"
+        "        await asyncio.sleep(0)\n"
+        "        time.sleep(60)\n"
+        "asyncio.run(main())\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert orjson.loads(ended.stdout)["event"] == "event loop blocked"
+
+
 def _fill(descriptor: int) -> bool:
     try:
         os.write(descriptor, b"x" * 1024)
