@@ -194,7 +194,7 @@ async def test_a_password_opens_and_is_never_shown(tmp_path: Path) -> None:
 
 async def test_a_node_of_a_cluster_is_refused(tmp_path: Path) -> None:
     """A service's keys are in many slots, and a script may use those of one: said at once."""
-    server = start_redis(tmp_path, "--cluster-enabled", "yes")
+    server = start_redis(tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(free_port()))
     broker = _broker(f"redis://127.0.0.1:{server.port}")
     try:
         with pytest.raises(errors.SettingsError, match="is a node of a cluster"):
