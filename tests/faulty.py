@@ -101,10 +101,7 @@ class FaultyStorage(Storage):
         self.views = FaultyViews(inner.views, self.faults)
         self.leases = inner.leases
         self.dead_letters = inner.dead_letters
-
-    @property
-    def durable(self) -> bool:
-        return self._inner.durable
+        self.durable = inner.durable
 
     @property
     def shared(self) -> bool:

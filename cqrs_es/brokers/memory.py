@@ -42,6 +42,7 @@ class MemoryBroker(Broker):
     """
 
     system = "memory"
+    durable = False
 
     def __init__(self, *, event_retention: int) -> None:
         self._retention = event_retention
@@ -50,11 +51,6 @@ class MemoryBroker(Broker):
         self._epoch: str | None = None
         self._partitions: int | None = None
         self._opened: _Opened = set()
-
-    @property
-    def durable(self) -> bool:
-        """Never: messages are gone with the process."""
-        return False
 
     async def open(self) -> None:
         """Do nothing: there is no server to reach."""

@@ -154,11 +154,8 @@ class Broker(ABC):
     """What traces call it: OpenTelemetry's `messaging.system`."""
     separator: ClassVar[str] = ":"
     """What names on the server have between the service's and what they are of."""
-
-    @property
-    @abstractmethod
-    def durable(self) -> bool:
-        """Whether messages outlive this process."""
+    durable: bool = True
+    """Whether messages outlive this process."""
 
     @property
     def trouble(self) -> str | None:

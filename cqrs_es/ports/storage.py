@@ -17,15 +17,12 @@ if TYPE_CHECKING:
 class Storage(ABC):
     """One database, opened; made by an adapter from a URL."""
 
+    durable: bool = True
+    """Whether what is committed outlives the process."""
     events: EventStore
     views: ViewStore
     leases: Leases
     dead_letters: DeadLetters
-
-    @property
-    @abstractmethod
-    def durable(self) -> bool:
-        """Whether what is committed outlives the process."""
 
     @property
     @abstractmethod

@@ -158,7 +158,7 @@ class LeaseKeeper:
         self._rounds = rounds or Rounds(leases, self._owner, self._seconds)
         self._running: dict[int, Assignment] = {}
         self._tasks = asyncio.TaskGroup()
-        self._renewed_at = clock.monotonic()
+        self.renewed_at = clock.monotonic()
         self._store_trouble: str | None = None
         self._draining = False
         self._stop: asyncio.Task[object] | None = None
@@ -254,7 +254,7 @@ class LeaseKeeper:
     @property
     def _seconds_left(self) -> float:
         """For how long what is held is safe, unless it is renewed."""
-        since = self._clock.monotonic() - self._renewed_at
+        since = self._clock.monotonic() - self.renewed_at
         return self._seconds * SAFE_PART_OF_LEASE - since
 
     async def _in_time(self, turn: asyncio.Task[None]) -> None:
@@ -290,7 +290,7 @@ class LeaseKeeper:
         part = Part(self._role, self.unfit is None, seconds, tuple(self._running))
         standing = await self._rounds.take_part(part)
         self._lose_all_but(standing.kept)
-        self._renewed_at = started
+        self.renewed_at = started
         if not self._draining:
             await self._share_out(standing.members)
 

@@ -86,6 +86,11 @@ class Supervisor:
         return [trouble for trouble in found if trouble]
 
     @property
+    def renewed_at(self) -> float:
+        """When every role had its leases renewed, on the clock's `monotonic`."""
+        return min(keeper.renewed_at for keeper in self._keepers)
+
+    @property
     def absent(self) -> list[str]:
         """The roles that the process has not begun to take part in."""
         joined = {keeper.role for keeper in self._keepers if keeper.joined}

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from cqrs_es.ports.storage import Storage
 
 LEASE_SECONDS: Final = 10.0
-# As the setting has it. `TestApp` asks for years, which no server takes for a time limit.
-MAX_LEASE_SECONDS: Final = 3_600.0
 
 _MYSQL: Final = BuiltIn("cqrs_es.stores.mysql", "mysql")
 _POSTGRES: Final = BuiltIn("cqrs_es.stores.postgres", "postgres")
@@ -39,6 +37,5 @@ def storage_for(
     as `ports.connector` does, and `SettingsError` for a URL that can't be used.
     """
     connect = connector("store", url, _BUILT_IN)
-    seconds = min(lease_seconds, MAX_LEASE_SECONDS)
-    storage: Storage = connect(url, clock=clock, lease_seconds=seconds)
+    storage: Storage = connect(url, clock=clock, lease_seconds=lease_seconds)
     return storage

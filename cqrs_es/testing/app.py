@@ -45,7 +45,9 @@ POLL_SECONDS: Final = 0.001
 # Waits for retries are shorter than this and are skipped; rounds of leases are
 # made longer, so time stands still while nothing goes wrong.
 SKIPPED_SECONDS: Final = 10.0
-LEASE_SECONDS: Final = 10 * 365 * 86_400.0
+# No longer than servers take for their limits of locks; see `advance`.
+LEASE_SECONDS: Final = 30 * 86_400.0
+STEP_SECONDS: Final = LEASE_SECONDS / 4
 
 
 class TestApp:
@@ -215,10 +217,22 @@ class TestApp:
         self._raise_failures(self._handler_failures, self._view_failures)
 
     async def advance(self, span: timedelta) -> None:
-        """Let time pass, and wait until everything that has become due is done."""
-        self.clock.advance(span.total_seconds())
-        self.opened.process.timetable.poke()
-        await self.drain()
+        """Let time pass, and wait until everything that has become due is done.
+
+        In steps, each short enough for leases to be renewed.
+        """
+        left = span.total_seconds()
+        while left > 0:
+            step = min(left, STEP_SECONDS)
+            left -= step
+            self.clock.advance(step)
+            self.opened.process.timetable.poke()
+            await self._until(self._renewed, "the leases are not renewed")
+            await self.drain()
+
+    async def _renewed(self) -> bool:
+        assert self._supervisor is not None  # noqa: S101 - `opened` raises before that
+        return self._supervisor.renewed_at > self.clock.monotonic() - 2 * STEP_SECONDS
 
     async def _until(self, condition: Callable[[], Awaitable[bool]], problem: str) -> None:
         """Wait for a condition; whoever waits for a retry meanwhile need not wait."""

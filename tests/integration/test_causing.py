@@ -441,3 +441,13 @@ async def test_a_recurring_command_that_its_target_has_not() -> None:
     with pytest.raises(errors.DefinitionError, match="has no such command"):
         async with TestApp(app):
             pass
+
+
+async def test_a_year_passes() -> None:
+    """A test may let any span pass, longer than leases last."""
+    async with TestApp(shop()) as t:
+        await t.send(Purchase, "p", Order("book"))
+        await t.advance(timedelta(days=365))
+        assert (await t.opened.load(Purchase, "p")).state.state == "expired"
+        outcome = await t.send(Purchase, "p", Order("another"))
+        assert outcome.accepted

@@ -123,11 +123,6 @@ class AmqpBroker(Broker):
         self._policy_trouble: str | None = None
 
     @property
-    def durable(self) -> bool:
-        """Always: the server outlives this process."""
-        return True
-
-    @property
     def trouble(self) -> str | None:
         """Why the server accepts no messages, or would lose them: see `examine`."""
         if not self._connections.blocked:

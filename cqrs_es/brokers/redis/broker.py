@@ -54,11 +54,6 @@ class RedisBroker(Broker):
         self._declare = connection.script(topic.DECLARE)
         self._ends = connection.script(topic.ENDS)
 
-    @property
-    def durable(self) -> bool:
-        """Always: the server outlives this process."""
-        return True
-
     async def open(self) -> None:
         """Reach the server."""
         await self._connection.open()

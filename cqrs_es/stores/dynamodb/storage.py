@@ -47,11 +47,6 @@ class DynamoStorage(Storage):
         self.dead_letters = DynamoDeadLetters(table)
 
     @property
-    def durable(self) -> bool:
-        """Always True."""
-        return True
-
-    @property
     def shared(self) -> bool:
         """Always True."""
         return True

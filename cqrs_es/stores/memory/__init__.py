@@ -32,6 +32,8 @@ class MemoryStorage(Storage):
     when it is closed and opened again.
     """
 
+    durable = False
+
     def __init__(self, clock: Clock | None = None) -> None:
         self._info: StoreInfo | None = None
         self.dead_letters = MemoryDeadLetters()
@@ -39,11 +41,6 @@ class MemoryStorage(Storage):
         self.events = self._log
         self.views = MemoryViews(self._log.add_scheduled)
         self.leases = MemoryLeases(clock or SystemClock(), self.views)
-
-    @property
-    def durable(self) -> bool:
-        """Always False."""
-        return False
 
     @property
     def shared(self) -> bool:

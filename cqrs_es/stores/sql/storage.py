@@ -37,11 +37,6 @@ class SqlStorage(Storage):
         self.dead_letters = SqlDeadLetters(database)
 
     @property
-    def durable(self) -> bool:
-        """Always True."""
-        return True
-
-    @property
     def shared(self) -> bool:
         """Whether the database is a server."""
         return self._shared
