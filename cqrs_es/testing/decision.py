@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Generic, Self, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeAlias, TypeVar, cast
 
+from cqrs_es.intents import Cancel, Intent, Later, Send
 from cqrs_es.testing.difference import difference, event_lines, listed
 
 if TYPE_CHECKING:
     from cqrs_es.aggregate import Aggregate
     from cqrs_es.errors import DomainError
+    from cqrs_es.reactor import ProcessManager
     from cqrs_es.testing.log import Log
 
 C = TypeVar("C")
@@ -25,10 +27,17 @@ class Decision(Generic[C, E, S]):
     decision itself, for the next.
     """
 
-    def __init__(self, log: Log, events: list[E], error: DomainError | None) -> None:
+    def __init__(
+        self,
+        log: Log,
+        events: list[E],
+        error: DomainError | None,
+        intents: Sequence[Intent] = (),
+    ) -> None:
         self._log = log
         self._events = events
         self._error = error
+        self._intents = intents
 
     def then_expect_events(self, *events: E) -> Self:
         """Expect exactly these events, in this order; none for a command that changes nothing."""
@@ -74,7 +83,20 @@ class Decision(Generic[C, E, S]):
             raise AssertionError(message)
         return self
 
-    def then_expect_state(self, state: Aggregate[C, E, S]) -> Self:
+    def then_expect_commands(self, *commands: Send) -> Self:
+        """Expect exactly these commands to be sent, in this order, each as `send(…)` makes it."""
+        self._accepted_events()
+        expect_intents(commands, [i for i in self._intents if isinstance(i, Send)], "commands")
+        return self
+
+    def then_expect_timers(self, *timers: Later | Cancel) -> Self:
+        """Expect exactly these timers to be set and ended, as `later(…)` and `cancel(…)` say."""
+        self._accepted_events()
+        actual = [intent for intent in self._intents if not isinstance(intent, Send)]
+        expect_intents(timers, actual, "timers")
+        return self
+
+    def then_expect_state(self, state: Aggregate[C, E, S] | ProcessManager[Any, E]) -> Self:
         """Expect the state that the aggregate is loaded with next; a refusal changes nothing."""
         self._log.compare_states(state, self._log.fold(), "another state than expected")
         return self
@@ -100,6 +122,14 @@ class Decision(Generic[C, E, S]):
             return cast("Accepts", expectation)
         expected = self._log.read_back(expectation)
         return lambda event: bool(event == expected)
+
+
+def expect_intents(expected: Sequence[Intent], actual: Sequence[Intent], what: str) -> None:
+    """Raise `AssertionError` that says what differs."""
+    if list(expected) != list(actual):
+        lines = difference(event_lines(expected), event_lines(actual))
+        message = f"other {what} than expected\n{lines}"
+        raise AssertionError(message)
 
 
 def _accepted_by(events: Sequence[object]) -> Callable[[Accepts], list[int]]:

@@ -6,8 +6,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cqrs_es import errors
+from cqrs_es.codec import Codec
 from cqrs_es.execution.baselines import Baseline, freeze
+from cqrs_es.intents import Elapsed
 from cqrs_es.messages import spec_of
+from cqrs_es.reactor import Refused
 from cqrs_es.testing.difference import difference, json_lines
 
 if TYPE_CHECKING:
@@ -47,11 +50,21 @@ class Log:
         return known.codec.read_back(known.codec.encode(event))
 
     def read_command(self, command: object) -> object:
-        """Return a command as it is after being sent; raise `InvalidCommand`, `DefinitionError`."""
+        """Return a command, or a process manager's input, as it is after being sent.
+
+        Raises `InvalidCommand`, `DefinitionError`.
+        """
+        inputs = self.definition.inputs
+        if inputs is not None and isinstance(command, Refused | Elapsed):
+            return command
+        if inputs is not None and type(command) in inputs.event_classes:
+            event: Codec[Any] = Codec(type(command))
+            return event.read_back(event.encode(command))
         codec = self.definition.commands.get(spec_of(type(command)).name)
         if codec is None or codec.cls is not type(command):
             name = self.definition.cls.__qualname__
-            message = f"a {type(command).__qualname__} is not one of the commands of {name}"
+            kind = "commands" if inputs is None else "inputs"
+            message = f"a {type(command).__qualname__} is not one of the {kind} of {name}"
             raise errors.DefinitionError(message)
         return codec.decode(codec.encode(command))
 

@@ -1,0 +1,192 @@
+"""Reactors: what they send, where they begin, what stops them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+
+from cqrs_es import (
+    Aggregate,
+    Envelope,
+    Reactor,
+    Refused,
+    Send,
+    cancel,
+    command,
+    errors,
+    event,
+    send,
+)
+from cqrs_es.application import Application
+from cqrs_es.stores import storage_for
+from cqrs_es.testing import ReactorScenario, Scenario, TestApp
+from tests.stores import on_sql
+from tests.transfers import Account, Asked, Begun, Deposit, Ended, Transfer, Withdraw
+
+if TYPE_CHECKING:
+    from cqrs_es.messages import CommandContext
+    from cqrs_es.ports.storage import Storage
+
+
+@command
+class Say:
+    word: str
+
+
+@event
+class Said:
+    word: str
+
+
+@dataclass
+class Speaker(Aggregate[Say, Said, None], type="speaker"):
+    said: int = 0
+
+    def handle(self, command: Say, services: None) -> Iterator[Said]:  # noqa: ARG002
+        yield Said(command.word)
+
+    def apply(self, event: Said) -> None:  # noqa: ARG002
+        self.said += 1
+
+
+class Echo(Reactor[Said], name="echo", since="start"):
+    """Has another speaker say it, once."""
+
+    failing: ClassVar[bool] = False
+
+    async def react(self, event: Envelope[Said], services: list[str]) -> AsyncIterator[Send]:
+        services.append(event.data.word)
+        if self.failing and event.data.word == "no":
+            raise LookupError
+        if event.aggregate_id != "echo":
+            yield send(Speaker, "echo", Say(event.data.word))
+
+
+class Endless(Reactor[Said], name="endless"):
+    """Has each speaker answer itself."""
+
+    def react(self, event: Envelope[Said], services: None) -> list[Send]:  # noqa: ARG002
+        return [send(Speaker, event.aggregate_id, Say("again"))]
+
+
+def talking(*reactors: type[Reactor[Any]], heard: list[str] | None = None) -> Application:
+    """Make an application with some reactors; what they see goes into `heard`."""
+    app = Application("talk")
+    app.aggregate(Speaker)
+
+    def services(context: CommandContext) -> list[str] | None:
+        assert context.command_id.startswith("speaker/")
+        return heard
+
+    for reactor in reactors:
+        app.reactor(reactor, services=services)
+    return app
+
+
+@pytest.fixture
+async def storage(store_url: str) -> AsyncIterator[Storage]:
+    """Lend a store that outlives the applications on it."""
+    storage = storage_for(store_url)
+    yield storage
+    await storage.close()
+
+
+async def said(t: TestApp, name: str) -> list[str]:
+    return [event.data.word for event in await t.events(Speaker, name)]
+
+
+@on_sql
+async def test_an_event_is_reacted_to_once(storage: Storage) -> None:
+    """From the start or from when the reactor was deployed, and not again after a restart."""
+    async with TestApp(talking(), storage=storage) as t:
+        await t.send(Speaker, "a", Say("early"))
+    heard: list[str] = []
+    for _ in range(2):
+        async with TestApp(talking(Echo, heard=heard), storage=storage) as t:
+            await t.send(Speaker, "a", Say("late"))
+            await t.drain()
+    async with TestApp(talking(Echo, heard=heard), storage=storage) as t:
+        await t.drain()
+        assert await said(t, "echo") == ["early", "late", "late"]
+        caused = (await t.events(Speaker, "echo"))[0]
+        assert caused.metadata["causation_id"] == "speaker/a/1"
+        assert await storage.events.list_scheduled(None, 10) == []
+
+
+@on_sql
+async def test_a_reactor_begins_with_the_event_after_its_first_deployment(
+    storage: Storage,
+) -> None:
+    """What was said before is not answered; what follows is, until sixteen steps are over."""
+    async with TestApp(talking(), storage=storage) as t:
+        await t.send(Speaker, "a", Say("early"))
+    async with TestApp(talking(Endless), storage=storage) as t:
+        await t.drain()
+        assert await said(t, "a") == ["early"]
+        with t.expect_failures() as failures:
+            await t.send(Speaker, "b", Say("late"))
+            await t.drain()
+        assert await said(t, "b") == ["late", *["again"] * 16]
+        assert [type(failure) for failure in failures] == [errors.TooManyHops]
+        (parked,) = await t.parked()
+        assert (parked.key.id, parked.from_sequence) == ("b", 17)
+        with pytest.raises(errors.ConfigurationError, match="nothing can replay it"):
+            t.opened.rebuild("endless")
+
+
+@on_sql
+async def test_a_reactor_that_fails_parks_the_source(storage: Storage) -> None:
+    """Others go on; a retry reacts to what was passed over, in order, and to nothing twice."""
+    heard: list[str] = []
+    Echo.failing = True
+    try:
+        async with TestApp(talking(Echo, heard=heard), storage=storage) as t:
+            with t.expect_failures():
+                for name, word in [("a", "yes"), ("a", "no"), ("b", "so"), ("a", "well")]:
+                    await t.send(Speaker, name, Say(word))
+                await t.drain()
+            assert sorted(await said(t, "echo")) == ["so", "yes"]
+            (parked,) = await t.parked()
+            assert "LookupError" in parked.reason
+            Echo.failing = False
+            assert await t.opened.retry_parked("echo", parked)
+            assert await t.parked() == []
+            while "well" not in await said(t, "echo"):  # no poke: another process may have retried
+                t.opened.process.timetable.poke()
+                await t.drain()
+            assert (await said(t, "echo"))[2:] == ["no", "well"]
+    finally:
+        Echo.failing = False
+
+
+def test_events_that_nobody_yields_are_refused() -> None:
+    """When the application is opened."""
+    app = Application("talk")
+    app.reactor(Echo)
+    with pytest.raises(errors.DefinitionError, match="echo follows Said, which no registered"):
+        app.registry.check()
+    with pytest.raises(errors.DefinitionError, match="two reactors"):
+        app.reactor(Echo)
+
+
+def test_scenarios_of_reactors_and_processes() -> None:
+    """What is sent and which timers are set can be expected, and a difference is told."""
+    reaction = ReactorScenario(Echo, []).when(Said("yes"))
+    reaction.then_expect_commands(send(Speaker, "echo", Say("yes")))
+    with pytest.raises(AssertionError, match="other commands than expected"):
+        reaction.then_expect_commands()
+    begun = Scenario(Transfer).given(Begun("A", "B", 5))
+    refused = begun.when(Refused(Withdraw(5), "not_enough", ""))
+    refused.then_expect_events(Ended("refused: not_enough")).then_expect_commands()
+    refused.then_expect_timers(cancel("too long"))
+    asked = Scenario(Transfer).given().when(Asked("t1", "A", "B", 5))
+    asked.then_expect_commands(send(Account, "A", Withdraw(5)))
+    with pytest.raises(AssertionError, match="other timers than expected"):
+        asked.then_expect_timers()
+    over = begun.and_(Ended("done")).when(Asked("t1", "A", "B", 5))
+    over.then_expect_events().then_expect_commands()
+    with pytest.raises(errors.DefinitionError, match="not one of the inputs of Transfer"):
+        begun.when(Deposit(1))
