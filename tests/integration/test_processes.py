@@ -12,7 +12,6 @@ from cqrs_es import wire
 from cqrs_es.commands import new_command
 from cqrs_es.stores import storage_for
 from cqrs_es.testing import TestApp
-from tests.stores import on_sql
 from tests.transfers import (
     Account,
     Ask,
@@ -31,8 +30,6 @@ from tests.transfers import (
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-
-pytestmark = on_sql
 
 
 @pytest.fixture
