@@ -15,6 +15,7 @@ from cqrs_es.commands import new_command
 from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome
 from cqrs_es.ports.broker import OutgoingCommand
 from cqrs_es.projection.folding import required
+from cqrs_es.runtime.due import keep_recurring
 from cqrs_es.runtime.waiting import cancelled
 from cqrs_es.settings import Settings
 from cqrs_es.testing.clock import FakeClock
@@ -119,6 +120,8 @@ class TestApp:
         async with AsyncExitStack() as stack:
             opened = self._opened = await self._open(stack)
             self._supervisor = opened.supervisor()
+            for definition in opened.registry.recurring.values():
+                await keep_recurring(opened.process, definition)
             stopping = asyncio.Event()
             working = asyncio.create_task(self._supervisor.run(stopping))
             inbox = await opened.process.broker.open_replies(self.reply_to)

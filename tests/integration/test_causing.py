@@ -297,17 +297,11 @@ async def reserved(t: TestApp) -> int:
     return (await t.opened.load(Stock, "book")).state.reserved
 
 
-async def scheduled(t: TestApp) -> None:
-    """Wait until the recurring command has its first row."""
-    await eventually(lambda: rows(t))
-
-
 @pytest.mark.parametrize("store", ["memory://", "sqlite:///{folder}/shop.db"])
 async def test_a_command_recurs(store: str, tmp_path: Path) -> None:
     """One row at a time, each time once, with ids that are the same whoever makes them."""
     settings = Settings(store_url=store.format(folder=tmp_path))
     async with TestApp(nightly(), settings=settings) as t:
-        await scheduled(t)
         [first] = await rows(t)
         assert first.due == datetime(2026, 1, 1, 1, 30, tzinfo=UTC)
         assert uuid.UUID(first.command_id).version == 8
@@ -324,7 +318,6 @@ async def test_a_command_recurs(store: str, tmp_path: Path) -> None:
 async def test_what_was_missed_is_made_up_for_once() -> None:
     """After a week without workers it is sent once, and then at its next time."""
     async with TestApp(nightly()) as t:
-        await scheduled(t)
         await t.advance(timedelta(days=7))
         assert await reserved(t) == 1
         [following] = await rows(t)
@@ -335,7 +328,6 @@ async def test_a_recurring_command_keeps_to_the_clock_on_the_wall() -> None:
     """In summer time it comes an hour earlier by UTC."""
     clock = FakeClock(datetime(2026, 3, 28, tzinfo=UTC))
     async with TestApp(nightly("30 3 * * *"), clock=clock) as t:
-        await scheduled(t)
         hours: list[int] = []
         for _ in range(3):
             [row] = await rows(t)
@@ -351,7 +343,6 @@ async def test_a_recurring_command_goes_on_whatever_its_outcome() -> None:
     app.aggregate(Reminders)
     app.every("0 * * * *", send(Reminders, "r", Remind(0, 1, timedelta(days=-3))), name="hourly")
     async with TestApp(app) as t:
-        await scheduled(t)
         for count in (1, 2):
             with t.expect_failures():
                 await t.advance(timedelta(hours=1))
@@ -387,7 +378,6 @@ async def test_the_code_of_a_recurring_command_changes(tmp_path: Path) -> None:
 async def test_one_time_of_a_recurring_command_is_left_out() -> None:
     """Cancelled it is passed over; made due it is sent early, and not again at its time."""
     async with TestApp(nightly()) as t:
-        await scheduled(t)
         [first] = await rows(t)
         assert await t.opened.unschedule(first.command_id)
         [second] = await rows(t)
