@@ -1,0 +1,224 @@
+"""What scheduled commands cost: the look for due ones, their decision, how late timers are.
+
+    python -m tests.benchmarks.scheduled [--store mysql postgres] [--rows 1000000]
+
+One row in ten is due, the others are for the next day. A worker in this process then decides
+as many commands from its queue in memory as from rows, in turns; both on the same store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from cqrs_es import Aggregate, command, event, wire
+from cqrs_es.application import Application
+from cqrs_es.brokers.memory import MemoryBroker
+from cqrs_es.commands import new_command
+from cqrs_es.ports.broker import OutgoingCommand
+from cqrs_es.ports.store import ScheduledCommand
+from cqrs_es.settings import Settings
+from cqrs_es.telemetry.metrics import Meter
+from tests.conftest import run_on
+from tests.servers import psql, start_mariadb, start_postgres
+from tests.waiting import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from cqrs_es.messages import CommandMessage
+    from cqrs_es.opened import OpenApplication
+
+PARTITIONS = 16
+AGGREGATES = 2_000
+
+
+@command
+class Add:
+    number: int
+
+
+@event
+class Added:
+    number: int
+
+
+@dataclass
+class Sum(Aggregate[Add, Added, None], type="sum"):
+    total: int = 0
+
+    def handle(self, command: Add, services: None) -> Iterator[Added]:  # noqa: ARG002
+        yield Added(command.number)
+
+    def apply(self, event: Added) -> None:
+        self.total += event.number
+
+
+class Lateness(Meter):
+    """Keeps how late each scheduled command was taken."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def fired(self, late: float) -> None:
+        self.seconds.append(late)
+
+
+def message(number: int) -> CommandMessage:
+    made = new_command(Sum, f"s-{number % AGGREGATES}", Add(number))
+    return wire.parse_command(wire.encode_command(made))
+
+
+def row(number: int, due: datetime) -> ScheduledCommand:
+    return ScheduledCommand.of(message(number), due, PARTITIONS)
+
+
+async def fill(opened: OpenApplication, count: int) -> None:
+    """Add rows, one in ten of which is due."""
+    now = datetime.now(UTC)
+    day = 86_400
+    for first in range(0, count, 5_000):
+        spans = [
+            random.uniform(600, day) if n % 10 else -random.uniform(0, day) for n in range(5_000)
+        ]
+        rows = [row(first + n, now + timedelta(seconds=span)) for n, span in enumerate(spans)]
+        await opened.storage.events.schedule(rows)
+
+
+async def look(opened: OpenApplication, what: str) -> None:
+    """Time the two queries of a worker."""
+    events = opened.storage.events
+
+    async def timed(ask: Any) -> float:
+        samples: list[float] = []
+        for number in range(48):
+            began = time.perf_counter()
+            await ask(number % PARTITIONS)
+            samples.append((time.perf_counter() - began) * 1000)
+        return statistics.median(samples)
+
+    found = {
+        "due, 100 rows": await timed(lambda p: events.due(p, 100)),
+        "due, 2,000 rows": await timed(lambda p: events.due(p, 2_000)),
+        "next due, 1 partition": await timed(lambda p: events.next_due([p])),
+        "next due, all": await timed(lambda _: events.next_due(range(PARTITIONS))),
+        "count due, all": await timed(lambda _: events.count_due(range(PARTITIONS))),
+    }
+    for name, ms in found.items():
+        print(f"{what:9} {name:22} {ms:8.2f} ms", flush=True)
+
+
+@contextmanager
+def clocked(what: str, count: int) -> Generator[None]:
+    began, cpu = time.monotonic(), time.process_time()
+    yield
+    seconds, cpu = time.monotonic() - began, time.process_time() - cpu
+    print(f"{what:32} {count / seconds:8.0f}/s {cpu / count * 1e6:8.0f} µs CPU", flush=True)
+
+
+async def decided(opened: OpenApplication, count: int) -> None:
+    """Wait until so many more commands are decided."""
+    target = opened.process.executor.counts.accepted + count
+
+    async def reached() -> bool:
+        return opened.process.executor.counts.accepted >= target
+
+    await eventually(reached, within_seconds=600)
+
+
+async def race(opened: OpenApplication, what: str, count: int) -> None:
+    """Decide commands from the queue and from rows, in turns."""
+    for turn in range(3):
+        messages = [message(number) for number in range(count)]
+        queued = [OutgoingCommand(m.key.partition(PARTITIONS), m.id, m.body) for m in messages]
+        await opened.process.broker.send(queued)
+        with clocked(f"{what} {turn} from the queue", count):
+            async with opened.running({"worker"}):
+                await decided(opened, count)
+        now = datetime.now(UTC)
+        for first in range(0, count, 5_000):
+            rows = [row(number, now) for number in range(first, min(count, first + 5_000))]
+            await opened.storage.events.schedule(rows)
+        with clocked(f"{what} {turn} from rows", count):
+            async with opened.running({"worker"}):
+                await decided(opened, count)
+
+
+async def timers(opened: OpenApplication, what: str, meter: Lateness) -> None:
+    """Measure how late commands are that become due one by one."""
+    meter.seconds.clear()
+    async with opened.running({"worker"}):
+        await asyncio.sleep(3)
+        now = datetime.now(UTC)
+        rows = [row(n, now + timedelta(seconds=2 + random.uniform(0, 10))) for n in range(300)]
+        await opened.storage.events.schedule(rows)  # as another process: nobody is told
+        await decided(opened, 300)
+    late = sorted(meter.seconds[-300:])
+    print(
+        f"{what} lateness p50 {late[150] * 1000:.0f} ms, p99 {late[297] * 1000:.0f} ms", flush=True
+    )
+
+
+async def measure(what: str, url: str, rows: int, count: int) -> None:
+    app = Application("bench")
+    app.aggregate(Sum)
+    meter = Lateness()
+    settings = Settings(store_url=url, partitions=PARTITIONS)
+    opening = app.open(
+        settings, broker=MemoryBroker(event_retention=100), initialise=True, meter=meter
+    )
+    async with opening as opened:
+        await race(opened, what, count)
+        await timers(opened, what, meter)
+        began = time.monotonic()
+        await fill(opened, rows)
+        print(f"{what} {rows} rows added in {time.monotonic() - began:.0f} s", flush=True)
+        if what == "mysql":
+            run_on(url, "ANALYZE TABLE bench.outgoing_commands")
+        await look(opened, what)
+
+
+@contextmanager
+def database(store: str) -> Generator[str]:
+    """Run a private server with an empty database; yield its URL."""
+    with tempfile.TemporaryDirectory(prefix=f"cqrs-es-{store}-") as folder:
+        if store == "mysql":
+            server = start_mariadb(Path(folder))
+            root = f"mysql://root@127.0.0.1:{server.port}/"
+            run_on(root, "CREATE DATABASE bench")
+        else:
+            server = start_postgres(Path(folder))
+            root = f"postgresql://postgres@127.0.0.1:{server.port}/"
+            psql(root, "CREATE DATABASE bench")
+        try:
+            yield f"{root}bench"
+        finally:
+            server.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--store", nargs="+", default=["mysql", "postgres"])
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--count", type=int, default=20_000)
+    arguments = parser.parse_args()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
+    for store in arguments.store:
+        with database(store) as url:
+            asyncio.run(measure(store, url, arguments.rows, arguments.count))
+
+
+if __name__ == "__main__":
+    main()
