@@ -14,12 +14,12 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -101,7 +101,7 @@ async def look(opened: OpenApplication, what: str) -> None:
     """Time the two queries of a worker."""
     events = opened.storage.events
 
-    async def timed(ask: Any) -> float:
+    async def timed(ask: Callable[[int], Awaitable[object]]) -> float:
         samples: list[float] = []
         for number in range(48):
             began = time.perf_counter()
@@ -209,7 +209,7 @@ def database(store: str) -> Generator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="What scheduled commands cost")
     parser.add_argument("--store", nargs="+", default=["mysql", "postgres"])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--count", type=int, default=20_000)
