@@ -233,10 +233,12 @@ class Executor:
             return
         if decided := scheduled.keys() & known.keys():
             await self._reading.wait_out(lambda: self._events.unschedule(decided))
-        rows = await self._reading.wait_out(
-            lambda: self._events.find_scheduled(scheduled.keys() - decided)
-        )
-        for command_id in scheduled.keys() - decided - rows.keys():
+        # The append finds out of one that was read a moment ago.
+        doubtful = {id_ for id_, each in scheduled.items() if each.again} - decided
+        if not doubtful:
+            return
+        rows = await self._reading.wait_out(lambda: self._events.find_scheduled(doubtful))
+        for command_id in doubtful - rows.keys():
             self._inbox.fail(scheduled[command_id], errors.ScheduleGone())
 
     def _unanswered(

@@ -18,6 +18,8 @@ from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from cqrs_es import errors
 from cqrs_es.execution.policy import MAX_APPEND_BYTES
 from cqrs_es.messages import Outcome, OutcomeError, Status
@@ -116,7 +118,7 @@ class Inbox:
         """Let an aggregate's next commands be taken, first those that are decided again."""
         self._busy.discard(key)
         line = self._waiting.get(key)
-        before = [each for each in again if self.holds(each)]
+        before = [structs.replace(each, again=True) for each in again if self.holds(each)]
         for each in before:
             self._begun.discard(each.answer)
             self._askers[each.message.id][0] = each

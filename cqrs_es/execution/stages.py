@@ -35,7 +35,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     often its handler failed here. `uncertain`: it was part of an append whose
     commit is unknown. `alone`: it was part of one that the store refused, so it
     is decided and appended by itself. `scheduled`: the row that it was taken from, whose
-    deletion is part of deciding it. `untrusted`: anybody may have sent it, so it can't be
+    deletion is part of deciding it. `again`: it was decided before, so that its row may be gone
+    by now. `untrusted`: anybody may have sent it, so it can't be
     one that only the framework sends. `dropped`: an operator gives it up, so it is rejected.
     `taken`: unique keys that another aggregate held when it was to be appended. `seen`: the
     aggregate's sequence as a conflict told it.
@@ -51,6 +52,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     uncertain: bool = False
     alone: bool = False
     scheduled: ScheduledCommand | None = None
+    again: bool = False
     untrusted: bool = False
     dropped: bool = False
     taken: frozenset[UniqueKey] = frozenset()

@@ -173,9 +173,15 @@ class DueIntake(CommandIntake):
         self._partition = assignment.lease.partition
         self._suspects = most if assignment.lease.epoch > 1 else 0
         self._in_hand: set[object] = set()
+        self._most = most
+        self._settled = asyncio.Event()
 
     async def receive(self, limit: int, most_bytes: int = ANY_SIZE) -> list[Delivery]:
         """Wait for rows that are due and not in hand; return at least one."""
+        while len(self._in_hand) > self._most // 2:
+            # Each look reads what is in hand too: so it has to bring as much again.
+            self._settled.clear()
+            await self._settled.wait()
         while not (fresh := await self._fresh(limit)):
             if self._in_hand:
                 # They are due too, so that the timetable can't tell of new ones.
@@ -200,12 +206,18 @@ class DueIntake(CommandIntake):
     async def _fresh(self, limit: int) -> list[ScheduledCommand]:
         """Read rows that are due and not in hand."""
         self._due.clear()
+        if self._in_hand:
+            # Counting is a look at the index; reading brings every row that is in hand again.
+            count = await self._events.count_due([self._partition])
+            if count.get(self._partition, 0) <= len(self._in_hand):
+                return []
         rows = await self._events.due(self._partition, len(self._in_hand) + limit)
         return [row for row in rows if row.command_id not in self._in_hand][:limit]
 
     async def settle(self, deliveries: Sequence[Delivery]) -> None:
         """Let go of rows that are there no more: whatever settled them has deleted them."""
         self._in_hand.difference_update(each.tag for each in deliveries)
+        self._settled.set()
 
     async def close(self) -> None:
         """Do nothing: rows that were not settled are still there."""

@@ -204,7 +204,7 @@ async def _lock_and_read(session: Session, chains: Sequence[Chain]) -> AppendSta
         snapshot_numbers=await _numbers(
             session, _SNAPSHOT_NUMBERS, append_plan.snapshot_keys(chains)
         ),
-        scheduled=await scheduled.find(session, append_plan.scheduled_ids(chains), free=True),
+        scheduled=await scheduled.find_free(session, append_plan.scheduled_ids(chains)),
         now=await session.now() if append_plan.counts_from_now(chains) else None,
         holders=await unique_keys.find(session, append_plan.unique_keys(chains)),
         timers=await scheduled.timers(session, _by_type(append_plan.timer_keys(chains))),

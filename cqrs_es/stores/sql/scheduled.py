@@ -36,6 +36,7 @@ _FREE: Final = f"""
         AND parked.aggregate_id = outgoing_commands.aggregate_id)"""
 _FIND: Final = f"{OUTGOING.select} WHERE command_id IN "
 _FIND_FREE: Final = f"{OUTGOING.select} WHERE {_FREE} AND command_id IN "
+_FREE_IDS: Final = f"SELECT command_id FROM outgoing_commands WHERE {_FREE} AND command_id IN "
 _DUE: Final = f"{OUTGOING.select} WHERE log_partition = ? AND due_at <= ? AND {_FREE}{_IN_ORDER}"
 # By the index, up to the first row that is not held back: MIN would look at every row.
 _NEXT: Final = f"""
@@ -73,6 +74,14 @@ async def find(
         sql = (_FIND_FREE if free else _FIND) + marks(len(ids))
         for row in await session.fetch(sql, ids):
             found[row[2]] = _scheduled_of(row)
+    return found
+
+
+async def find_free(session: Session, command_ids: Sequence[str]) -> set[str]:
+    """Tell which ids have a row that is not held back."""
+    found: set[str] = set()
+    for ids in chunks(command_ids):
+        found.update(row[0] for row in await session.fetch(_FREE_IDS + marks(len(ids)), ids))
     return found
 
 
