@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -88,7 +89,7 @@ class Supervisor:
     @property
     def renewed_at(self) -> float:
         """When every role had its leases renewed, on the clock's `monotonic`."""
-        return min(keeper.renewed_at for keeper in self._keepers)
+        return min((keeper.renewed_at for keeper in self._keepers), default=-math.inf)
 
     @property
     def absent(self) -> list[str]:

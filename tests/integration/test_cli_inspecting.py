@@ -88,7 +88,7 @@ def test_status_for_people(bank: Here) -> None:
     assert lines[5].split() == ["0", "26", "26", "26", "26"]
     assert lines[-5].split() == ["worker", "nobody"]
     counts = [line.rsplit(maxsplit=1) for line in lines[-3:]]
-    assert counts == [["scheduled, due", "0"], ["dead letters", "0"], ["parked", "0"]]
+    assert counts == [["dead letters", "0"], ["parked", "0"], ["scheduled, due", "0"]]
 
 
 # --- view --------------------------------------------------------------------
