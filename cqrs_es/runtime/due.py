@@ -174,6 +174,7 @@ class DueIntake(CommandIntake):
         self._suspects = most if assignment.lease.epoch > 1 else 0
         self._in_hand: set[object] = set()
         self._most = most
+        self._more = False
         self._settled = asyncio.Event()
 
     async def receive(self, limit: int, most_bytes: int = ANY_SIZE) -> list[Delivery]:
@@ -206,12 +207,14 @@ class DueIntake(CommandIntake):
     async def _fresh(self, limit: int) -> list[ScheduledCommand]:
         """Read rows that are due and not in hand."""
         self._due.clear()
-        if self._in_hand:
+        if self._in_hand and not self._more:
             # Counting is a look at the index; reading brings every row that is in hand again.
             count = await self._events.count_due([self._partition])
             if count.get(self._partition, 0) <= len(self._in_hand):
                 return []
-        rows = await self._events.due(self._partition, len(self._in_hand) + limit)
+        asked = len(self._in_hand) + limit
+        rows = await self._events.due(self._partition, asked)
+        self._more = len(rows) == asked
         return [row for row in rows if row.command_id not in self._in_hand][:limit]
 
     async def settle(self, deliveries: Sequence[Delivery]) -> None:

@@ -45,9 +45,18 @@ _NEXT: Final = f"""
         WHERE outgoing_commands.log_partition = log_partitions.log_partition AND {_FREE}
         ORDER BY due_at, command_id LIMIT 1)
     FROM log_partitions WHERE log_partition IN {{partitions}}"""
-_COUNT: Final = f"""
+# By the index alone; those held back, which are few, apart.
+_COUNT: Final = """
     SELECT log_partition, COUNT(*) FROM outgoing_commands
-    WHERE log_partition IN {{partitions}} AND due_at <= ? AND {_FREE} GROUP BY log_partition"""
+    WHERE log_partition IN {partitions} AND due_at <= ? GROUP BY log_partition"""
+_COUNT_HELD_BACK: Final = f"""
+    SELECT outgoing_commands.log_partition, COUNT(*)
+    FROM parked JOIN outgoing_commands
+        ON outgoing_commands.aggregate_type = parked.aggregate_type
+        AND outgoing_commands.aggregate_id = parked.aggregate_id
+    WHERE parked.projector = '{HELD_BACK}'
+    AND outgoing_commands.log_partition IN {{partitions}} AND due_at <= ?
+    GROUP BY outgoing_commands.log_partition"""
 _LIST: Final = f"{OUTGOING.select} WHERE (due_at > ? OR (due_at = ? AND command_id > ?))"
 _HASTEN: Final = "UPDATE outgoing_commands SET due_at = ? WHERE command_id IN "
 _DELETE: Final = "DELETE FROM outgoing_commands WHERE command_id IN "
@@ -109,9 +118,14 @@ async def count_due(session: Session, partitions: Collection[int]) -> dict[int, 
     """Count the rows of each partition that are due."""
     if not partitions:
         return {}
-    now = session.dialect.to_time(await session.now())
-    sql = _COUNT.format(partitions=marks(len(partitions)))
-    return dict(await session.fetch(sql, (*sorted(partitions), now)))
+    wanted = marks(len(partitions))
+    values = (*sorted(partitions), session.dialect.to_time(await session.now()))
+    every: dict[int, int] = dict(await session.fetch(_COUNT.format(partitions=wanted), values))
+    if every:
+        held_back = await session.fetch(_COUNT_HELD_BACK.format(partitions=wanted), values)
+        for partition, count in held_back:
+            every[partition] -= count
+    return {partition: count for partition, count in every.items() if count > 0}
 
 
 async def page(
