@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, ClassVar, assert_never
@@ -13,7 +14,9 @@ import pytest
 
 from cqrs_es import Aggregate, Elapsed, Intent, cancel, command, errors, event, later, send, wire
 from cqrs_es.application import Application
+from cqrs_es.brokers.memory import MemoryBroker
 from cqrs_es.messages import CommandMessage
+from cqrs_es.ports.clock import SystemClock
 from cqrs_es.settings import Settings
 from cqrs_es.testing import FakeClock, TestApp
 from cqrs_es.types import new_command_id
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cqrs_es.definitions import Recurring
+    from cqrs_es.opened import OpenApplication
     from cqrs_es.ports.store import ScheduledCommand
 
 
@@ -441,3 +445,55 @@ async def test_a_year_passes() -> None:
         assert (await t.opened.load(Purchase, "p")).state.state == "expired"
         outcome = await t.send(Purchase, "p", Order("another"))
         assert outcome.accepted
+
+
+# --- Clocks ------------------------------------------------------------------
+
+
+class WrongClock(SystemClock):
+    """A process's clock that is wrong by so much."""
+
+    off = timedelta(0)
+
+    def now(self) -> datetime:
+        return super().now() + self.off
+
+
+@pytest.mark.parametrize("store_url", ["mysql", "postgres"], indirect=True)
+async def test_processes_whose_clocks_differ_fire_nothing_early(store_url: str) -> None:
+    """The database's clock decides, whichever process holds the partition; once, and in time."""
+    settings = Settings(store_url=store_url, partitions=2, lease_seconds=2)
+    broker, clocks = MemoryBroker(event_retention=10), (WrongClock(), WrongClock())
+    clocks[0].off, clocks[1].off = timedelta(minutes=5), timedelta(minutes=-5)
+    async with AsyncExitStack() as stack:
+        opened: list[OpenApplication] = []
+        for clock in clocks:
+            opening = shop().open(settings, broker=broker, clock=clock, initialise=True)
+            opened.append(await stack.enter_async_context(opening))
+            await stack.enter_async_context(opened[-1].running({"worker"}))
+        due = datetime.now(UTC) + timedelta(seconds=2)
+        ids = [
+            await one.schedule(Stock, f"b{number}", Reserve("book"), at=due)
+            for number in range(4)
+            for one in opened
+        ]
+        events = opened[0].storage.events
+
+        async def any_decided() -> bool:
+            return bool(await events.find_outcomes(ids))
+
+        async def all_decided() -> bool:
+            return len(await events.find_outcomes(ids)) == len(ids)
+
+        await eventually(any_decided, within_seconds=60)
+        assert datetime.now(UTC) >= due
+        await eventually(all_decided, within_seconds=60)
+        for number in range(4):
+            assert (await opened[0].load(Stock, f"b{number}")).sequence == 2
+
+        # A clock that is set back an hour does not hold up what is due.
+        for clock in clocks:
+            clock.off = timedelta(hours=-1)
+        again = await opened[0].schedule(Stock, "b9", Reserve("book"), at=datetime.now(UTC))
+        await eventually(lambda: opened[1].outcome(again), within_seconds=60)
+        assert await events.list_scheduled(None, 10) == []
