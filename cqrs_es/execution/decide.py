@@ -55,6 +55,8 @@ log = structlog.get_logger("cqrs_es.execution")
 
 # What a row of the log takes beside its payload, for the bound on an append's size.
 ROW_BYTES: Final = 512
+_CAUSES: Final = (Send, Later)
+_INTENTS: Final = (Send, Later, Cancel)
 
 
 class Decider:
@@ -272,9 +274,10 @@ class Decider:
             return _rejected(submission, exc.code, exc.message, lineage.sequence)
         except errors.TooLarge as exc:
             return self._failed(submission, "internal_error", exc.message)
-        caused = self._caused(submission, lineage.sequence, yielded)
+        caused = self._caused(submission, lineage.sequence, yielded) if yielded.intents else ()
+        ended = yielded.ended_timers if caused or yielded.cancelled else ()
         try:
-            lineage.extend(yielded.events, submission.taken, yielded.ended_timers)
+            lineage.extend(yielded.events, submission.taken, ended)
         except _KeyTaken as exc:
             return _rejected(submission, f"{exc.name}_taken", str(exc), lineage.sequence)
         cancelled = tuple(yielded.cancelled)
@@ -458,7 +461,7 @@ class _Yielded:
 
     def add(self, yielded: object) -> None:
         """Take an event or an intent; raise `DefinitionError` for anything else."""
-        if isinstance(yielded, Send | Later):
+        if isinstance(yielded, _CAUSES):
             self.intents.append((len(self.events), yielded))
         elif isinstance(yielded, Cancel):
             self._cancel(yielded.name)
@@ -615,7 +618,7 @@ async def run_handler(
 
     def happen(yielded: object) -> None:
         on_yield(yielded)
-        if not isinstance(yielded, Send | Later | Cancel):
+        if not isinstance(yielded, _INTENTS):
             aggregate.apply(yielded)
 
     if isinstance(aggregate, ProcessManager):
