@@ -77,7 +77,7 @@ def run(
     health_port: HealthPort = None,
     json: JsonFlag = False,
 ) -> None:
-    """Run every role in one process: worker, relay, projectors and reactors.
+    """Run every role in one process: worker, relay, and what follows.
 
     Initialises a SQLite or memory store by itself.
 
@@ -131,7 +131,7 @@ def projector(context: typer.Context, only: Only = None, health_port: HealthPort
 def reactor(
     context: typer.Context, only: OnlyReactor = None, health_port: HealthPort = None
 ) -> None:
-    """Run the reactors and those of process managers, which send commands; any number of copies.
+    """Run the reactors and process managers; any number of copies.
 
     Example: cqrs-es reactor --only transfer
     """

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 PAGE: Final = 500
 
 scheduled = typer.Typer(
-    help="Deal with commands that wait until they are due, timers among them.",
+    help="Deal with commands that wait until they are due.",
     no_args_is_help=True,
 )
 

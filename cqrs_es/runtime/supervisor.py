@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -85,11 +84,6 @@ class Supervisor:
         found = [self._process.broker.trouble, self._executor.trouble]
         found += (keeper.trouble for keeper in self._keepers)
         return [trouble for trouble in found if trouble]
-
-    @property
-    def renewed_at(self) -> float:
-        """When every role had its leases renewed, on the clock's `monotonic`."""
-        return min((keeper.renewed_at for keeper in self._keepers), default=-math.inf)
 
     @property
     def absent(self) -> list[str]:

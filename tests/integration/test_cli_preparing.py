@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from tests.command_line import Here
 
 VERBS = [
-    "run", "worker", "relay", "projector", "init", "check", "settings", "send", "status", "view",
-    "stream", "tail", "outcome", "rebuild", "republish", "dead", "parked",
+    "run", "worker", "relay", "projector", "reactor", "init", "check", "settings", "send",
+    "status", "view", "stream", "tail", "outcome", "rebuild", "republish", "dead", "parked",
 ]  # fmt: skip
 
 
