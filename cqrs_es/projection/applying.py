@@ -15,8 +15,8 @@ import structlog
 
 from cqrs_es import errors
 from cqrs_es.ports.views import ParkedAggregate
+from cqrs_es.projection.folding import NOT_POISON, past_collisions, reason_of, write
 from cqrs_es.projection.generations import generations_of, lost
-from cqrs_es.projection.writing import NOT_POISON, past_collisions, reason_of, write
 from cqrs_es.telemetry.tracing import NO_TRACING, Tracing
 
 if TYPE_CHECKING:

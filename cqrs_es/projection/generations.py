@@ -162,7 +162,10 @@ async def _missing_of(views: ViewStore, folding: Folding) -> list[str]:
     """
     missing = await folding.missing_tables(views)
     if missing and any((await views.checkpoints(folding.key)).values()):
-        raise lost(folding, missing)
+        # Another process may have made and filled them between these two looks.
+        missing = await folding.missing_tables(views)
+        if missing:
+            raise lost(folding, missing)
     return missing
 
 

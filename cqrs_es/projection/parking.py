@@ -11,7 +11,7 @@ import structlog
 
 from cqrs_es import errors
 from cqrs_es.ports.store import LoadRequest
-from cqrs_es.projection.writing import NOT_POISON, past_collisions, reason_of, write_all
+from cqrs_es.projection.folding import NOT_POISON, past_collisions, reason_of, write_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,9 +16,8 @@ from cqrs_es.execution.causes import MOST_COMMANDS, cause_of
 from cqrs_es.execution.decide import take_all
 from cqrs_es.intents import Send
 from cqrs_es.messages import CommandContext
-from cqrs_es.projection.folding import Folding
+from cqrs_es.projection.folding import Folding, guarded, relevant
 from cqrs_es.projection.generations import FIRST
-from cqrs_es.projection.writing import guarded, relevant
 from cqrs_es.projector import physical_name
 from cqrs_es.reactor import reactor_role
 from cqrs_es.types import AggregateKey

@@ -20,23 +20,23 @@ from cqrs_es.projection.generations import (
     publish,
     read_generations,
 )
-from cqrs_es.projection.rebuild import Rebuild, RebuildProgress
-from cqrs_es.projection.switch import Switch
+from cqrs_es.projection.rebuild import Rebuild, RebuildProgress, Switch
 from cqrs_es.projector import Projector, SqlSession
 from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
 from cqrs_es.types import partition_of
-from tests.faulty import FaultyStorage
+from tests.faulty import Faults, FaultyStorage, FaultyViews
 from tests.samples import Add, AddEach, Added, Counter, Services, Totals
 from tests.stores import on_sql
 from tests.tallies import Sums, check_complete, check_live, tallying_app
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 
     from cqrs_es.opened import OpenApplication
     from cqrs_es.ports.storage import Storage
+    from cqrs_es.ports.views import ViewStore
 
 PARTITIONS = 3
 NAMES = "abcdef"
@@ -309,6 +309,31 @@ async def test_two_rebuilds_at_once(store_url: str, name: str) -> None:
 
             numbers = await asyncio.gather(opened.rebuild(name).run(), second())
             assert await check_complete(opened, name) == max(numbers)
+
+
+class Overtaken(FaultyViews):
+    """The views of a process that another overtakes just after it has listed the tables."""
+
+    def __init__(self, inner: ViewStore, overtake: Callable[[], Awaitable[object]]) -> None:
+        super().__init__(inner, Faults())
+        self._overtake: Callable[[], Awaitable[object]] | None = overtake
+
+    async def list_tables(self) -> list[str]:
+        listed = await super().list_tables()
+        overtake, self._overtake = self._overtake, None
+        if overtake is not None:
+            await overtake()
+        return listed
+
+
+async def test_tables_made_and_filled_by_another_meanwhile_are_not_lost() -> None:
+    """They are there by the time that the checkpoints say what they hold."""
+    async with opened_on("memory://") as opened:
+        other = opened.rebuild("totals")
+        number = await begin_building(opened.storage.views, "totals")
+        folding = folding_for(opened.projection("totals"), number)
+        await make_sure_of_tables(Overtaken(opened.storage.views, other.run), folding)
+        assert await check_complete(opened, "totals") == number
 
 
 @on_sql
