@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Protocol, TypeAlias, assert_never
 
 from cqrs_es import Aggregate, DomainError, command, event
+from domain.iban import normalised_iban
 from domain.money import check_amount
 
 # --- Commands ----------------------------------------------------------------
@@ -16,7 +17,7 @@ from domain.money import check_amount
 
 @command
 class OpenAccount:
-    """Open the account, under the number that its holder knows it by."""
+    """Open the account, under the number that its holder knows it by: the aggregate's id."""
 
     account_id: str
 
@@ -53,7 +54,59 @@ class WriteCheck:
         check_amount(self.amount)
 
 
-Command: TypeAlias = OpenAccount | DepositMoney | WithdrawMoney | WriteCheck
+@command
+class AssignIban:
+    """Give the account an IBAN, which no other account has; another one replaces it."""
+
+    iban: str
+
+    def __post_init__(self) -> None:
+        normalised_iban(self.iban)
+
+
+@command
+class TransferMoney:
+    """Send money to another account; what becomes of it is the process of `domain/transfer.py`."""
+
+    to_account: str
+    amount: Decimal
+
+    def __post_init__(self) -> None:
+        check_amount(self.amount)
+
+
+@command
+class ReceiveTransfer:
+    """Take in money that another account has sent."""
+
+    from_account: str
+    amount: Decimal
+
+    def __post_init__(self) -> None:
+        check_amount(self.amount)
+
+
+@command
+class TakeTransferBack:
+    """Take in again what the account has sent, and the other would not receive."""
+
+    to_account: str
+    amount: Decimal
+
+    def __post_init__(self) -> None:
+        check_amount(self.amount)
+
+
+Command: TypeAlias = (
+    OpenAccount
+    | DepositMoney
+    | WithdrawMoney
+    | WriteCheck
+    | AssignIban
+    | TransferMoney
+    | ReceiveTransfer
+    | TakeTransferBack
+)
 
 
 # --- Events; `balance` is the one afterwards ---------------------------------
@@ -91,8 +144,50 @@ class CustomerWroteCheck:
     balance: Decimal
 
 
+@event
+class IbanAssigned:
+    """The account can be found by this IBAN from now on, and no longer by another."""
+
+    iban: str
+
+
+@event
+class CustomerSentMoney:
+    """Money left for another account."""
+
+    from_account: str
+    to_account: str
+    amount: Decimal
+    balance: Decimal
+
+
+@event
+class CustomerReceivedMoney:
+    """Money arrived from another account."""
+
+    from_account: str
+    amount: Decimal
+    balance: Decimal
+
+
+@event
+class TransferCameBack:
+    """Money that was sent is here again."""
+
+    to_account: str
+    amount: Decimal
+    balance: Decimal
+
+
 Event: TypeAlias = (
-    AccountOpened | CustomerDepositedMoney | CustomerWithdrewCash | CustomerWroteCheck
+    AccountOpened
+    | CustomerDepositedMoney
+    | CustomerWithdrewCash
+    | CustomerWroteCheck
+    | IbanAssigned
+    | CustomerSentMoney
+    | CustomerReceivedMoney
+    | TransferCameBack
 )
 
 
@@ -126,6 +221,10 @@ class FundsNotAvailable(DomainError):
     """funds not available"""
 
 
+class SameAccount(DomainError):
+    """money can't be sent to the account that it is in"""
+
+
 class AtmRuleViolation(DomainError):
     """atm rule violation"""
 
@@ -140,6 +239,7 @@ class BankAccount(Aggregate[Command, Event, Services], type="account"):
 
     account_id: str | None = None
     balance: Decimal = Decimal(0)
+    iban: str | None = None
 
     async def handle(self, command: Command, services: Services) -> AsyncIterator[Event]:
         """Decide a command; money leaves only when it is there and the other side agrees."""
@@ -160,6 +260,26 @@ class BankAccount(Aggregate[Command, Event, Services], type="account"):
                 balance = self._balance_after_paying(amount)
                 await services.validate_check(account_id, check_number)
                 yield CustomerWroteCheck(check_number, amount, balance)
+            case AssignIban(iban), _:
+                if normalised_iban(iban) != self.iban:
+                    yield IbanAssigned(normalised_iban(iban))
+            case TransferMoney() | ReceiveTransfer() | TakeTransferBack(), account_id:
+                yield self._transferred(command, account_id)
+
+    def _transferred(
+        self, command: TransferMoney | ReceiveTransfer | TakeTransferBack, account_id: str
+    ) -> Event:
+        """Decide a part of a transfer; this account is at one end of it."""
+        match command:
+            case TransferMoney(to_account, amount):
+                if to_account == account_id:
+                    raise SameAccount
+                balance = self._balance_after_paying(amount)
+                return CustomerSentMoney(account_id, to_account, amount, balance)
+            case ReceiveTransfer(from_account, amount):
+                return CustomerReceivedMoney(from_account, amount, self.balance + amount)
+            case TakeTransferBack(to_account, amount):
+                return TransferCameBack(to_account, amount, self.balance + amount)
 
     def _balance_after_paying(self, amount: Decimal) -> Decimal:
         if amount > self.balance:
@@ -171,11 +291,20 @@ class BankAccount(Aggregate[Command, Event, Services], type="account"):
         match event:
             case AccountOpened(account_id):
                 self.account_id = account_id
-            case CustomerDepositedMoney(balance=balance):
-                self.balance = balance
-            case CustomerWithdrewCash(balance=balance):
-                self.balance = balance
-            case CustomerWroteCheck(balance=balance):
+            case IbanAssigned(iban):
+                self.iban = iban
+            case (
+                CustomerDepositedMoney(balance=balance)
+                | CustomerWithdrewCash(balance=balance)
+                | CustomerWroteCheck(balance=balance)
+                | CustomerSentMoney(balance=balance)
+                | CustomerReceivedMoney(balance=balance)
+                | TransferCameBack(balance=balance)
+            ):
                 self.balance = balance
             case _:
                 assert_never(event)
+
+    def keys(self) -> Mapping[str, str]:
+        """Say what no other account may have."""
+        return {"iban": self.iban} if self.iban else {}

@@ -10,9 +10,13 @@ from cqrs_es import Envelope, View
 from domain.account import (
     AccountOpened,
     CustomerDepositedMoney,
+    CustomerReceivedMoney,
+    CustomerSentMoney,
     CustomerWithdrewCash,
     CustomerWroteCheck,
     Event,
+    IbanAssigned,
+    TransferCameBack,
 )
 
 
@@ -45,6 +49,14 @@ class AccountQuery(View[Event], name="account_query"):
             case CustomerWroteCheck(check_number, amount, balance):
                 self.written_checks.append(check_number)
                 self._add(check_number, amount, balance)
+            case CustomerSentMoney(_, to_account, amount, balance):
+                self._add(f"transfer to {to_account}", amount, balance)
+            case CustomerReceivedMoney(from_account, amount, balance):
+                self._add(f"transfer from {from_account}", amount, balance)
+            case TransferCameBack(to_account, amount, balance):
+                self._add(f"returned by {to_account}", amount, balance)
+            case IbanAssigned():
+                pass
             case _:
                 assert_never(event.data)
 

@@ -11,9 +11,13 @@ from cqrs_es.projector import Projector, SqlSession, SqlValue
 from domain.account import (
     AccountOpened,
     CustomerDepositedMoney,
+    CustomerReceivedMoney,
+    CustomerSentMoney,
     CustomerWithdrewCash,
     CustomerWroteCheck,
     Event,
+    IbanAssigned,
+    TransferCameBack,
 )
 
 if TYPE_CHECKING:
@@ -46,7 +50,10 @@ _ADDED_UP: Final = {
 
 @dataclass(slots=True)
 class DayTotals:
-    """What one day adds to each column; `held` summed over all days is the money held."""
+    """What one day adds to each column; `held` summed over all days is the money in accounts.
+
+    Money on its way between two accounts is in neither.
+    """
 
     accounts: int = 0
     deposits: int = 0
@@ -79,6 +86,12 @@ class DayTotals:
             case CustomerWroteCheck(_, amount):
                 self.checks += cents(amount)
                 self.held -= cents(amount)
+            case CustomerSentMoney(amount=amount):
+                self.held -= cents(amount)
+            case CustomerReceivedMoney(amount=amount) | TransferCameBack(amount=amount):
+                self.held += cents(amount)
+            case IbanAssigned():
+                pass
             case _:
                 assert_never(event)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from config.settings import BankSettings
 from cqrs_es.application import Application
 from domain.account import BankAccount
+from domain.transfer import Transfer
 from projectors.account_query import AccountQuery
 from projectors.bank_totals import BankTotals
 from worker import policies
@@ -56,5 +57,6 @@ app.aggregate(
     source=policies.SNAPSHOTS,
     handler_timeout=policies.handler_timeout(settings),
 )
+app.process_manager(Transfer)
 app.view(AccountQuery)
 app.projector(BankTotals, needed=False)  # on DynamoDB, which has no SQL, the bank goes without

@@ -10,7 +10,7 @@ from cqrs_es.cli.main import PROGRAM, cli
 from worker.app import app
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
@@ -26,6 +26,14 @@ def parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     return " ".join(path), dict(context.params)
 
 
-def projectors() -> set[str]:
-    """Return the names that `--only` may have."""
-    return set(app.registry.projections)
+FOLLOWERS = {"projector": set(app.registry.projections), "reactor": set(app.registry.reactors)}
+"""The names that `--only` may have, by verb."""
+
+
+def followers(calls: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, list[str]]:
+    """Return which names calls of these verbs have, sorted, by verb."""
+    found = {verb: list[str]() for verb in FOLLOWERS}
+    for verb, parameters in calls:
+        if verb in FOLLOWERS:
+            found[verb] += parameters["only"]
+    return {verb: sorted(names) for verb, names in found.items()}

@@ -24,7 +24,7 @@ from tests.deployment.composition import (
 )
 from tests.deployment.files import CONFIG, compose
 from tests.deployment.image import in_context
-from tests.deployment.parsing import parse, projectors
+from tests.deployment.parsing import FOLLOWERS, followers, parse
 
 if TYPE_CHECKING:
     from tests.deployment.files import Document
@@ -46,15 +46,15 @@ def test_the_command_line_takes_the_command(name: str) -> None:
         return
     verb, parameters = parse(SERVICES[name]["command"])
     assert verb in name
-    assert set(parameters.get("only") or ()) <= projectors()
+    assert set(parameters.get("only") or ()) <= FOLLOWERS.get(verb, set())
 
 
 def test_every_role_runs_in_a_container_of_its_own() -> None:
-    """The worker, twice; the relay; each projector."""
+    """The worker, twice; the relay; each projector and each reactor."""
     calls = [parse(one["command"]) for one in PROCESSES.values()]
-    assert sorted(verb for verb, _ in calls if verb != "projector") == [RELAY, WORKER]
-    only = [parameters["only"] for verb, parameters in calls if verb == "projector"]
-    assert sorted(only) == [[name] for name in sorted(projectors())]
+    assert sorted(verb for verb, _ in calls if verb not in FOLLOWERS) == [RELAY, WORKER]
+    assert all(len(found["only"]) == 1 for verb, found in calls if verb in FOLLOWERS)
+    assert followers(calls) == {verb: sorted(names) for verb, names in FOLLOWERS.items()}
     assert SERVICES["worker"]["deploy"]["replicas"] == 2
 
 

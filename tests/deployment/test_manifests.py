@@ -19,7 +19,7 @@ from tests.deployment.files import (
     manifest_files,
     manifests,
 )
-from tests.deployment.parsing import parse, projectors
+from tests.deployment.parsing import FOLLOWERS, followers, parse
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,16 +59,13 @@ def test_the_command_line_takes_the_arguments(name: str) -> None:
     """Every container calls a verb that there is, with options that it has."""
     verb, parameters = parse(container_of(PODS[name])["args"])
     assert verb in name
-    assert set(parameters.get("only") or ()) <= projectors()
+    assert set(parameters.get("only") or ()) <= FOLLOWERS.get(verb, set())
 
 
 def test_every_role_runs() -> None:
-    """There is a Deployment of the worker, of the relay, and of each projector."""
+    """There is a Deployment of the worker, of the relay, of each projector and reactor."""
     calls = [parse(container_of(one)["args"]) for one in DEPLOYMENTS.values()]
-    only = {
-        name for verb, parameters in calls if verb == "projector" for name in parameters["only"]
-    }
-    assert only == projectors()
+    assert followers(calls) == {verb: sorted(names) for verb, names in FOLLOWERS.items()}
     assert {WORKER, RELAY} <= {verb for verb, _ in calls}
 
 
