@@ -275,7 +275,7 @@ class Application:
 
         See `OpenApplication.execute`.
         """
-        return await self._open().execute(
+        return await self.opened.execute(
             cls,
             aggregate_id,
             command,
@@ -289,7 +289,7 @@ class Application:
 
         See `OpenApplication.find`.
         """
-        return await self._open().find(cls, **key)
+        return await self.opened.find(cls, **key)
 
     async def schedule(
         self,
@@ -306,7 +306,7 @@ class Application:
 
         See `OpenApplication.schedule`.
         """
-        return await self._open().schedule(
+        return await self.opened.schedule(
             cls,
             aggregate_id,
             command,
@@ -316,7 +316,9 @@ class Application:
             expected_sequence=expected_sequence,
         )
 
-    def _open(self) -> OpenApplication:
+    @property
+    def opened(self) -> OpenApplication:
+        """The application as it is open now; raises `ConfigurationError` where it is not."""
         if self._opened is None:
             message = "the application is not open: async with app.open(): …"
             raise errors.ConfigurationError(message)

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from config.settings import BankSettings
+from cqrs_es import send
 from cqrs_es.application import Application
 from domain.account import BankAccount
+from domain.statement import DrawStatement, Statement
 from domain.transfer import Transfer
 from projectors.account_query import AccountQuery
 from projectors.bank_totals import BankTotals
 from worker import policies
 from worker.atm import Atm, ObligingAtmNetwork
+from worker.books import ViewedBooks
 from worker.checks import Checks, ObligingCheckRegister
 
 if TYPE_CHECKING:
@@ -58,5 +61,11 @@ app.aggregate(
     handler_timeout=policies.handler_timeout(settings),
 )
 app.process_manager(Transfer)
+app.aggregate(
+    Statement,
+    services=lambda _: ViewedBooks(app),
+    handler_timeout=policies.STATEMENT_SECONDS,
+)
+app.every("0 6 1 * *", send(Statement, "bank", DrawStatement()))
 app.view(AccountQuery)
 app.projector(BankTotals, needed=False)  # on DynamoDB, which has no SQL, the bank goes without

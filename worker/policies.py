@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 SNAPSHOTS: Final = SnapshotEvery(100)
 # What a handler may take beside its one call to another system.
 OWN_SECONDS: Final = 1.0
+# Reading a page of 500 accounts takes some milliseconds: enough for a few million.
+STATEMENT_SECONDS: Final = 300.0
 
 
 def handler_timeout(settings: BankSettings) -> float:

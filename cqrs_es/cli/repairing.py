@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
+import orjson
 import typer
 
 from cqrs_es import errors
@@ -23,13 +24,14 @@ from cqrs_es.cli.output import (
     print_text,
 )
 from cqrs_es.cloudevents import timestamp
+from cqrs_es.ports.store import HELD_BACK
 from cqrs_es.program import DONE, FAILED, INTERRUPTED, sentence
 from cqrs_es.projector import generation_of, view_of
 from cqrs_es.runtime.waiting import unless
 from cqrs_es.types import AggregateKey
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
     from cqrs_es.application import Application
     from cqrs_es.execution.keys import KeysRebuilt
@@ -55,7 +57,7 @@ All = Annotated[bool, typer.Option("--all", help="All there are.")]
 
 @dead.command("list")
 def list_dead(context: typer.Context, json: JsonFlag = False) -> None:
-    """List the dead letters.
+    """List the dead letters, each with the process that waits until it is retried or dropped.
 
     Example: cqrs-es dead list --json
     """
@@ -63,12 +65,31 @@ def list_dead(context: typer.Context, json: JsonFlag = False) -> None:
 
 
 async def _list_dead(opened: OpenApplication, *, as_json: bool) -> None:
-    if as_json:
-        async for letter in _letters(opened):
-            print_json(_fields(letter))
-        return
-    rows = [[x.id, x.attempts, x.last_seen_at, x.reason] async for x in _letters(opened)]
-    print_table(["id", "attempts", "last seen", "reason"], rows)
+    columns = ("id", "attempts", "last_seen_at", "reason", "waits")
+    waiting = await _waiting(opened)
+    rows: list[list[object]] = []
+    async for letter in _letters(opened):
+        fields = _fields(letter, waiting)
+        if as_json:
+            print_json(fields)
+        else:
+            rows.append([fields[name] for name in columns])
+    if not as_json:
+        print_table([name.removesuffix("_at").replace("_", " ") for name in columns], rows)
+
+
+async def _waiting(opened: OpenApplication) -> set[AggregateKey]:
+    """Read which instances of process managers wait behind a dead letter."""
+    return {marker.key for marker in await opened.storage.views.list_parked(HELD_BACK)}
+
+
+def _key_of(letter: DeadLetter) -> AggregateKey | None:
+    """Return whom a letter's command is for; None where it is no command."""
+    try:
+        message = orjson.loads(letter.body)
+        return AggregateKey(message["aggregate_type"], message["aggregate_id"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 @dead.command("show")
@@ -81,13 +102,15 @@ def show_dead(
 
     Example: cqrs-es dead show 0192f0c4-5b7a-7cc3-98c4-dc0c0c07398f
     """
-    letter = with_application(context, lambda o: o.storage.dead_letters.get(letter_id))
-    if letter is None:
-        raise _no_letter(letter_id)
-    if json:
-        print_json(_fields(letter))
-    else:
-        print_fields(_fields(letter))
+
+    async def work(opened: OpenApplication) -> dict[str, Any]:
+        letter = await opened.storage.dead_letters.get(letter_id)
+        if letter is None:
+            raise _no_letter(letter_id)
+        return _fields(letter, await _waiting(opened))
+
+    fields = with_application(context, work)
+    print_json(fields) if json else print_fields(fields)
 
 
 @dead.command("retry")
@@ -180,8 +203,9 @@ async def _letters(opened: OpenApplication) -> AsyncIterator[DeadLetter]:
         after = page[-1].id
 
 
-def _fields(letter: DeadLetter) -> dict[str, Any]:
+def _fields(letter: DeadLetter, waiting: Collection[AggregateKey]) -> dict[str, Any]:
     """Return a letter as JSON; a body that is no UTF-8 has marks where it is not."""
+    key = _key_of(letter)
     return {
         "id": letter.id,
         "source": letter.source,
@@ -193,6 +217,7 @@ def _fields(letter: DeadLetter) -> dict[str, Any]:
         "body_length": letter.body_length,
         "body_hash": letter.body_hash,
         "headers": dict(letter.headers),
+        "waits": str(key) if key in waiting else None,
     }
 
 

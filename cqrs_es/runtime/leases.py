@@ -178,6 +178,12 @@ class LeaseKeeper:
         return self._running.keys()
 
     @property
+    def up_to_date(self) -> bool:
+        """Whether the last round that was due is made."""
+        next_at = self.renewed_at + self._rounds.until_next(self.renewed_at)
+        return next_at > self._clock.monotonic()
+
+    @property
     def assignments(self) -> Collection[Assignment]:
         """What this process works on, by partition."""
         return self._running.values()

@@ -9,6 +9,7 @@ import structlog
 
 from cqrs_es import errors
 from cqrs_es.cloudevents import event_at
+from cqrs_es.ports.store import HELD_BACK
 from cqrs_es.projection.applying import READ_LIMIT, Applier
 from cqrs_es.projection.generations import (
     FIRST,
@@ -240,11 +241,17 @@ class ReactorLoop(Role):
         return sum((await self._process.storage.views.checkpoints(self._key)).values())
 
     async def figures(self, held: Collection[int]) -> list[Reading]:
-        """Ask how many aggregates are parked."""
+        """Ask how many aggregates are parked, and how many instances wait."""
         if 0 not in held:
             return []
-        parked = await self._process.storage.views.list_parked(self._key)
-        return [Reading(metrics.PARKED_AGGREGATES, len(parked), (self.name,))]
+        views, process = self._process.storage.views, self._definition.process
+        parked = await views.list_parked(self._key)
+        figures = [Reading(metrics.PARKED_AGGREGATES, len(parked), (self.name,))]
+        if process is not None:
+            held_back = [marker.key.type for marker in await views.list_parked(HELD_BACK)]
+            waiting = held_back.count(process.type)
+            figures.append(Reading(metrics.WAITING_PROCESSES, waiting, (process.type,)))
+        return figures
 
 
 async def _always() -> bool:

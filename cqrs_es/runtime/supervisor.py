@@ -92,6 +92,11 @@ class Supervisor:
         return sorted(self._chosen - joined)
 
     @property
+    def up_to_date(self) -> bool:
+        """Whether each role has made the last round of leases that was due."""
+        return all(keeper.up_to_date for keeper in self._keepers)
+
+    @property
     def held(self) -> dict[str, Collection[int]]:
         """The partitions that this process works on, for each of its roles."""
         held = {keeper.role: keeper.held for keeper in self._keepers}

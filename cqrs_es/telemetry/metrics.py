@@ -160,9 +160,16 @@ DEAD_LETTERS: Final = _gauge(
     "dead_letters",
     "Messages that wait for an operator; told by the worker that holds partition 0.",
 )
+WAITING_PROCESSES: Final = _gauge(
+    "waiting_processes",
+    "Instances of a process manager that wait behind a dead letter; told by its reactor that "
+    "holds partition 0.",
+    "process",
+)
 PARKED_AGGREGATES: Final = _gauge(
     "parked_aggregates",
-    "Aggregates that a view has set aside; told by the projector that holds partition 0.",
+    "Aggregates that a view, or a reactor by its role, has set aside; told by who holds "
+    "partition 0.",
     "view",
 )
 READY: Final = _gauge("ready", "Whether /ready answers 200.")

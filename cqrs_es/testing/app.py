@@ -48,7 +48,7 @@ POLL_SECONDS: Final = 0.001
 SKIPPED_SECONDS: Final = 10.0
 # No longer than servers take for their limits of locks; see `advance`.
 LEASE_SECONDS: Final = 30 * 86_400.0
-STEP_SECONDS: Final = LEASE_SECONDS / 8
+STEP_SECONDS: Final = LEASE_SECONDS / 4
 
 
 class TestApp:
@@ -222,13 +222,20 @@ class TestApp:
     async def advance(self, span: timedelta) -> None:
         """Let time pass, and wait until everything that has become due is done.
 
-        In steps, each short enough for leases to be renewed.
+        In steps, each short enough for leases to be renewed, which is waited for.
         """
+        supervisor = self._supervisor
+        assert supervisor is not None  # noqa: S101 - `opened` raises before that
+
+        async def renewed() -> bool:
+            return supervisor.up_to_date
+
         left = span.total_seconds()
         while left > 0:
             step = min(left, STEP_SECONDS)
             left -= step
             self.clock.advance(step)
+            await self._until(renewed, "leases are not renewed")
             self.opened.process.timetable.poke()
             await self.drain()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import pytest
 from cqrs_es import Elapsed, Refused, cancel, later, send
 from cqrs_es.settings import Settings
 from cqrs_es.testing import Scenario, TestApp
-from cqrs_es.testing.clock import START
+from cqrs_es.testing.clock import START, FakeClock
 from domain.account import (
     AccountNotOpen,
     AccountOpened,
@@ -30,6 +30,7 @@ from domain.account import (
     TransferCameBack,
     TransferMoney,
 )
+from domain.statement import Statement, StatementDrawn
 from domain.transfer import (
     DEADLINE,
     TOO_LONG,
@@ -140,8 +141,8 @@ async def balance(bank: TestApp, account: str) -> Decimal:
     return (await bank.opened.load(BankAccount, account)).state.balance
 
 
-async def test_money_arrives_or_comes_back(bank: TestApp) -> None:
-    """No money comes or goes; both statements say where it went; nothing is left to do."""
+async def test_c13_c14_money_arrives_or_comes_back(bank: TestApp) -> None:
+    """C13, C14: no money comes or goes; both statements say where it went; nothing is left to do."""
     arrived = await bank.send(BankAccount, "ada", TransferMoney("ben", D("49.50")))
     returned = await bank.send(BankAccount, "ada", TransferMoney("nobody", D(100)))
     await bank.drain()
@@ -166,8 +167,8 @@ async def test_money_arrives_or_comes_back(bank: TestApp) -> None:
     assert len(await bank.events(Transfer, arrived.command_id)) == 2
 
 
-async def test_an_iban_has_one_account(bank: TestApp) -> None:
-    """The second account that wants it is refused, until the first has another one."""
+async def test_c15_an_iban_has_one_account(bank: TestApp) -> None:
+    """C15: the second account that wants it is refused, until the first has another one."""
     assert (await bank.send(BankAccount, "ada", AssignIban(IBAN))).accepted
     taken = await bank.send(BankAccount, "ben", AssignIban(IBAN))
     assert taken.error is not None
@@ -176,3 +177,18 @@ async def test_an_iban_has_one_account(bank: TestApp) -> None:
     assert (await bank.send(BankAccount, "ada", AssignIban("GB82WEST12345698765432"))).accepted
     assert (await bank.send(BankAccount, "ben", AssignIban(IBAN))).accepted
     assert await bank.opened.find(BankAccount, iban=IBAN) == "ben"
+
+
+async def test_a_statement_is_drawn_each_month() -> None:
+    """On the first at six, with what is in the accounts then."""
+    clock = FakeClock(datetime(2026, 11, 29, tzinfo=UTC))
+    async with TestApp(app, clock=clock) as bank:
+        for account, amount in (("ada", 200), ("ben", 50)):
+            await bank.send(BankAccount, account, OpenAccount(account))
+            await bank.send(BankAccount, account, DepositMoney(D(amount)))
+        await bank.drain()
+        await bank.advance(timedelta(days=2, hours=6))
+        await bank.advance(timedelta(days=31))
+        drawn = [event.data for event in await bank.events(Statement, "bank")]
+    first = StatementDrawn(date(2026, 12, 1), 2, D(250))
+    assert drawn == [first, StatementDrawn(date(2027, 1, 1), 2, D(250))]

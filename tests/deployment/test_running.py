@@ -49,7 +49,7 @@ def test_the_image_explains_itself(image: Image) -> None:
 
 async def test_every_process_gets_healthy(bank: Composition) -> None:
     """The image's health check finds each of them ready."""
-    assert len(bank.containers) == 5
+    assert len(bank.containers) == 6
     for container in bank.containers:
         await _is_healthy(bank, container)
 

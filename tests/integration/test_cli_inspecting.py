@@ -35,6 +35,15 @@ ADA = [
 ]
 
 
+FOLLOWERS = ("account_query", "bank_totals", "reactor:transfer")
+ROLES = [
+    "projector:account_query",
+    "projector:bank_totals",
+    "reactor:transfer",
+    "relay",
+    "worker",
+]
+
 # --- status ------------------------------------------------------------------
 
 
@@ -42,7 +51,7 @@ def test_status(bank: Here) -> None:
     """Heads, marks and checkpoints are strings; nobody works on an embedded store at rest."""
     views = [
         {"view": name, "generation": 1, "building": None, "behind": 0, "parked": 0}
-        for name in ("account_query", "bank_totals")
+        for name in FOLLOWERS
     ]
     assert bank.done("status", "--json").json == {
         "views": views,
@@ -51,11 +60,11 @@ def test_status(bank: Here) -> None:
                 "partition": 0,
                 "head": "26",
                 "relay": "26",
-                "projectors": {"account_query": "26", "bank_totals": "26"},
+                "projectors": dict.fromkeys(FOLLOWERS, "26"),
             }
         ],
         "members": [],
-        "vacant_roles": ["projector:account_query", "projector:bank_totals", "relay", "worker"],
+        "vacant_roles": ROLES,
         "leases": [],
         "scheduled": {"due": 0, "overdue_seconds": 0.0},
         "dead_letters": 0,
@@ -66,15 +75,14 @@ def test_status(bank: Here) -> None:
 def test_status_names_who_works_on_what(here: Here, sqlite_url: str) -> None:
     """Beside a process that runs, its members and leases are listed."""
     with running("run", CQRS_ES_STORE_URL=sqlite_url) as run:
-        until(lambda: run.err.count("partition taken") == 4)
+        until(lambda: run.err.count("partition taken") == len(ROLES))
         found = here.done("status", "--json").json
         text = here.done("status").out
-    roles = ["projector:account_query", "projector:bank_totals", "relay", "worker"]
-    assert [member["role"] for member in found["members"]] == roles
+    assert [member["role"] for member in found["members"]] == ROLES
     assert [(lease["role"], lease["partition"]) for lease in found["leases"]] == [
-        (role, 0) for role in roles
+        (role, 0) for role in ROLES
     ]
-    assert all(role in text for role in roles)
+    assert all(role in text for role in ROLES)
     assert found["vacant_roles"] == []
     assert "nobody" not in text
 
@@ -84,8 +92,8 @@ def test_status_for_people(bank: Here) -> None:
     lines = bank.done("status").out.splitlines()
     assert lines[0].split() == ["view", "generation", "rebuilding", "behind", "parked"]
     assert lines[1].split() == ["account_query", "1", "0", "0"]
-    assert lines[4].split() == ["partition", "head", "relay", "account_query", "bank_totals"]
-    assert lines[5].split() == ["0", "26", "26", "26", "26"]
+    assert lines[5].split() == ["partition", "head", "relay", *FOLLOWERS]
+    assert lines[6].split() == ["0", "26", "26", "26", "26", "26"]
     assert lines[-5].split() == ["worker", "nobody"]
     counts = [line.rsplit(maxsplit=1) for line in lines[-3:]]
     assert counts == [["dead letters", "0"], ["parked", "0"], ["scheduled, due", "0"]]

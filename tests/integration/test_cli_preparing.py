@@ -231,7 +231,8 @@ def findings(here: Here, *arguments: str, code: int = 0) -> dict[str, Any]:
 def test_check_before_the_first_run(here: Here, tmp_path: Path) -> None:
     """A SQLite file that is not made yet is no fault, nor is it made."""
     found = findings(here)
-    assert list(found) == ["definitions", "aggregate account", "store", "views", "broker"]
+    aggregates = [f"aggregate {name}" for name in ("account", "transfer", "statement")]
+    assert list(found) == ["definitions", *aggregates, "store", "views", "unique keys", "broker"]
     assert all(finding["ok"] for finding in found.values())
     assert "not made yet" in found["store"]["detail"]
     assert list(tmp_path.iterdir()) == []

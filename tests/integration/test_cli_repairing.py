@@ -10,9 +10,12 @@ import orjson
 import pytest
 import redis
 
+from cqrs_es import errors, wire
 from cqrs_es.cloudevents import timestamp
+from cqrs_es.commands import new_command
 from tests.command_line import EXAMPLE, cqrs_es, message
 from tests.terminal import on_a_terminal, without_escapes
+from tests.transfers import Account, Ask, Asked, Broken, Fund
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -219,7 +222,9 @@ def test_a_command_is_sent_for_later(redis_url: str, tmp_path: Path) -> None:
         assert sent.code == 0, sent.err
         ids.append(sent.json["command_id"])
     assert call("run", "--until-idle").code == 0
-    listed = call("scheduled", "list", "--json").lines
+    every = call("scheduled", "list", "--json").lines
+    (statement,) = [line for line in every if line["target"] == "statement/bank"]
+    listed = [line for line in every if line != statement]
     assert sorted(line["id"] for line in listed) == sorted(ids)
     assert {line["due"] for line in listed} == {timestamp(NEXT_MONTH - timedelta(hours=1))}
     assert {line["target"] for line in listed} == {"account/ada", "account/bob", "account/eve"}
@@ -249,7 +254,8 @@ def test_a_command_is_sent_for_later(redis_url: str, tmp_path: Path) -> None:
         gone = call("scheduled", verb, ids[1], "--json")
         assert (gone.code, gone.out) == (1, "")
         assert "there is no scheduled command" in gone.complaint
-    assert [line["id"] for line in call("scheduled", "list", "--json").lines] == [ids[2]]
+    left = {line["id"] for line in call("scheduled", "list", "--json").lines}
+    assert left == {ids[2], statement["id"]}
     assert ids[2] in call("scheduled", "list").out
 
 
@@ -268,3 +274,28 @@ def test_wrong_times_and_targets_are_refused(bank: Here, arguments: list[str], s
     result = bank(*arguments)
     assert result.code == 2
     assert said in result.complaint
+
+
+def test_dead_list_names_the_process_that_waits(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An input that fails holds up its instance, which the letter names; dropped, it goes on."""
+
+    def break_bad(given: object) -> None:
+        if isinstance(given, Asked) and given.transfer == "bad":
+            raise errors.DefinitionError  # which is not tried again
+
+    monkeypatch.setattr(Broken, "on", break_bad)
+    asked = [new_command(Account, "ada", Ask(name, "ada", "ben", 5)) for name in ("bad", "good")]
+    commands = [new_command(Account, "ada", Fund(10)), *asked]
+    file = tmp_path / "commands.jsonl"
+    file.write_bytes(b"\n".join(map(wire.encode_command, commands)))
+    app = ("--app", "tests.transfers:app")
+    here.done(*app, "run", "--commands", str(file), "--until-idle")
+    (letter,) = here.done(*app, "dead", "list", "--json").lines
+    assert letter["waits"] == "transfer/bad"
+    assert "transfer/bad" in here.done(*app, "dead", "list").out
+    assert here.done(*app, "dead", "show", letter["id"], "--json").json == letter
+    assert here.done(*app, "stream", "transfer", "good", "--json").lines[-1]["type"] == "Ended"
+    here.done(*app, "dead", "drop", letter["id"])
+    assert here.done(*app, "dead", "list", "--json").lines == []

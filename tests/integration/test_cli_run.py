@@ -253,11 +253,11 @@ def test_a_frozen_process_goes_on(here: Here, sqlite_url: str) -> None:
 
     with running("run", CQRS_ES_STORE_URL=sqlite_url, CQRS_ES_LEASE_SECONDS="1") as run:
         run.wait_for("partition taken")
-        until(lambda: leases() == 4)
+        until(lambda: leases() == 5)
         run.signal(signal.SIGSTOP)
         until(lambda: leases() == 0)
         run.signal(signal.SIGCONT)
-        until(lambda: leases() == 4)
+        until(lambda: leases() == 5)
         run.signal(signal.SIGTERM)
         assert run.end().code == 0
 
@@ -277,6 +277,26 @@ def test_a_view_that_is_wrong_does_not_keep_until_idle_waiting(
     assert "fix the view" in result.complaint
 
 
+def test_the_example_of_transfers(bank: Here) -> None:
+    """One arrives, one comes back; what examples/README.md says of them."""
+    path = EXAMPLE.with_name("transfers.jsonl")
+    bank.done("run", "--commands", str(path), "--until-idle")
+    outcomes = [
+        bank("outcome", orjson.loads(line)["id"], "--json").json["status"]
+        for line in path.read_text().splitlines()
+    ]
+    assert outcomes == ["accepted", "rejected", "accepted", "accepted", "rejected"]
+    balances = [
+        bank.done("view", "account_query", account, "--json").json["balance"]
+        for account in ("ada", "chloe")
+    ]
+    assert balances == ["1023.72", "545.51"]
+    events = bank.done("stream", "transfer", "0192f0c4-5b7a-7000-8001-000000000004", "--json").lines
+    assert [event["type"] for event in events] == [
+        "TransferBegan", "TransferRefused", "TransferEnded"
+    ]  # fmt: skip
+
+
 def test_progress_is_shown_every_second(sqlite_url: str) -> None:
     """Where stderr is no terminal: as log lines, each a JSON object."""
     with running(
@@ -292,7 +312,7 @@ def test_progress_is_shown_every_second(sqlite_url: str) -> None:
     assert progress["events"] == 26
     (started,) = [line for line in lines if line["event"] == "started"]
     assert started["roles"] == [
-        "projector:account_query", "projector:bank_totals", "relay", "worker"
+        "projector:account_query", "projector:bank_totals", "reactor:transfer", "relay", "worker"
     ]  # fmt: skip
     assert started["app"] == "worker.app:app"
     assert started["store"] == sqlite_url

@@ -36,6 +36,7 @@ def test_a_run_from_its_start_to_its_end(sqlite_url: str) -> None:
     assert banner["roles"] == [
         "projector:account_query",
         "projector:bank_totals",
+        "reactor:transfer",
         "relay",
         "worker",
     ]
