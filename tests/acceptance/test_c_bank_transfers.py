@@ -142,7 +142,7 @@ async def balance(bank: TestApp, account: str) -> Decimal:
 
 
 async def test_c13_c14_money_arrives_or_comes_back(bank: TestApp) -> None:
-    """C13, C14: no money comes or goes; both statements say where it went; nothing is left to do."""
+    """C13, C14: no money comes or goes; both statements say where it went."""
     arrived = await bank.send(BankAccount, "ada", TransferMoney("ben", D("49.50")))
     returned = await bank.send(BankAccount, "ada", TransferMoney("nobody", D(100)))
     await bank.drain()
