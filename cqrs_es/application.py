@@ -15,6 +15,7 @@ from cqrs_es.definitions import (
     define_projector,
     define_reactor,
     define_recurring,
+    define_remote,
     define_router,
     define_view,
     needs_services,
@@ -129,6 +130,18 @@ class Application:
         """
         self.registry.add_recurring(define_recurring(cron, command, zone, name))
 
+    def remote(self, service: str, *, url: str) -> None:
+        """Name another service, so that commands can be sent to its aggregates.
+
+            app.remote("billing", url="CQRS_ES_BILLING_URL")
+
+        `url` is that of its broker, or an environment variable that has it. The relay sends
+        what `send("billing:account", …)` asks for: at least once, and its id makes that once
+        there; in order for each aggregate that sends. What becomes of it is not heard.
+        Raises `DefinitionError`.
+        """
+        self.registry.add_remote(define_remote(service, url))
+
     def reactor(
         self, cls: type[Reactor[Any]], *, services: Callable[[CommandContext], Any] | None = None
     ) -> None:
@@ -180,6 +193,7 @@ class Application:
         on_handler_failure: OnHandlerFailure | None = None,
         on_view_failure: OnViewFailure | None = None,
         meter: Meter = NO_METER,
+        remotes: Mapping[str, Broker] | None = None,
     ) -> AsyncGenerator[OpenApplication]:
         """Connect to the store and the broker.
 
@@ -187,13 +201,15 @@ class Application:
         is given stays open afterwards. An embedded store (SQLite, memory) is
         initialised, with `initialise=True` a server store too, with False neither
         file nor server. Without `reach_broker` nothing is asked of the broker, which
-        may be away: for work on the store alone. Raises `StoreNotInitialised` for a
+        may be away: for work on the store alone. `remotes` are other services' brokers, in
+        place of their URLs. Raises `StoreNotInitialised` for a
         store without tables, `WrongService` for another service's,
         `PartitionsMismatch` where a setting differs from the store.
         """
         logs.to_logging_unless_configured()
         self.registry.check()
         settings = settings or Settings.from_environment()
+        settings.check_remotes([remote.url for remote in self.registry.remotes.values()])
         clock = clock or SystemClock()
         service = settings.service or self.service
         async with AsyncExitStack() as stack:
@@ -245,6 +261,7 @@ class Application:
                 owner=new_owner(),
                 info=Recent(storage.info),
                 generations=Recent(storage.views.generations),
+                remotes=remotes or {},
                 on_view_failure=on_view_failure,
                 meter=meter,
                 tracing=hooks.tracing,

@@ -6,6 +6,7 @@ so code can be moved without touching what is stored.
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from cqrs_es.messages import CommandContext, Envelope, MessageSpec, StoredEvent,
 from cqrs_es.projector import Projector, check_view_name
 from cqrs_es.reactor import ProcessManager, Reactor, Refused, Since
 from cqrs_es.sum_types import class_of, members_of
-from cqrs_es.types import AggregateKey, JsonObject, Version, text_of, utc_now
+from cqrs_es.types import NAME, AggregateKey, JsonObject, Version, shown, text_of, utc_now
 from cqrs_es.upcasting import RawEvent, Upcaster, UpcasterChain
 from cqrs_es.view import View
 
@@ -38,6 +39,7 @@ AnyProjector: TypeAlias = Projector[Any]
 ServicesFactory: TypeAlias = Callable[[CommandContext], Any]
 
 
+_URL_VARIABLE: Final = re.compile(r"CQRS_ES_[A-Z][A-Z0-9_]*_URL", re.ASCII)
 MAX_TYPE_WITH_KEYS: Final = 59
 """A row of `store_info` is called `keys:` and the type, and a name has 64 characters."""
 
@@ -85,6 +87,50 @@ def define_recurring(cron: str, send: Send, zone: str, name: str | None) -> Recu
     recurring = Recurring(given, cron, found, send)
     recurring.after(utc_now())
     return recurring
+
+
+# --- Other services ----------------------------------------------------------
+
+
+MAX_REMOTE_TARGET: Final = 64
+"""A target's column has so many characters, for `<service>:<type>`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """Another service that commands are sent to, and its broker's URL or a variable that has it."""
+
+    service: str
+    url: str
+
+    @property
+    def variable(self) -> str | None:
+        """The environment variable that has the URL, None where `url` is one."""
+        return None if "://" in self.url else self.url
+
+
+def define_remote(service: str, url: str) -> Remote:
+    """Check what another service is called, and where it is; raise `DefinitionError`."""
+    if not NAME.fullmatch(service):
+        message = f"service name {service!r} must match {NAME.pattern}"
+        raise errors.DefinitionError(message)
+    remote = Remote(service, url)
+    if remote.variable is not None and not _URL_VARIABLE.fullmatch(url):
+        message = f"remote({service!r}, url={shown(url)}): a URL, or a variable CQRS_ES_…_URL"
+        raise errors.DefinitionError(message)
+    return remote
+
+
+def remote_target(target: str) -> tuple[str, str]:
+    """Take `<service>:<type>` apart; raise `DefinitionError`."""
+    service, _, aggregate_type = target.partition(":")
+    if not NAME.fullmatch(service) or not NAME.fullmatch(aggregate_type):
+        message = f"send({shown(target)}, …): a class, or <service>:<type> of another service"
+        raise errors.DefinitionError(message)
+    if len(target) > MAX_REMOTE_TARGET:
+        message = f"send({target!r}, …): at most {MAX_REMOTE_TARGET} characters"
+        raise errors.DefinitionError(message)
+    return service, aggregate_type
 
 
 # --- Aggregates --------------------------------------------------------------

@@ -6,6 +6,7 @@ transaction that writes the events, so it happens exactly if they did.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final, TypeAlias
@@ -19,12 +20,16 @@ MAX_TIMER_NAME_CHARACTERS: Final = 100
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """A command to another aggregate, at once or at a moment; see `send`."""
+    """A command to another aggregate, at once or at a moment; see `send`.
+
+    Of a command that is only named, `payload` has the fields.
+    """
 
     target: type[Any] | str
     aggregate_id: str
     command: object
     at: datetime | None = None
+    payload: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +68,19 @@ def send(
     target: type[Any] | str,
     aggregate_id: str,
     command: object,
+    payload: Mapping[str, Any] | None = None,
     *,
     at: datetime | None = None,
 ) -> Send:
     """Send a command to an aggregate, at once unless `at` says when.
 
-    `target` is the aggregate's class, or `"<service>:<type>"` for another
-    service's. Raises `DefinitionError` for a moment without a time zone.
+    `target` is the aggregate's class, or `"<service>:<type>"` for another service's, which
+    `app.remote` names. What that one takes is a `@command` of one's own, named and formed
+    as it is there, or its name and payload: `send("billing:account", id, "Charge", {…})`.
+    Raises `DefinitionError` for a moment without a time zone.
     """
     _check_moment(at)
-    return Send(target, aggregate_id, command, at)
+    return Send(target, aggregate_id, command, at, payload)
 
 
 def later(name: str, *, after: timedelta | None = None, at: datetime | None = None) -> Later:

@@ -9,6 +9,7 @@ import orjson
 from cqrs_es import errors
 from cqrs_es.definitions import RECURRING, ProjectorDefinition
 from cqrs_es.messages import Envelope
+from cqrs_es.types import lane_of
 
 if TYPE_CHECKING:
     from cqrs_es.aggregate import Stateful
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
         ProjectionDefinition,
         ReactorDefinition,
         Recurring,
+        Remote,
     )
     from cqrs_es.messages import StoredEvent
     from cqrs_es.types import AggregateKey
@@ -51,6 +53,7 @@ class Registry:
         self.recurring: dict[tuple[str, str, str], Recurring] = {}
         """By the target's type and id, and by name."""
         self.reactors: dict[str, ReactorDefinition] = {}
+        self.remotes: dict[str, Remote] = {}
         self.left_out: tuple[str, ...] = ()
 
     def suited(self, *, sql: bool) -> Registry:
@@ -70,7 +73,7 @@ class Registry:
             raise errors.ConfigurationError(message)
         rest = Registry()
         rest.aggregates, rest.reactors = self.aggregates, self.reactors
-        rest.recurring = self.recurring
+        rest.recurring, rest.remotes = self.recurring, self.remotes
         rest.left_out = (*self.left_out, *(definition.name for definition in projectors))
         rest.projections = {n: p for n, p in self.projections.items() if n not in rest.left_out}
         return rest
@@ -101,6 +104,17 @@ class Registry:
             message = f"{place[0]}/{place[1]} has a recurring command {name!r}: give name=…"
             raise errors.DefinitionError(message)
         self.recurring[place] = definition
+
+    def add_remote(self, remote: Remote) -> None:
+        """Add another service; raise `DefinitionError` when its name is taken."""
+        if remote.service in self.remotes:
+            message = f"two remotes have the name {remote.service!r}"
+            raise errors.DefinitionError(message)
+        for other in self.remotes:
+            if lane_of(other, 0) == lane_of(remote.service, 0):
+                message = f"{other!r} and {remote.service!r} have one lane: call one otherwise"
+                raise errors.DefinitionError(message)
+        self.remotes[remote.service] = remote
 
     def recurring_for(self, key: AggregateKey, timer: str) -> Recurring | None:
         """Return the recurring command that a row belongs to, None for any other row."""

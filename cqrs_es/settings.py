@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Literal, Self, TypeAlias, get_args
 from urllib.parse import urlsplit
 
 from cqrs_es import errors
-from cqrs_es.types import NAME
+from cqrs_es.types import MOST_PARTITIONS, NAME
 from cqrs_es.wire import MAX_MESSAGE_BYTES
 
 PREFIX: Final = "CQRS_ES_"
@@ -55,6 +55,8 @@ class Settings:
     health_port: str | None = None
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
+    remote_urls: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
+    """The brokers' URLs of other services, by the variables that `app.remote` names."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
@@ -64,13 +66,29 @@ class Settings:
         prefix are refused: a misspelt setting must not do nothing.
         """
         given = _given(os.environ if environment is None else environment)
-        known = {field.name for field in fields(cls)}
+        remote_urls = {
+            _variable(name): _parsed_as(name, _url, text)
+            for name, text in given.items()
+            if name not in _PARSERS and name.endswith("_url")
+        }
         for name in given:
-            if name not in known:
-                variables = ", ".join(PREFIX + other.upper() for other in sorted(known))
-                message = f"{PREFIX}{name.upper()} is no setting; there are {variables}"
-                raise errors.SettingsError(message)
-        return cls(**{name: _parsed(name, text) for name, text in given.items()})
+            if name not in _PARSERS and _variable(name) not in remote_urls:
+                raise errors.SettingsError(_no_setting(_variable(name)))
+        own = {
+            name: _parsed_as(name, _PARSERS[name], text)
+            for name, text in given.items()
+            if name in _PARSERS
+        }
+        return cls(**own, remote_urls=remote_urls)
+
+    def check_remotes(self, variables: Collection[str]) -> None:
+        """Raise `SettingsError` for a URL that is of no remote: a misspelt one must not do nothing.
+
+        `variables` are those that remotes name.
+        """
+        for variable in self.remote_urls:
+            if variable not in variables:
+                raise errors.SettingsError(_no_setting(variable, variables))
 
     def __repr__(self) -> str:
         """Show what is set, passwords masked."""
@@ -129,11 +147,20 @@ def _read(variable: str, path: str) -> str:
         raise errors.SettingsError(message) from exc
 
 
-def _parsed(name: str, text: str) -> Any:
+def _variable(name: str) -> str:
+    return PREFIX + name.upper()
+
+
+def _no_setting(variable: str, others: Collection[str] = ()) -> str:
+    known = ", ".join([*map(_variable, sorted(_PARSERS)), *sorted(others)])
+    return f"{variable} is no setting; there are {known}"
+
+
+def _parsed_as(name: str, parse: Callable[[str], Any], text: str) -> Any:
     try:
-        return _PARSERS[name](text)
+        return parse(text)
     except ValueError as exc:
-        message = f"{PREFIX}{name.upper()}: {exc}"
+        message = f"{_variable(name)}: {exc}"
         raise errors.SettingsError(message) from exc
 
 
@@ -212,7 +239,7 @@ _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
     "store_url": _url,
     "broker_url": _url,
     "service": _service,
-    "partitions": _whole(1, 1024),
+    "partitions": _whole(1, MOST_PARTITIONS),
     "batch_size": _whole(1, 10_000),
     "handler_timeout": _number(0.01, 86_400),
     "lease_seconds": _number(1, 3600),
@@ -229,6 +256,8 @@ _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
 
 def shown_setting(name: str, value: object) -> object:
     """Return a setting's value as it may be shown: a URL without its password."""
+    if isinstance(value, Mapping):
+        return {variable: masked(url) for variable, url in value.items()}
     return masked(value) if name.endswith("_url") and isinstance(value, str) else value
 
 

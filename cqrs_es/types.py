@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -79,6 +79,24 @@ def partition_of(aggregate_type: str, aggregate_id: str, partitions: int) -> int
 def utc_now() -> datetime:
     """Return the present moment, aware, in UTC, to the microsecond."""
     return datetime.now(UTC)
+
+
+MOST_PARTITIONS: Final = 1024
+"""How many a store may have."""
+_LANES: Final = 2**20
+
+
+def lane_of(service: str, partition: int) -> int:
+    """Return the number of where rows for another service lie that a partition has caused.
+
+    It is below 0: workers, which look at partitions, never see them.
+    """
+    return -1 - partition - MOST_PARTITIONS * (zlib.crc32(service.encode()) % _LANES)
+
+
+def partition_of_lane(number: int) -> int:
+    """Return the partition whose lock is that of a lane, or of itself."""
+    return number if number >= 0 else (-1 - number) % MOST_PARTITIONS
 
 
 def new_command_id() -> str:

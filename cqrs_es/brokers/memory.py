@@ -129,6 +129,11 @@ class MemoryBroker(Broker):
         self._opened.add(inbox)
         return inbox
 
+    def queued(self) -> list[bytes]:
+        """Return the commands that are not settled, those of a partition in order."""
+        queues = [queue for _, queue in sorted(self._queues.items())]
+        return [body for queue in queues for body in queue.unsettled.values()]
+
     async def queue_depth(self) -> Mapping[int, int]:
         """Return how many commands are not settled, by partition."""
         return {partition: len(queue.unsettled) for partition, queue in self._queues.items()}

@@ -27,7 +27,7 @@ from cqrs_es.program import DONE, FAILED
 from cqrs_es.projector import physical_name
 from cqrs_es.runtime.roles import known_roles
 from cqrs_es.runtime.waiting import unless
-from cqrs_es.types import AggregateKey
+from cqrs_es.types import AggregateKey, lane_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -68,6 +68,7 @@ async def read_status(opened: OpenApplication) -> dict[str, Any]:
         for name in [*opened.registry.projections, *map(reactor_role, opened.registry.reactors)]
     }
     members = await storage.leases.members()
+    numbers = range(opened.process.partitions)
     vacant = known_roles(opened.registry) - {member.role for member in members}
     return {
         "views": [await _view(opened, name, heads, projected[name]) for name in projected],
@@ -83,15 +84,19 @@ async def read_status(opened: OpenApplication) -> dict[str, Any]:
         ],
         "dead_letters": await storage.dead_letters.count(),
         "parked": len(await opened.parked()),
-        "scheduled": await _scheduled(opened),
+        "scheduled": await _scheduled(opened, numbers),
+        "remotes": {
+            name: await _scheduled(opened, [lane_of(name, number) for number in numbers])
+            for name in opened.registry.remotes
+        },
     }
 
 
-async def _scheduled(opened: OpenApplication) -> dict[str, Any]:
+async def _scheduled(opened: OpenApplication, numbers: Collection[int]) -> dict[str, Any]:
     """Say how many scheduled commands are due, and for how many seconds the first has been."""
     from cqrs_es.runtime.due import overdue
 
-    late = await overdue(opened.storage.events, range(opened.process.partitions))
+    late = await overdue(opened.storage.events, numbers)
     return {
         "due": sum(each.rows for each in late.values()),
         "overdue_seconds": max((each.seconds for each in late.values()), default=0.0),
@@ -150,10 +155,13 @@ def _print_status(found: dict[str, Any]) -> None:
     print_table(["role", "member", "partitions", "fit"], [*members, *vacant])
     print_text("")
     counts = {"dead letters": found["dead_letters"], "parked": found["parked"]}
-    due = found["scheduled"]["due"]
-    seconds = f"the first for {found['scheduled']['overdue_seconds']:.0f} s" if due else None
     rows = [[what, _bad(count), None] for what, count in counts.items()]
-    print_table([], [*rows, ["scheduled, due", _late(due), seconds]])
+    waiting = {"scheduled, due": found["scheduled"]}
+    waiting |= {f"for {name}, due": each for name, each in found["remotes"].items()}
+    for what, each in waiting.items():
+        seconds = f"the first for {each['overdue_seconds']:.0f} s" if each["due"] else None
+        rows.append([what, _late(each["due"]), seconds])
+    print_table([], rows)
 
 
 def _late(count: int) -> Coloured | int:

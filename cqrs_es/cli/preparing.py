@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cqrs_es.application import Application
-    from cqrs_es.definitions import AggregateDefinition
+    from cqrs_es.definitions import AggregateDefinition, Remote
     from cqrs_es.opened import OpenApplication
     from cqrs_es.ports.broker import Topology
     from cqrs_es.ports.storage import Storage
@@ -126,6 +126,8 @@ async def check_everything(app: Application, settings: Settings) -> list[Finding
         if any(definition.has_keys for definition in app.registry.aggregates.values()):
             named["unique keys"] = checks.keys
         named["broker"] = checks.broker
+        for remote in app.registry.remotes.values():
+            named[f"remote {remote.service}"] = checks.remote(remote)
         return [await _find(name, check) for name, check in named.items()]
 
 
@@ -147,6 +149,7 @@ class _Checks:
     async def definitions(self) -> str:
         registry = self._app.registry
         registry.check()
+        self._settings.check_remotes([remote.url for remote in registry.remotes.values()])
         aggregates = ", ".join(registry.aggregates) or "none"
         views = ", ".join(registry.projections) or "none"
         return f"aggregates: {aggregates}; views: {views}"
@@ -231,6 +234,18 @@ class _Checks:
         answers = f"{masked(self._settings.broker_url)} answers; {waiting} commands wait"
         return f"{answers}; {seen}" if seen else answers
 
+    def remote(self, remote: Remote) -> Check:
+        async def check() -> str:
+            from cqrs_es.runtime.remote import RemoteQueue
+
+            queue = RemoteQueue(remote, self._settings)
+            queue.check()
+            self._stack.push_async_callback(queue.close)
+            _, partitions = await queue.connected()
+            return f"its broker answers; commands can be sent to {partitions} partitions"
+
+        return check
+
     async def _compare(self, topology: Topology | None, *, durable: bool) -> None:
         """Make sure that a server has the queues of as many partitions as the store."""
         if self._storage is None or not durable:
@@ -292,4 +307,8 @@ def explain(settings: Settings) -> list[Explanation]:
             MEANINGS[field.name],
         )
         for field in fields(Settings)
+        if field.name in MEANINGS
+    ] + [
+        Explanation(variable, masked(url), None, "the broker of another service")
+        for variable, url in settings.remote_urls.items()
     ]

@@ -20,7 +20,7 @@ from cqrs_es.cli.output import (
 )
 from cqrs_es.cloudevents import timestamp
 from cqrs_es.program import FAILED
-from cqrs_es.types import AggregateKey, parse_command_id
+from cqrs_es.types import AggregateKey, parse_command_id, partition_of_lane
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -87,7 +87,7 @@ async def _rows(
     events = opened.storage.events
     after: tuple[datetime, str] | None = None
     now = await _now(opened) if due else None
-    while page := await events.list_scheduled(after, PAGE, key):
+    while page := await events.list_scheduled(after, PAGE, key, opened.process.lanes):
         free = await events.find_scheduled([row.command_id for row in page])
         for row in page:
             if now is not None and row.moment > now:
@@ -98,7 +98,7 @@ async def _rows(
 
 async def _now(opened: OpenApplication) -> datetime:
     """Return the store's time where something is due; where nothing is, the beginning of time."""
-    for partition in range(opened.process.partitions):
+    for partition in (*range(opened.process.partitions), *opened.process.lanes):
         for first in await opened.storage.events.due(partition, 1):
             return first.moment + first.late
     return datetime.min.replace(tzinfo=UTC)
@@ -113,7 +113,7 @@ def _fields(row: ScheduledCommand, *, held_back: bool) -> dict[str, Any]:
         "target": str(row.key),
         "type": orjson.loads(row.body)["type"],
         "timer": row.timer,
-        "partition": row.partition,
+        "partition": partition_of_lane(row.partition),
         "failed": held_back,
         "command": orjson.loads(row.body),
     }

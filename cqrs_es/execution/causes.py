@@ -8,22 +8,32 @@ the store's secret.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
+from msgspec import structs
 
 from cqrs_es import errors, wire
-from cqrs_es.definitions import EVENT_INPUT, RECURRING, REFUSED_INPUT
+from cqrs_es.codec import CommandCodec
+from cqrs_es.definitions import EVENT_INPUT, RECURRING, REFUSED_INPUT, remote_target
 from cqrs_es.intents import Elapsed, Later, Send
 from cqrs_es.messages import CommandMessage, spec_of
 from cqrs_es.ports.store import IMMEDIATELY, ScheduledCommand
 from cqrs_es.reactor import ProcessManager
-from cqrs_es.types import AggregateKey, check_aggregate_id, new_command_id, text_of, utc_now
+from cqrs_es.types import (
+    AggregateKey,
+    check_aggregate_id,
+    lane_of,
+    new_command_id,
+    text_of,
+    utc_now,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -46,13 +56,14 @@ class Cause:
 
     `id` is the event's CloudEvents id, or the command's id; `command_id` is that of the
     command that gave rise to it, and `metadata` that command's. `process` is the
-    process manager that sends, if it is one.
+    process manager that sends, if it is one; `origin` is whose event it is.
     """
 
     id: str
     command_id: str | None
     metadata: Mapping[str, str]
     process: AggregateKey | None = None
+    origin: AggregateKey | None = None
 
 
 class Causes:
@@ -80,9 +91,34 @@ class Causes:
         Raises `DefinitionError` for a target or command that there is not, or that does not
         fit its type.
         """
-        key, name, payload = self._addressed(intent)
         due = IMMEDIATELY if intent.at is None else self._checked(intent.at)
+        if isinstance(intent.target, str):
+            return self._sent_away(intent.target, intent, cause, due)
+        key, name, payload = self._addressed(intent)
         return self.row(key, name, payload, cause, due)
+
+    def _sent_away(
+        self, target: str, intent: Send, cause: Cause, due: datetime | timedelta
+    ) -> ScheduledCommand:
+        """Make the row of a command to another service, among those of its origin's partition.
+
+        It is a message that the other service can take, or there is no row.
+        """
+        service, aggregate_type = remote_target(target)
+        if service not in self._registry.remotes:
+            message = f"send({target!r}, …): there is no such service: app.remote({service!r}, …)"
+            raise errors.DefinitionError(message)
+        assert cause.origin is not None  # noqa: S101 - recurring commands are sent to none
+        lane = lane_of(service, cause.origin.partition(self._partitions))
+        name, payload = _spelt(intent)
+        key = AggregateKey(aggregate_type, intent.aggregate_id)
+        row = self.row(key, name, payload, replace(cause, process=None), due)
+        try:
+            wire.parse_command(row.body, self._max_message_bytes)
+        except errors.InvalidMessage as exc:
+            message = f"send({target!r}, …, {name}): {exc.message}"
+            raise errors.DefinitionError(message) from exc
+        return structs.replace(row, key=AggregateKey(target, key.id), partition=lane)
 
     def recurring(self, definition: Recurring, after: datetime) -> ScheduledCommand:
         """Make the row of a recurring command's first time after a moment.
@@ -219,9 +255,7 @@ class Causes:
         )
 
     def _target(self, intent: Send) -> AggregateDefinition:
-        if isinstance(intent.target, str):
-            message = f"there is no service for {intent.target!r}"
-            raise errors.DefinitionError(message)
+        assert not isinstance(intent.target, str)  # noqa: S101 - that is another service
         check_aggregate_id(intent.aggregate_id)
         return self._registry.aggregate_of(intent.target)
 
@@ -285,4 +319,20 @@ class Causes:
 def cause_of(event: Envelope[Any]) -> Cause:
     """Return an event as what causes commands."""
     event_id = f"{event.aggregate_type}/{event.aggregate_id}/{event.sequence}"
-    return Cause(event_id, event.command_id, event.metadata)
+    origin = AggregateKey(event.aggregate_type, event.aggregate_id)
+    return Cause(event_id, event.command_id, event.metadata, origin=origin)
+
+
+def _spelt(intent: Send) -> tuple[str, JsonObject]:
+    """Return the name and payload of a command to another service."""
+    if isinstance(intent.command, str):
+        return intent.command, dict(intent.payload or {})
+    spec = spec_of(type(intent.command))
+    cls: Any = type(intent.command)
+    encoded = _codec_of(cls).encode(intent.command)
+    return spec.name, orjson.loads(encoded)
+
+
+@functools.cache
+def _codec_of(cls: Any) -> CommandCodec[Any]:
+    return CommandCodec(cls)

@@ -297,7 +297,7 @@ class Decider:
             number = sequence + max(1, events_before)
             cause_id = f"{key}/{number}" if yielded.events else message.id
             process = None if yielded.definition.inputs is None else key
-            cause = Cause(cause_id, message.id, message.metadata, process)
+            cause = Cause(cause_id, message.id, message.metadata, process, key)
             if isinstance(intent, Send):
                 rows.append(self._causes.sent(intent, cause))
             else:

@@ -103,7 +103,8 @@ class StoredOutcome(msgspec.Struct, frozen=True):
 class ScheduledCommand(msgspec.Struct, frozen=True, kw_only=True):
     """A row of `outgoing_commands`: a command that is to be decided at `due`, or at once.
 
-    `key` is its target, `partition` that of the target. `due` may be a span, which counts
+    `key` is its target, `partition` that of the target; for another service its type is
+    `<service>:<type>` and `partition` is a lane, see `lane_of`. `due` may be a span, which counts
     from when the row is written; what is read has the moment. `body` is the command message.
     `timer` is the name of a timer of the target; there is one of a name at a time. `late` is how
     long it had been due when it was found due, by the store's clock.
@@ -339,11 +340,16 @@ class EventStore(ABC):
 
     @abstractmethod
     async def list_scheduled(
-        self, after: tuple[datetime, str] | None, limit: int, key: AggregateKey | None = None
+        self,
+        after: tuple[datetime, str] | None,
+        limit: int,
+        key: AggregateKey | None = None,
+        lanes: Collection[int] = (),
     ) -> list[ScheduledCommand]:
         """Read up to `limit` rows in the order of `due`, of one target or of all.
 
-        `after` is the moment and the id of the last one read.
+        `after` is the moment and the id of the last one read. Stores that can't list
+        all rows look at `lanes` beside the partitions.
         """
 
     @abstractmethod

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cqrs_es.execution.retry import Outage
 from cqrs_es.telemetry.metrics import NO_METER, Meter
 from cqrs_es.telemetry.tracing import NO_TRACING, Tracing
+from cqrs_es.types import lane_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -53,9 +54,17 @@ class Process:
     owner: str
     info: Recent[StoreInfo]
     generations: Recent[Mapping[str, int]]
+    remotes: Mapping[str, Broker] = field(default_factory=dict["str", "Broker"])
+    """Brokers of other services that were given, by their names; the others have URLs."""
     on_view_failure: Callable[[StoredEvent, Exception], None] | None = None
     meter: Meter = NO_METER
     tracing: Tracing = NO_TRACING
+
+    @property
+    def lanes(self) -> list[int]:
+        """Where commands to other services lie."""
+        services, numbers = self.registry.remotes, range(self.partitions)
+        return [lane_of(service, number) for service in services for number in numbers]
 
     def outage(self) -> Outage:
         """Make what waits for the store for as long as it takes."""

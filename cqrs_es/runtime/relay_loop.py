@@ -7,24 +7,27 @@ subscribers drop by offset.
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from cqrs_es import errors
+from cqrs_es.runtime.remote import RemoteSender, ended
 from cqrs_es.runtime.roles import RELAY, LagMetrics, Role
 from cqrs_es.runtime.topic import topic_events, topic_within_log
 from cqrs_es.runtime.waiting import unless, within
 from cqrs_es.telemetry import metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from cqrs_es.ports.broker import OutgoingEvent
     from cqrs_es.ports.leases import Lease
     from cqrs_es.ports.store import StoreInfo
     from cqrs_es.runtime.leases import Assignment
     from cqrs_es.runtime.process import Process
+    from cqrs_es.telemetry.metrics import Reading
 
 log = structlog.get_logger("cqrs_es.relay")
 
@@ -48,8 +51,29 @@ class Relay(Role):
         self._service = process.service
         self._meter = process.meter
         self._tracing = process.tracing
+        self._remote = RemoteSender(process)
+
+    def check(self) -> None:
+        """Raise `SettingsError` where another service that gets commands can't be reached."""
+        self._remote.check()
+
+    async def watch(self) -> None:
+        """Look when commands to other services are due."""
+        await self._remote.watch()
+
+    async def figures(self, held: Collection[int]) -> list[Reading]:
+        """Ask how much waits for other services."""
+        return await self._remote.figures(held)
 
     async def run_partition(self, assignment: Assignment) -> None:
+        """Publish a partition, and send what it has for other services, until stopped."""
+        sending = asyncio.create_task(self._remote.run(assignment))
+        try:
+            await self._publish_forever(assignment)
+        finally:
+            await ended(sending, cleanly=assignment.stopping.is_set())
+
+    async def _publish_forever(self, assignment: Assignment) -> None:
         """Publish a partition until stopped, going on from its mark."""
         lease, stopping = assignment.lease, assignment.stopping
         info = await self._storage.info()

@@ -14,7 +14,7 @@ from cqrs_es.runtime.consumer import CommandWorker
 from cqrs_es.runtime.leases import LeaseKeeper, Membership, Rounds
 from cqrs_es.runtime.projection_loop import ProjectorLoop, ReactorLoop
 from cqrs_es.runtime.relay_loop import Relay
-from cqrs_es.runtime.roles import WORKER, Position, Role, check_roles, known_roles
+from cqrs_es.runtime.roles import RELAY, WORKER, Position, Role, check_roles, known_roles
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,6 +64,8 @@ class Supervisor:
         reactors = [ReactorLoop(process, d) for d in process.registry.reactors.values()]
         every: list[Role] = [self._worker, self._relay, *projectors, *reactors]
         self._roles = {role.name: role for role in every}
+        if RELAY in self._chosen:
+            self._relay.check()
 
     @property
     def progress(self) -> Progress:
@@ -177,7 +179,8 @@ class Supervisor:
             return False
         if self._executor.pending or sum((await self._process.broker.queue_depth()).values()):
             return False
-        due = await events.next_due(range(self._process.partitions))
+        process = self._process
+        due = await events.next_due([*range(process.partitions), *process.lanes])
         if any(seconds <= 0 for seconds in due.values()):
             return False
         return await events.heads() == before

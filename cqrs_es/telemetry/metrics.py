@@ -122,6 +122,19 @@ RELAY_LAG_EVENTS: Final = _gauge(
 RELAY_LAG_SECONDS: Final = _gauge(
     "relay_lag_seconds", "Age of the oldest event not yet published, 0 without one.", "partition"
 )
+REMOTE_SENT: Final = _counter(
+    "remote_sent", "Commands that the queue of another service has confirmed.", "remote"
+)
+REMOTE_WAITING: Final = _gauge(
+    "remote_waiting",
+    "Commands for another service that are due and not confirmed by its queue.",
+    *("remote", "partition"),
+)
+REMOTE_OVERDUE_SECONDS: Final = _gauge(
+    "remote_overdue_seconds",
+    "How long the first command for another service has been due, 0 without one.",
+    *("remote", "partition"),
+)
 EVENTS_PROJECTED: Final = _counter(
     "events_projected", "Events that a view has taken in, passed over or parked.", "view"
 )
@@ -231,6 +244,9 @@ class Meter:
     def published(self, events: int) -> None:
         """Note that the topic has confirmed so many more events."""
 
+    def sent_away(self, service: str, commands: int) -> None:
+        """Note that another service's queue has confirmed so many more commands."""
+
     def projected(self, view: str, events: int) -> None:
         """Note that a view's checkpoint has moved past so many more events."""
 
@@ -331,6 +347,7 @@ class Metrics(Meter):
         self._conflicts = self._counter(CONFLICTS, [()])
         self._retries = self._counter(RETRIES, [("handler",), ("store",)])
         self._published = self._counter(EVENTS_PUBLISHED, [()])
+        self._sent_away = self._counter(REMOTE_SENT, [(name,) for name in registry.remotes])
         views = [(name,) for name in registry.projections]
         self._projected = self._counter(EVENTS_PROJECTED, views)
         reactors = [(name,) for name in registry.reactors]
@@ -415,6 +432,10 @@ class Metrics(Meter):
     def published(self, events: int) -> None:
         """Count published events."""
         self._published[()] += events
+
+    def sent_away(self, service: str, commands: int) -> None:
+        """Count commands that another service has got."""
+        self._sent_away[service,] += commands
 
     def projected(self, view: str, events: int) -> None:
         """Count projected events."""

@@ -11,6 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self, TypeVar
 
 from cqrs_es import errors, wire
+from cqrs_es.brokers import EVENT_RETENTION
+from cqrs_es.brokers.memory import MemoryBroker
 from cqrs_es.commands import new_command
 from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome
 from cqrs_es.ports.broker import OutgoingCommand
@@ -79,14 +81,20 @@ class TestApp:
         storage: Storage | None = None,
         broker: Broker | None = None,
         clock: FakeClock | None = None,
+        remotes: Mapping[str, Broker] | None = None,
     ) -> None:
-        """Run on the store and broker of `settings`, or on ones given, which stay open."""
+        """Run on the store and broker of `settings`, or on ones given, which stay open.
+
+        Other services' queues are in memory unless `remotes` has their brokers.
+        """
         settings = settings or Settings(store_url="memory://")
         self._settings = replace(settings, lease_seconds=LEASE_SECONDS)
         self._app = app
         self._storage = storage
         self._broker = broker
         self.clock = clock or FakeClock()
+        self._queues = {name: _queue() for name in app.registry.remotes}
+        self._remotes: dict[str, Broker] = {**self._queues, **(remotes or {})}
         self._opened: OpenApplication | None = None
         self._supervisor: Supervisor | None = None
         self._replies: defaultdict[str, deque[Outcome]] = defaultdict(deque)
@@ -118,6 +126,8 @@ class TestApp:
     @asynccontextmanager
     async def _running(self) -> AsyncGenerator[None]:
         async with AsyncExitStack() as stack:
+            for queue in self._queues.values():
+                await queue.declare(1, "test")
             opened = self._opened = await self._open(stack)
             self._supervisor = opened.supervisor()
             for definition in opened.registry.recurring.values():
@@ -145,6 +155,7 @@ class TestApp:
             initialise=True,
             on_handler_failure=self._note_handler,
             on_view_failure=self._note_view,
+            remotes=self._remotes,
         )
         return await stack.enter_async_context(opening)
 
@@ -278,6 +289,10 @@ class TestApp:
         """Look up what became of a command."""
         return await self.opened.outcome(command_id)
 
+    def sent_to(self, service: str) -> list[CommandMessage]:
+        """Return the commands that another service has got in its queue; `drain` first."""
+        return [wire.parse_command(body) for body in self._queues[service].queued()]
+
     async def dead_letters(self) -> list[DeadLetter]:
         """Return the messages that could not be decided, up to a thousand; `drain` first."""
         return await self.opened.storage.dead_letters.page(limit=1000)
@@ -344,3 +359,7 @@ def _done(task: asyncio.Task[None]) -> Callable[[], Awaitable[bool]]:
         return task.done()
 
     return done
+
+
+def _queue() -> MemoryBroker:
+    return MemoryBroker(event_retention=EVENT_RETENTION)

@@ -67,6 +67,7 @@ def test_status(bank: Here) -> None:
         "vacant_roles": ROLES,
         "leases": [],
         "scheduled": {"due": 0, "overdue_seconds": 0.0},
+        "remotes": {},
         "dead_letters": 0,
         "parked": 0,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from urllib.parse import urlsplit
 import botocore.session
 import pytest
 
+from cqrs_es.brokers import broker_for
 from cqrs_es.cli.preparing import MEANINGS
 from tests.bank_data import PROJECT
 from tests.command_line import cqrs_es, environment
 from tests.conftest import run_on
-from tests.servers import psql
+from tests.servers import free_port, psql
 
 if TYPE_CHECKING:
     from tests.command_line import Here
@@ -332,3 +334,36 @@ def test_the_version(here: Here) -> None:
     except metadata.PackageNotFoundError:
         expected = "unknown"
     assert here.done("--version").out == f"cqrs-es {expected}\n"
+
+
+def test_another_service_is_looked_for(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`check` says where it is not; `settings` shows where it should be, without the password."""
+    app = ("--app", "tests.remotes:app")
+    found = findings(here, *app, code=2)
+    assert "CQRS_ES_BILLING_URL is not set" in found["remote billing"]["detail"]
+    port = free_port()
+    monkeypatch.setenv("CQRS_ES_BILLING_URL", f"redis://shop:secret@127.0.0.1:{port}/0")
+    found = findings(here, *app, code=3)
+    assert f"127.0.0.1:{port}" in found["remote billing"]["detail"]
+    printed = here.done(*app, "settings").out
+    assert "CQRS_ES_BILLING_URL" in printed
+    assert "secret" not in printed
+
+
+def test_the_queue_of_another_service_is_found(
+    here: Here, monkeypatch: pytest.MonkeyPatch, redis_url: str
+) -> None:
+    """Once it has made its queues."""
+    app = ("--app", "tests.remotes:app")
+    monkeypatch.setenv("CQRS_ES_BILLING_URL", redis_url)
+    found = findings(here, *app, code=3)
+    assert "billing has no queues yet" in found["remote billing"]["detail"]
+    broker = broker_for(redis_url, service="billing")
+
+    async def declare() -> None:
+        await broker.open()
+        await broker.declare(4, "epoch")
+        await broker.close()
+
+    asyncio.run(declare())
+    assert "4 partitions" in findings(here, *app)["remote billing"]["detail"]

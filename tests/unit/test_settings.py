@@ -216,11 +216,22 @@ async def clients_refuse_and_take(opened: OpenApplication, large: Write) -> None
         sync.send(Note, "1", large)
 
 
+async def remote_urls() -> None:
+    """Tell the relay where another service's broker is."""
+    shop = Application("shop")
+    shop.remote("billing", url="CQRS_ES_BILLING_URL")
+    with pytest.raises(errors.SettingsError, match="CQRS_ES_BILLING_URL is not set"):
+        async with shop.open(settings()) as opened:
+            opened.supervisor({"relay"})
+    async with shop.open(settings(billing_url="redis://127.0.0.1:1/0")) as opened:
+        opened.supervisor({"relay"})
+
+
 HERE: Final[dict[str, Callable[..., Awaitable[None]]]] = {
     act.__name__: act
     for act in (
         store_url, broker_url, service, partitions, batch_size, handler_timeout, lease_seconds,
-        outcome_retention_days, event_retention, max_event_bytes, max_message_bytes,
+        outcome_retention_days, event_retention, max_event_bytes, max_message_bytes, remote_urls,
     )
 }  # fmt: skip
 

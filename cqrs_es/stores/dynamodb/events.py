@@ -167,11 +167,15 @@ class DynamoEvents(EventStore):
         return await scheduled.hasten(self._table, command_ids, self._now())
 
     async def list_scheduled(
-        self, after: tuple[datetime, str] | None, limit: int, key: AggregateKey | None = None
+        self,
+        after: tuple[datetime, str] | None,
+        limit: int,
+        key: AggregateKey | None = None,
+        lanes: Collection[int] = (),
     ) -> list[ScheduledCommand]:
         """Read up to `limit` rows in the order of `due`."""
         count = await self._partitions()
-        numbers = range(count) if key is None else [key.partition(count)]
+        numbers = [*(range(count) if key is None else [key.partition(count)]), *lanes]
         return await scheduled.page(self._table, numbers, after, limit, key)
 
     # --- The log -------------------------------------------------------------

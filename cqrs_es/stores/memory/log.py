@@ -207,9 +207,14 @@ class MemoryEvents(EventStore):
         return found
 
     async def list_scheduled(
-        self, after: tuple[datetime, str] | None, limit: int, key: AggregateKey | None = None
+        self,
+        after: tuple[datetime, str] | None,
+        limit: int,
+        key: AggregateKey | None = None,
+        lanes: Collection[int] = (),
     ) -> list[ScheduledCommand]:
         """Read up to `limit` rows in the order of `due`."""
+        del lanes
         return [
             row
             for row in self._in_order()

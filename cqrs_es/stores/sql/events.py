@@ -14,7 +14,7 @@ from cqrs_es.stores.sql.dialect import marks
 from cqrs_es.stores.sql.rows import event_of, event_row, snapshot_of, snapshot_row
 from cqrs_es.stores.sql.session import chunks
 from cqrs_es.stores.sql.tables import EVENTS, LOG_PARTITIONS, SNAPSHOTS
-from cqrs_es.types import AggregateKey
+from cqrs_es.types import AggregateKey, partition_of_lane
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
@@ -158,7 +158,8 @@ class SqlEvents(EventStore):
             found = await scheduled.find(session, command_ids)
             if not found:
                 return set()
-            await _lock_heads(session, sorted({row.partition for row in found.values()}))
+            partitions = {partition_of_lane(row.partition) for row in found.values()}
+            await _lock_heads(session, sorted(partitions))
             still = sorted(await scheduled.find(session, found))
             await change(session, still)
             return set(still)
@@ -166,9 +167,14 @@ class SqlEvents(EventStore):
         return await self._database.run(work)
 
     async def list_scheduled(
-        self, after: tuple[datetime, str] | None, limit: int, key: AggregateKey | None = None
+        self,
+        after: tuple[datetime, str] | None,
+        limit: int,
+        key: AggregateKey | None = None,
+        lanes: Collection[int] = (),
     ) -> list[ScheduledCommand]:
         """Read up to `limit` rows in the order of `due`."""
+        del lanes
         begin = after or (IMMEDIATELY, "")
         return await self._database.read(lambda s: scheduled.page(s, begin, limit, key))
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from cqrs_es.stores.sql.session import Row, Session
 
 _IN_ORDER: Final = " ORDER BY due_at, command_id LIMIT ?"
+_FIRST: Final = " ORDER BY due_at, command_id LIMIT 1"
+LANES_PER_QUERY: Final = 100
 _FREE: Final = f"""
     NOT EXISTS (
         SELECT 1 FROM parked WHERE projector = '{HELD_BACK}'
@@ -43,8 +45,11 @@ _NEXT: Final = f"""
     SELECT log_partition, (
         SELECT due_at FROM outgoing_commands
         WHERE outgoing_commands.log_partition = log_partitions.log_partition AND {_FREE}
-        ORDER BY due_at, command_id LIMIT 1)
+       {_FIRST})
     FROM log_partitions WHERE log_partition IN {{partitions}}"""
+_NEXT_OF_LANE: Final = f"""
+    SELECT {{lane}}, (
+        SELECT due_at FROM outgoing_commands WHERE log_partition = {{lane}}{_FIRST})"""
 # By the index alone; those held back, which are few, apart.
 _COUNT: Final = """
     SELECT log_partition, COUNT(*) FROM outgoing_commands
@@ -106,8 +111,13 @@ async def next_due(session: Session, partitions: Collection[int]) -> dict[int, f
     """Read how many seconds there are until the first row of each partition is due."""
     if not partitions:
         return {}
-    sql = _NEXT.format(partitions=marks(len(partitions)))
-    rows = [row for row in await session.fetch(sql, sorted(partitions)) if row[1] is not None]
+    found: list[Row] = []
+    if numbers := sorted(number for number in partitions if number >= 0):
+        found += await session.fetch(_NEXT.format(partitions=marks(len(numbers))), numbers)
+    for lanes in chunks(sorted(number for number in partitions if number < 0), LANES_PER_QUERY):
+        sql = " UNION ALL ".join(_NEXT_OF_LANE.format(lane=int(lane)) for lane in lanes)
+        found += await session.fetch(sql)
+    rows = [row for row in found if row[1] is not None]
     if not rows:
         return {}
     now = await session.now()
