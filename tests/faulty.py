@@ -186,9 +186,13 @@ class FaultyEvents(EventStore):
         return await self._inner.hasten(command_ids)
 
     async def list_scheduled(
-        self, after: tuple[datetime, str] | None, limit: int, key: AggregateKey | None = None
+        self,
+        after: tuple[datetime, str] | None,
+        limit: int,
+        key: AggregateKey | None = None,
+        lanes: Collection[int] = (),
     ) -> list[ScheduledCommand]:
-        return await self._inner.list_scheduled(after, limit, key)
+        return await self._inner.list_scheduled(after, limit, key, lanes)
 
     async def read_log(self, partition: int, after: int, limit: int) -> list[StoredEvent]:
         return await self._faults.around(
