@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, Literal, Self, TypeAlias, get_args
+from typing import Any, Final, Literal, Self, TypeAlias, cast, get_args
 from urllib.parse import urlsplit
 
 from cqrs_es import errors
@@ -257,7 +257,8 @@ _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
 def shown_setting(name: str, value: object) -> object:
     """Return a setting's value as it may be shown: a URL without its password."""
     if isinstance(value, Mapping):
-        return {variable: masked(url) for variable, url in value.items()}
+        urls = cast("Mapping[str, str]", value)
+        return {variable: masked(url) for variable, url in urls.items()}
     return masked(value) if name.endswith("_url") and isinstance(value, str) else value
 
 
