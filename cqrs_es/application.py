@@ -85,13 +85,15 @@ class Application:
         services: Callable[[CommandContext], S] | None = None,
         source: SourceOfTruth | None = None,
         upcasters: Iterable[Upcaster] = (),
+        command_upcasters: Iterable[Upcaster] = (),
         handler_timeout: float | None = None,
     ) -> None:
         """Register an aggregate.
 
         `services` makes what `handle` is given, for each command anew, from a
-        `CommandContext`. `source` is `EventSourced()` unless given. Raises
-        `DefinitionError` for anything that could not be run or stored.
+        `CommandContext`. `source` is `EventSourced()` unless given. `upcasters` lift its
+        events, `command_upcasters` what older senders send. Raises `DefinitionError`
+        for anything that could not be run or stored.
         """
         factory: ServicesFactory | None = services
         definition = define_aggregate(
@@ -99,6 +101,7 @@ class Application:
             services=factory,
             source=source,
             upcasters=upcasters,
+            command_upcasters=command_upcasters,
             handler_timeout=handler_timeout,
         )
         if factory is None and needs_services(cls):

@@ -19,6 +19,7 @@ import orjson
 from cqrs_es import errors
 from cqrs_es.json_in import strict_check
 from cqrs_es.json_out import Misfit, decimal_text, dumps, in_order, writer
+from cqrs_es.messages import FIRST_VERSION
 from cqrs_es.sum_types import class_of, convert, shown
 
 T = TypeVar("T")
@@ -113,8 +114,9 @@ class Codec(Generic[T]):
 class CommandCodec(Codec[T]):
     """Decodes what senders wrote: unknown fields and Decimals in unusual forms are refused."""
 
-    def __init__(self, cls: type[T]) -> None:
+    def __init__(self, cls: type[T], version: str = FIRST_VERSION) -> None:
         super().__init__(cls)
+        self.version = version
         self._check = strict_check(self._info)
 
     def convert(self, payload: object) -> T:

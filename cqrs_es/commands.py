@@ -9,7 +9,7 @@ import orjson
 from cqrs_es import errors
 from cqrs_es.aggregate import Aggregate
 from cqrs_es.codec import encoded
-from cqrs_es.messages import NO_METADATA, CommandMessage, spec_of
+from cqrs_es.messages import FIRST_VERSION, NO_METADATA, CommandMessage, spec_of
 from cqrs_es.types import new_command_id, shown
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ class CommandOptions(TypedDict, total=False):
     """Goes with the command into its events."""
     expected_sequence: int | None
     """Reject with `conflict` unless the aggregate is at this sequence."""
+    version: str | None
+    """Of which version the payload is, where the command is given by its name; 1.0 unless said."""
 
 
 def new_command(  # noqa: PLR0913 - what a command message consists of
@@ -42,23 +44,35 @@ def new_command(  # noqa: PLR0913 - what a command message consists of
     metadata: Mapping[str, str] = NO_METADATA,
     expected_sequence: int | None = None,
     reply_to: str | None = None,
+    version: str | None = None,
 ) -> CommandMessage:
     """Make a command message to send.
 
     Name aggregate type and command and give a payload, or give the aggregate's
-    class and a command object. In a payload, Decimals become strings. Raises
-    `InvalidMessage` for what JSON can't say; the rest is checked on sending.
+    class and a command object, whose class has a version. In a payload, Decimals
+    become strings. Raises `InvalidMessage` for what JSON can't say; the rest is
+    checked on sending.
     """
+    name, own_version = _named(command)
     return CommandMessage(
         id=new_command_id() if command_id is None else command_id,
-        type=command if isinstance(command, str) else spec_of(type(command)).name,
+        type=name,
         aggregate_type=aggregate if isinstance(aggregate, str) else _type_of(aggregate),
         aggregate_id=aggregate_id,
         payload=_as_json(_content(command, payload)),
         metadata=metadata,
         expected_sequence=expected_sequence,
         reply_to=reply_to,
+        version=version or own_version,
     )
+
+
+def _named(command: object) -> tuple[str, str]:
+    """Return what a command is called, and the version that its class has."""
+    if isinstance(command, str):
+        return command, FIRST_VERSION
+    spec = spec_of(type(command))
+    return spec.name, spec.version
 
 
 def _type_of(aggregate: type[Aggregate[Any, Any, Any]]) -> str:

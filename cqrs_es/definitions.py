@@ -22,7 +22,14 @@ from cqrs_es import errors
 from cqrs_es.aggregate import Aggregate, EventSourced, SourceOfTruth, Stateful
 from cqrs_es.codec import Codec, CommandCodec
 from cqrs_es.intents import Elapsed, Send, check_timer_name
-from cqrs_es.messages import CommandContext, Envelope, MessageSpec, StoredEvent, spec_of
+from cqrs_es.messages import (
+    FIRST_VERSION,
+    CommandContext,
+    Envelope,
+    MessageSpec,
+    StoredEvent,
+    spec_of,
+)
 from cqrs_es.projector import Projector, check_view_name
 from cqrs_es.reactor import ProcessManager, Reactor, Refused, Since
 from cqrs_es.sum_types import class_of, members_of
@@ -157,6 +164,7 @@ class AggregateDefinition:
     services: ServicesFactory
     source: SourceOfTruth
     upcasters: UpcasterChain
+    command_upcasters: UpcasterChain
     handler_timeout: float | None
     has_keys: bool
     """Whether its aggregates may have unique keys."""
@@ -164,18 +172,53 @@ class AggregateDefinition:
 
     def takes(self, message_type: str) -> bool:
         """Tell whether a message of this type can be for it."""
-        return message_type in self.commands or (
-            self.inputs is not None and message_type in {EVENT_INPUT, REFUSED_INPUT}
+        return (
+            message_type in self.commands
+            or self.command_upcasters.applies(message_type)
+            or (self.inputs is not None and message_type in {EVENT_INPUT, REFUSED_INPUT})
         )
 
-    def read(self, message_type: str, payload: JsonObject) -> Sequence[object]:
+    def command(self, message_type: str, payload: JsonObject, version: str) -> object:
+        """Return the typed command that a message means today.
+
+        Raises `UnknownVersion` for what newer code has sent, `InvalidCommand` for what does not
+        fit, and `UndecodableRow` where an upcaster fails.
+        """
+        codec = self.commands.get(message_type)
+        if codec is not None and version == codec.version:
+            return codec.convert(payload)
+        raw = self._lift_command(RawEvent.of(message_type, version, payload))
+        codec = self.commands.get(raw.type)
+        if codec is None:
+            message = f"{message_type} is upcast to {raw.type}, which {self.type} does not have"
+            raise errors.DefinitionError(message)
+        if raw.version > Version.parse(codec.version):
+            message = f"a command is {raw.type} {raw.version}, known up to {codec.version} here"
+            raise errors.UnknownVersion(
+                f"{message}: newer code sent it; deploy that code", type=message_type
+            )
+        return codec.convert(raw.payload)
+
+    def _lift_command(self, raw: RawEvent) -> RawEvent:
+        try:
+            (lifted,) = self.command_upcasters.upcast(raw)
+        except errors.InvalidCommand:
+            raise
+        except Exception as exc:
+            message = f"upcasting {raw.type} {raw.version} failed: {text_of(exc)}"
+            raise errors.UndecodableRow(f"{message}; fix the upcaster, then `dead retry`") from exc
+        return lifted
+
+    def read(
+        self, message_type: str, payload: JsonObject, version: str = FIRST_VERSION
+    ) -> Sequence[object]:
         """Return what a message of a type that it takes gives to the handler, one after another.
 
-        Raises `InvalidCommand`; of a process manager, whose inputs nobody outside has
-        written, `UndecodableRow`.
+        Raises as `command` does; of a process manager, whose inputs nobody outside has
+        written, `UndecodableRow` or `NeedsNewerCode`.
         """
         if self.inputs is None:
-            return [self.commands[message_type].convert(payload)]
+            return [self.command(message_type, payload, version)]
         try:
             if message_type == EVENT_INPUT:
                 return self.inputs.events(payload)
@@ -277,8 +320,10 @@ class ProcessInputs:
 
     def refused(self, payload: Mapping[str, Any]) -> Refused:
         """Read a refusal."""
-        codec = self.aggregates[payload["aggregate_type"]].commands[payload["type"]]
-        return Refused(codec.convert(payload["payload"]), payload["code"], payload["message"])
+        command = self.aggregates[payload["aggregate_type"]].command(
+            payload["type"], payload["payload"], payload.get("version", FIRST_VERSION)
+        )
+        return Refused(command, payload["code"], payload["message"])
 
 
 def _typed(definition: EventDefinition, event: StoredEvent, payload: object) -> object:
@@ -306,6 +351,7 @@ def define_aggregate(
     services: ServicesFactory | None = None,
     source: SourceOfTruth | None = None,
     upcasters: Iterable[Upcaster] = (),
+    command_upcasters: Iterable[Upcaster] = (),
     handler_timeout: float | None = None,
 ) -> AggregateDefinition:
     """Read a class's type arguments and check that it can be run and stored.
@@ -320,6 +366,7 @@ def define_aggregate(
         services=services,
         source=source,
         upcasters=upcasters,
+        command_upcasters=command_upcasters,
         handler_timeout=handler_timeout,
     )
 
@@ -359,6 +406,7 @@ def _define(  # noqa: PLR0913 - what a definition consists of
     services: ServicesFactory | None = None,
     source: SourceOfTruth | None,
     upcasters: Iterable[Upcaster],
+    command_upcasters: Iterable[Upcaster] = (),
     handler_timeout: float | None,
     inputs: ProcessInputs | None = None,
 ) -> AggregateDefinition:
@@ -383,6 +431,9 @@ def _define(  # noqa: PLR0913 - what a definition consists of
         services=services or _no_services,
         source=source or EventSourced(),
         upcasters=UpcasterChain(upcasters, {name: d.version for name, d in by_name.items()}),
+        command_upcasters=UpcasterChain(
+            command_upcasters, {name: Version.parse(c.version) for name, c in commands.items()}
+        ),
         handler_timeout=handler_timeout,
         has_keys=has_keys,
         inputs=inputs,
@@ -409,9 +460,9 @@ def _define_event(cls: type[object]) -> EventDefinition:
 def _define_commands(
     classes: Sequence[type[object]], cls: type[object]
 ) -> dict[str, CommandCodec[Any]]:
-    names = [_spec_of_kind(command_class, "command").name for command_class in classes]
-    codecs = [CommandCodec(command_class) for command_class in classes]
-    by_name = dict(zip(names, codecs, strict=True))
+    specs = [_spec_of_kind(command_class, "command") for command_class in classes]
+    codecs = [CommandCodec(cls, spec.version) for cls, spec in zip(classes, specs, strict=True)]
+    by_name = {spec.name: codec for spec, codec in zip(specs, codecs, strict=True)}
     return _unique(by_name, codecs, cls)
 
 

@@ -257,8 +257,16 @@ class UndecodableRow(CqrsError):
         self.sequence = sequence
 
 
-class UnknownEvent(UndecodableRow):
+class NeedsNewerCode(UndecodableRow):
+    """Newer code has written or sent it; deploy that code."""
+
+
+class UnknownEvent(NeedsNewerCode):
     """A stored event has a type or version that this code does not know; deploy newer code."""
+
+
+class UnknownVersion(NeedsNewerCode):
+    """A command has a later version than this code knows; it waits for that code: deploy it."""
 
 
 class BrokenLog(CqrsError):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
-from typing import Generic, Literal, TypeVar, dataclass_transform, overload
+from typing import Final, Generic, Literal, TypeVar, dataclass_transform, overload
 
 import msgspec
 import orjson
@@ -21,6 +21,8 @@ from cqrs_es.types import NAME, AggregateKey, JsonObject, Version
 T = TypeVar("T")
 E_co = TypeVar("E_co", covariant=True)
 NO_METADATA: Mapping[str, str] = MappingProxyType({})
+FIRST_VERSION: Final = "1.0"
+"""Of an event or command that says no other."""
 
 
 # --- Declaring messages ------------------------------------------------------
@@ -38,38 +40,51 @@ class MessageSpec:
 @overload
 def command(cls: type[T], /) -> type[T]: ...
 @overload
-def command(name: str, /) -> Callable[[type[T]], type[T]]: ...
+def command(
+    name: str | None = None, /, *, version: str = FIRST_VERSION
+) -> Callable[[type[T]], type[T]]: ...
 @dataclass_transform(frozen_default=True)
-def command(target: type[T] | str, /) -> type[T] | Callable[[type[T]], type[T]]:
-    """Declare a command: a frozen, slotted dataclass whose name on the wire is the class name.
+def command(
+    target: type[T] | str | None = None, /, *, version: str = FIRST_VERSION
+) -> type[T] | Callable[[type[T]], type[T]]:
+    """Declare a command: a frozen, slotted dataclass with a name on the wire and a version.
 
-    Use as `@command` or `@command("NameOnTheWire")`. Raise `ValueError` in
+    Use as `@command` or `@command("NameOnTheWire", version="1.1")`. Senders say the version, so
+    older ones can be upcast, and newer ones wait for newer code. Raise `ValueError` in
     `__post_init__` to refuse values: the sender gets `invalid_command`.
     """
-    if isinstance(target, str):
-        return functools.partial(_declare, spec=MessageSpec("command", target, ""))
-    return _declare(target, spec=MessageSpec("command", target.__name__, ""))
+    return _declared("command", target, version)
 
 
 @overload
 def event(cls: type[T], /) -> type[T]: ...
 @overload
-def event(name: str | None = None, /, *, version: str = "1.0") -> Callable[[type[T]], type[T]]: ...
+def event(
+    name: str | None = None, /, *, version: str = FIRST_VERSION
+) -> Callable[[type[T]], type[T]]: ...
 @dataclass_transform(frozen_default=True)
 def event(
-    target: type[T] | str | None = None, /, *, version: str = "1.0"
+    target: type[T] | str | None = None, /, *, version: str = FIRST_VERSION
 ) -> type[T] | Callable[[type[T]], type[T]]:
     """Declare an event: a frozen, slotted dataclass with a name and a semantic version.
 
     Use as `@event` or `@event("NameInTheLog", version="2.0")`. The name and the
     version are stored with each event, so they outlive the class.
     """
+    return _declared("event", target, version)
+
+
+def _declared(
+    kind: Literal["command", "event"], target: type[T] | str | None, version: str
+) -> type[T] | Callable[[type[T]], type[T]]:
     if isinstance(target, type):
-        return _declare(target, spec=MessageSpec("event", target.__name__, version))
+        return _declare(target, spec=MessageSpec(kind, target.__name__, version))
     name = target
 
     def declare(cls: type[T]) -> type[T]:
-        return _declare(cls, spec=MessageSpec("event", name or cls.__name__, version))
+        return _declare(
+            cls, spec=MessageSpec(kind, cls.__name__ if name is None else name, version)
+        )
 
     return declare
 
@@ -78,18 +93,17 @@ def _declare(cls: type[T], *, spec: MessageSpec) -> type[T]:
     if not NAME.fullmatch(spec.name):
         message = f"{spec.kind} name {spec.name!r} must match {NAME.pattern}"
         raise errors.DefinitionError(message)
-    if spec.kind == "event":
-        _check_version(cls, spec.version)
+    _check_version(cls, spec)
     made = dataclasses.dataclass(frozen=True, slots=True)(cls)
     made.__message_spec__ = spec  # type: ignore[attr-defined]  # read back by spec_of
     return made
 
 
-def _check_version(cls: type[object], version: str) -> None:
+def _check_version(cls: type[object], spec: MessageSpec) -> None:
     try:
-        Version.parse(version)
+        Version.parse(spec.version)
     except ValueError as exc:
-        message = f"event {cls.__name__}: {exc}"
+        message = f"{spec.kind} {cls.__name__}: {exc}"
         raise errors.DefinitionError(message) from exc
 
 
@@ -104,12 +118,15 @@ def spec_of(cls: type[object]) -> MessageSpec:
 
 # --- Commands ----------------------------------------------------------------
 
+_FIRST: Final = Version.parse(FIRST_VERSION)
+
 
 class CommandMessage(msgspec.Struct, frozen=True):
     """A command as it came from its sender, its envelope checked, its payload not yet.
 
     `metadata` includes what the sender gave and nothing else; `sent_at` is its
     word, in whatever form; `body` is the message as received, kept for dead letters.
+    `version` is the payload's, as the sender says.
     """
 
     id: str
@@ -122,6 +139,7 @@ class CommandMessage(msgspec.Struct, frozen=True):
     reply_to: str | None = None
     sent_at: str | None = None
     body: bytes = b""
+    version: str = FIRST_VERSION
 
     @property
     def key(self) -> AggregateKey:
@@ -129,14 +147,16 @@ class CommandMessage(msgspec.Struct, frozen=True):
         return AggregateKey(self.aggregate_type, self.aggregate_id)
 
     def content_hash(self) -> str:
-        """Hash what must not differ between two messages with one id (G2)."""
-        content = [
+        """Hash what must not differ between two messages with one id (G2), as it was sent."""
+        content: list[object] = [
             self.type,
             self.aggregate_type,
             self.aggregate_id,
             self.payload,
             self.expected_sequence,
         ]
+        if self.version != FIRST_VERSION and (version := Version.parse(self.version)) != _FIRST:
+            content.append(str(version))
         return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Upcasting: chains of functions from one stored version of an event to the next."""
+"""Upcasting: chains of functions from one version of an event or command to the next."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ANY_LATER: Final = Version(999_999_999)
 
 @dataclass(frozen=True, slots=True)
 class RawEvent:
-    """An event as it is stored: type, version and JSON payload."""
+    """An event as it is stored, or a command as it was sent: type, version and JSON payload."""
 
     type: str
     version: Version
@@ -32,10 +32,11 @@ Upcast: TypeAlias = Callable[[JsonObject], JsonObject | Sequence[RawEvent]]
 
 @dataclass(frozen=True, slots=True)
 class Upcaster:
-    """Lifts events of one type from any version below `to` up to `to`.
+    """Lifts events or commands of one type from any version below `to` up to `to`.
 
     The function gets the payload and returns the new one, or a list of
     `RawEvent`: another type renames the event, several split it, none drops it.
+    A command stays one command.
     """
 
     event_type: str
@@ -55,7 +56,7 @@ class Upcaster:
 
 
 def upcaster(event_type: str, *, to: str) -> Callable[[Upcast], Upcaster]:
-    """Declare a function as the upcaster of an event type to a version."""
+    """Declare a function as the upcaster of an event or command type to a version."""
     target = parse_target(to)
 
     def declare(function: Upcast) -> Upcaster:
@@ -65,7 +66,7 @@ def upcaster(event_type: str, *, to: str) -> Callable[[Upcast], Upcaster]:
 
 
 def renames(event_type: str, new_type: str, *, version: str = "1.0") -> Upcaster:
-    """Read every stored event of a type as another type's, of the given version."""
+    """Read every event or command of a type as another type's, of the given version."""
     target = parse_target(version)
 
     def rename(payload: JsonObject) -> list[RawEvent]:
@@ -93,7 +94,7 @@ class UpcasterChain:
     def __init__(self, upcasters: Iterable[Upcaster], current: Mapping[str, Version]) -> None:
         """Check that every chain ends in what the code knows; raise `DefinitionError`.
 
-        `current` maps the event types of the code to their versions.
+        `current` maps the types of the code to their versions.
         """
         self._by_type: Mapping[str, Sequence[Upcaster]] = _sorted_chains(upcasters)
         for event_type, chain in self._by_type.items():

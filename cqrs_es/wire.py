@@ -13,6 +13,7 @@ import orjson
 
 from cqrs_es import errors
 from cqrs_es.messages import (
+    FIRST_VERSION,
     NO_METADATA,
     CommandMessage,
     Outcome,
@@ -25,6 +26,7 @@ from cqrs_es.types import (
     REPLY_TO,
     Json,
     JsonObject,
+    Version,
     check_aggregate_id,
     check_name,
     parse_command_id,
@@ -73,6 +75,7 @@ def parse_command(
         reply_to=_reply_to(message),
         sent_at=_optional_text(message, "sent_at"),
         body=body,
+        version=_version(message),
     )
 
 
@@ -222,6 +225,18 @@ def _reply_to(message: JsonObject) -> str | None:
     raise errors.InvalidMessage(reason)
 
 
+def _version(message: JsonObject) -> str:
+    value = message.get("version")
+    if value is None:
+        return FIRST_VERSION
+    try:
+        Version.parse(value if isinstance(value, str) else "")
+    except ValueError:
+        reason = f'version must be a string such as "1.1", not {shown(value)}'
+        raise errors.InvalidMessage(reason) from None
+    return cast("str", value)
+
+
 def check_metadata(value: Json) -> Mapping[str, str]:
     """Return metadata that is within its limits; raise `InvalidMessage`."""
     if value is None:
@@ -267,6 +282,7 @@ def encode_command(message: CommandMessage, sent_at: str | None = None) -> bytes
         "expected_sequence": message.expected_sequence,
         "reply_to": message.reply_to,
         "sent_at": sent_at,
+        "version": None if message.version == FIRST_VERSION else message.version,
     }
     fields.update({name: value for name, value in optional.items() if value is not None})
     return orjson.dumps(fields)

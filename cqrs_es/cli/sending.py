@@ -40,6 +40,10 @@ def send(  # noqa: PLR0913, PLR0917 - what a command message consists of
     expected: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="Reject unless at this sequence.")
     ] = None,
+    command_version: Annotated[
+        str | None,
+        typer.Option(metavar="V", help="Of which version the payload is; 1.0 unless given."),
+    ] = None,
     at: Annotated[
         str | None,
         typer.Option("--at", metavar="TIME", help="Have it decided then: 2027-01-01T00:00:00Z."),
@@ -71,6 +75,7 @@ def send(  # noqa: PLR0913, PLR0917 - what a command message consists of
         command_id=command_id,
         expected_sequence=expected,
         reply_to=f"cli-{secrets.token_hex(8)}" if wait else None,
+        version=command_version,
     )
     message = _checked(message, invocation_of(context).load()[0].max_message_bytes)
     if not wait:

@@ -23,7 +23,7 @@ from cqrs_es import errors, wire
 from cqrs_es.codec import CommandCodec
 from cqrs_es.definitions import EVENT_INPUT, RECURRING, REFUSED_INPUT, remote_target
 from cqrs_es.intents import Elapsed, Later, Send
-from cqrs_es.messages import CommandMessage, spec_of
+from cqrs_es.messages import FIRST_VERSION, CommandMessage, spec_of
 from cqrs_es.ports.store import IMMEDIATELY, ScheduledCommand
 from cqrs_es.reactor import ProcessManager
 from cqrs_es.types import (
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from cqrs_es.definitions import AggregateDefinition, Recurring
-    from cqrs_es.messages import Envelope, OutcomeError
+    from cqrs_es.messages import Envelope, MessageSpec, OutcomeError
     from cqrs_es.registry import Registry
     from cqrs_es.types import JsonObject
 
@@ -94,8 +94,8 @@ class Causes:
         due = IMMEDIATELY if intent.at is None else self._checked(intent.at)
         if isinstance(intent.target, str):
             return self._sent_away(intent.target, intent, cause, due)
-        key, name, payload = self._addressed(intent)
-        return self.row(key, name, payload, cause, due)
+        key, spec, payload = self._addressed(intent)
+        return self.row(key, spec.name, payload, cause, due, version=spec.version)
 
     def _sent_away(
         self, target: str, intent: Send, cause: Cause, due: datetime | timedelta
@@ -110,9 +110,9 @@ class Causes:
             raise errors.DefinitionError(message)
         assert cause.origin is not None  # noqa: S101 - recurring commands are sent to none
         lane = lane_of(service, cause.origin.partition(self._partitions))
-        name, payload = _spelt(intent)
+        name, version, payload = _spelt(intent)
         key = AggregateKey(aggregate_type, intent.aggregate_id)
-        row = self.row(key, name, payload, replace(cause, process=None), due)
+        row = self.row(key, name, payload, replace(cause, process=None), due, version=version)
         try:
             wire.parse_command(row.body, self._max_message_bytes)
         except errors.InvalidMessage as exc:
@@ -125,17 +125,18 @@ class Causes:
 
         Its id is derived, so that it is the same whoever makes it; nobody else can.
         """
-        key, name, payload = self._addressed(definition.send)
+        key, spec, payload = self._addressed(definition.send)
         due = definition.after(after)
         occurrence = f"every/{key}/{definition.name}/{due.isoformat()}"
         return self.row(
             key,
-            name,
+            spec.name,
             payload,
             Cause(occurrence, None, {}),
             due,
             timer=f"{RECURRING}{definition.name}",
             command_id=self._derived_id(occurrence),
+            version=spec.version,
         )
 
     def renewed(self, row: ScheduledCommand) -> ScheduledCommand | None:
@@ -158,8 +159,8 @@ class Causes:
         number = number & ~(0xF << 76) | 8 << 76
         return str(uuid.UUID(int=number & ~(0x3 << 62) | 2 << 62))
 
-    def _addressed(self, intent: Send) -> tuple[AggregateKey, str, JsonObject]:
-        """Return whom a command is for, what it is called, and its payload."""
+    def _addressed(self, intent: Send) -> tuple[AggregateKey, MessageSpec, JsonObject]:
+        """Return whom a command is for, what it is, and its payload."""
         definition = self._target(intent)
         spec = spec_of(type(intent.command))
         codec = definition.commands.get(spec.name)
@@ -168,7 +169,7 @@ class Causes:
             message = f"send({name}, …, {spec.name}(…)): {name} has no such command"
             raise errors.DefinitionError(message)
         key = AggregateKey(definition.type, intent.aggregate_id)
-        return key, spec.name, orjson.loads(codec.encode(intent.command))
+        return key, spec, orjson.loads(codec.encode(intent.command))
 
     def timer(self, intent: Later, key: AggregateKey, cause: Cause) -> ScheduledCommand:
         """Make the row of a timer of an aggregate."""
@@ -211,6 +212,8 @@ class Causes:
             "code": error.code,
             "message": error.message,
         }
+        if message.version != FIRST_VERSION:
+            payload["version"] = message.version
         hops = self.hops(message.id, message.metadata)
         cause = Cause(message.id, message.id, message.metadata)
         return self.row(process, REFUSED_INPUT, payload, cause, hops=hops)
@@ -230,6 +233,7 @@ class Causes:
         timer: str | None = None,
         command_id: str | None = None,
         hops: int | None = None,
+        version: str = FIRST_VERSION,
     ) -> ScheduledCommand:
         """Make a row, with a new id unless one is given; raise `TooManyHops` and `TooLarge`.
 
@@ -244,6 +248,7 @@ class Causes:
             key.id,
             payload,
             metadata=self._metadata(command_id, cause, hops),
+            version=version,
         )
         body = wire.encode_command(message)
         if len(body) > self._max_message_bytes and not wire.is_internal(command_type):
@@ -323,14 +328,14 @@ def cause_of(event: Envelope[Any]) -> Cause:
     return Cause(event_id, event.command_id, event.metadata, origin=origin)
 
 
-def _spelt(intent: Send) -> tuple[str, JsonObject]:
-    """Return the name and payload of a command to another service."""
+def _spelt(intent: Send) -> tuple[str, str, JsonObject]:
+    """Return the name, version and payload of a command to another service."""
     if isinstance(intent.command, str):
-        return intent.command, dict(intent.payload or {})
+        return intent.command, FIRST_VERSION, dict(intent.payload or {})
     spec = spec_of(type(intent.command))
     cls: Any = type(intent.command)
     encoded = _codec_of(cls).encode(intent.command)
-    return spec.name, orjson.loads(encoded)
+    return spec.name, spec.version, orjson.loads(encoded)
 
 
 @functools.cache

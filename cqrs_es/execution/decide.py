@@ -99,7 +99,14 @@ class Decider:
                 # It is looked up again when its end is committed.
                 later = _Later(submission, 0.0, prepared.submissions[index + 1 :])
                 break
-            decided = await self._decide_until_settled(prepared, lineage, submission)
+            try:
+                decided = await self._decide_until_settled(prepared, lineage, submission)
+            except errors.NeedsNewerCode:
+                if not commands:
+                    raise
+                # What is before it is committed, then it comes first.
+                later = _Later(submission, 0.0, prepared.submissions[index + 1 :])
+                break
             if isinstance(decided, _Later):
                 later = replace(decided, behind=prepared.submissions[index + 1 :])
                 break
@@ -156,7 +163,7 @@ class Decider:
             try:
                 return await self._decide_one(prepared, lineage, submission)
             except BaseException as exc:
-                if isinstance(exc, KeyboardInterrupt):
+                if isinstance(exc, KeyboardInterrupt | errors.NeedsNewerCode):
                     raise
                 if self.ending:
                     raise asyncio.CancelledError from exc
@@ -211,7 +218,7 @@ class Decider:
             reason = f"{message.aggregate_type} has no command {message.type!r}"
             return self._failed(submission, "unknown_command", reason)
         try:
-            given = definition.read(message.type, self._payload(submission))
+            given = definition.read(message.type, self._payload(submission), message.version)
         except errors.InvalidCommand as exc:
             return _rejected(submission, "invalid_command", exc.message, None)
         if lineage is None:

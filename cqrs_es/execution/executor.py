@@ -125,7 +125,7 @@ class Executor:
         """Take a command and return its outcome's future; never blocks.
 
         Commands for one aggregate are decided in the order in which they are
-        submitted. The future raises `UnknownEvent` where newer code is needed,
+        submitted. The future raises `NeedsNewerCode` where newer code sent it or wrote what it is for,
         `Withdrawn` after `withdraw`, and `StoreUnavailable` or another `StoreError`
         where the store refuses; the command may then be submitted again. That of a
         `scheduled` command raises `ScheduleGone` where its row is there no more.
@@ -283,7 +283,7 @@ class Executor:
         try:
             baseline = await self._loader.baseline(definition, key, found)
             _check_whole(key, baseline, submissions)
-        except (errors.StoreUnavailable, errors.UnknownEvent, KeyboardInterrupt):
+        except (errors.StoreUnavailable, errors.NeedsNewerCode, KeyboardInterrupt):
             raise
         except asyncio.CancelledError:
             raise

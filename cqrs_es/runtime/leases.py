@@ -133,7 +133,7 @@ class LeaseKeeper:
     `run_partition(assignment)` works until it is to stop, then settles what it
     has in hand and returns. It is cancelled when the lease is lost. When it
     raises, it is started again after a wait; `trouble` says why, until it notes
-    progress. After `UnknownEvent` the member is unfit until its process is
+    progress. After `NeedsNewerCode` the member is unfit until its process is
     replaced. `stuck` is an error on some partition that somebody has to fix, not
     one that passes. What no partition can do without, `StoreUnusable`, ends the
     member. It has `joined` once it has announced itself to the others.
@@ -359,11 +359,11 @@ class LeaseKeeper:
         partition = running.lease.partition
         reason = exc.message if isinstance(exc, errors.CqrsError) else repr(exc)
         running.trouble = f"{self._role} on partition {partition}: {reason}"
-        if isinstance(exc, errors.UnknownEvent):
+        if isinstance(exc, errors.NeedsNewerCode):
             self.unfit = running.trouble
         if isinstance(exc, errors.TooManyParked | errors.BrokenLog):
             self.stuck = exc
-        expected = isinstance(exc, errors.Unavailable | errors.UnknownEvent | errors.Conflict)
+        expected = isinstance(exc, errors.Unavailable | errors.NeedsNewerCode | errors.Conflict)
         log.warning(
             "partition interrupted",
             role=self._role,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
 from msgspec.structs import replace
 
-from cqrs_es import errors
+from cqrs_es import errors, renames
+from cqrs_es.application import Application
 from cqrs_es.brokers import broker_for
 from cqrs_es.messages import Status
 from cqrs_es.ports.broker import OutgoingCommand
@@ -19,6 +21,7 @@ from cqrs_es.stores import storage_for
 from cqrs_es.testing import FakeClock, TestApp
 from cqrs_es.testing.app import LEASE_SECONDS
 from cqrs_es.types import AggregateKey, new_command_id
+from tests.apps import people
 from tests.contract.building import accepted, chain, commit, event
 from tests.faulty import FaultyStorage
 from tests.samples import Add, Counter, Services, counting_app
@@ -27,7 +30,6 @@ from tests.waiting import eventually
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from cqrs_es.application import Application
     from cqrs_es.execution.stages import Answer
     from cqrs_es.messages import CommandMessage
     from cqrs_es.ports.broker import Broker
@@ -342,3 +344,39 @@ async def test_large_messages_stay_in_the_queue(
         waiting.released.set()
         await t.drain()
         assert len(await t.events(Counter, "A")) == 6
+
+
+async def test_what_comes_before_a_newer_command_is_decided(t: TestApp) -> None:
+    """The command itself, and what is behind it, waits for newer code; other partitions go on."""
+    bodies = [added(1, reply_to="x"), added(2), added(4, version="1.1"), added(8)]
+    await t.enqueue(*bodies)
+
+    async def waits() -> bool:
+        events = [e.data.n for e in await t.events(Counter, "A")]
+        return events == [1, 2] and bool(t.opened.process.executor.pending == 0)
+
+    await eventually(waits)
+    await let_time_pass(t, 2)
+    assert [e.data.n for e in await t.events(Counter, "A")] == [1, 2]
+    assert await t.dead_letters() == []
+
+
+async def test_a_dead_letter_and_a_due_row_are_upcast_when_they_are_decided() -> None:
+    """They were written by older code; what they are is told by what they say."""
+    storage = storage_for("memory://")
+    command = {"type": "Register", "aggregate_type": "person", "payload": {"name": "A B"}}
+    late = orjson.loads(added(0)) | command | {"aggregate_id": "P"}
+    async with TestApp(people.old, storage=storage) as t:
+        later = {"schedule": late, "due": (t.clock.now() + timedelta(hours=1)).isoformat()}
+        await t.enqueue(added(0, **command | {"type": "Arrive"}), orjson.dumps(later))
+        await t.drain()
+        (letter,) = await t.dead_letters()
+    fixed = Application("people")
+    renamed = renames("Arrive", "Register")
+    fixed.aggregate(people.NewPerson, command_upcasters=[people.split_name, renamed])
+    async with TestApp(fixed, storage=storage) as t:
+        assert (await t.opened.retry_dead_letter(letter.id)).accepted
+        await t.advance(timedelta(hours=2))
+        for person in ("A", "P"):
+            (registered,) = await t.events(people.NewPerson, person)
+            assert registered.data == people.Registered("A", "B")

@@ -14,6 +14,7 @@ from cqrs_es.definitions import AggregateDefinition, define_aggregate
 from cqrs_es.messages import StoredEvent
 from cqrs_es.types import AggregateKey, JsonObject
 from cqrs_es.upcasting import RawEvent, UpcasterChain
+from tests.apps import people
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -194,3 +195,58 @@ def test_a_chain_knows_what_it_applies_to() -> None:
     assert chain
     assert chain.applies("X")
     assert not chain.applies("Moved")
+
+
+# --- Commands ----------------------------------------------------------------
+
+
+def registering() -> AggregateDefinition:
+    return define_aggregate(
+        people.NewPerson,
+        command_upcasters=[people.split_name, people.add_country, renames("Go", "Move")],
+    )
+
+
+def test_a_command_of_an_older_sender_is_lifted() -> None:
+    """By version, by a new name, and not at all where it is of today."""
+    definition = registering()
+    assert definition.takes("Go")
+    assert definition.read("Register", {"name": "A B"}) == [people.Register("A", "B")]
+    assert definition.read("Go", {"city": "X"}) == [people.Move("X", "FI")]
+    today = definition.read("Move", {"city": "X", "country": "SE"}, "1.1")
+    assert today == definition.read("Move", {"city": "X", "country": "SE"}, "1.1.0")
+
+
+def test_a_command_of_a_newer_sender_needs_newer_code() -> None:
+    """It is not judged by the fields that it has."""
+    with pytest.raises(errors.UnknownVersion, match=r"Move 1.2.0, known up to 1.1 here: newer"):
+        registering().read("Move", {"town": "X"}, "1.2")
+
+
+def test_a_lifted_command_is_checked_as_any_other() -> None:
+    """What the upcaster leaves in that the command does not have is refused."""
+    with pytest.raises(errors.InvalidCommand, match="unknown field 'zip'"):
+        registering().read("Move", {"city": "X", "zip": "1"})
+
+
+def test_an_upcaster_that_fails_on_a_command_refuses_nothing() -> None:
+    """The command is kept for `dead retry`; one that says so refuses it."""
+    with pytest.raises(errors.UndecodableRow, match=r"upcasting Register 1.0.0 failed: KeyError"):
+        registering().read("Register", {})
+
+    @upcaster("Register", to="2.0")
+    def refuses(payload: JsonObject) -> JsonObject:
+        raise errors.InvalidCommand(f"no name in {payload}")
+
+    definition = define_aggregate(people.NewPerson, command_upcasters=[refuses])
+    with pytest.raises(errors.InvalidCommand, match="no name"):
+        definition.read("Register", {})
+
+
+def test_a_command_stays_one_command() -> None:
+    """It has one outcome, so it can't be dropped."""
+    definition = define_aggregate(people.NewPerson, command_upcasters=[drops("Leave")])
+    with pytest.raises(errors.UndecodableRow, match="upcasting Leave"):
+        definition.read("Leave", {})
+    with pytest.raises(errors.DefinitionError, match=r"last upcaster of .Move. lifts to 1\.0\.5"):
+        define_aggregate(people.NewPerson, command_upcasters=[upcaster("Move", to="1.0.5")(dict)])

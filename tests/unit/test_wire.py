@@ -501,3 +501,24 @@ def test_an_envelope_may_nest_one_level_deeper() -> None:
     with pytest.raises(errors.InvalidMessage, match="deeper than 16"):
         parse_command(orjson.dumps(deep | {"payload": {"y": deep["payload"]}}))
     assert parse_schedule(envelope(schedule=VALID | {"payload": {"x": payload[0]}}), WHEN)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("version", ["", "one", "1.", "-1", 2, 1.1, ["1.0"], True])
+def test_what_is_no_version_is_refused(version: object) -> None:
+    """By the field's name, with an example; in an envelope too."""
+    with pytest.raises(errors.InvalidMessage, match=r'version must be a string such as "1.1"'):
+        parse_command(orjson.dumps(VALID | {"version": version}))
+    with pytest.raises(errors.InvalidMessage, match="schedule: version must be"):
+        parse_schedule(envelope(schedule=VALID | {"version": version}), WHEN)
+
+
+def test_a_version_travels_with_the_command_and_is_part_of_its_content() -> None:
+    """Absent, null and 1.0 are the same; what is sent of those has no version."""
+    first = [VALID, VALID | {"version": None}, VALID | {"version": "1.0"}, VALID | {"version": "1"}]
+    assert len({parse_command(orjson.dumps(each)).content_hash() for each in first}) == 1
+    assert b"version" not in encode_command(parse_command(orjson.dumps(first[2])))
+    later = parse_command(orjson.dumps(VALID | {"version": "1.1"}))
+    assert parse_command(encode_command(later)).version == "1.1"
+    assert later.content_hash() != parse_command(orjson.dumps(VALID)).content_hash()
+    again = parse_command(orjson.dumps(VALID | {"version": "1.1.0"}))
+    assert again.content_hash() == later.content_hash()
