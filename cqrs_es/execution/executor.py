@@ -125,7 +125,7 @@ class Executor:
         """Take a command and return its outcome's future; never blocks.
 
         Commands for one aggregate are decided in the order in which they are
-        submitted. The future raises `NeedsNewerCode` where newer code sent it or wrote what it is for,
+        submitted. The future raises `NeedsNewerCode` where newer code is needed,
         `Withdrawn` after `withdraw`, and `StoreUnavailable` or another `StoreError`
         where the store refuses; the command may then be submitted again. That of a
         `scheduled` command raises `ScheduleGone` where its row is there no more.

@@ -61,6 +61,7 @@ class OldPerson(Person, Aggregate[RegisterByName | MoveAtHome, Event, None], typ
     city: str = ""
 
     def handle(self, command: RegisterByName | MoveAtHome, services: None) -> Iterator[Event]:
+        del services
         match command:
             case RegisterByName(name):
                 first, _, last = name.partition(" ")
@@ -88,6 +89,7 @@ class NewPerson(Person, Aggregate[Register | Move, Event, None], type="person"):
     city: str = ""
 
     def handle(self, command: Register | Move, services: None) -> Iterator[Event]:
+        del services
         match command:
             case Register(first, last):
                 yield Registered(first, last)
