@@ -158,7 +158,7 @@ class LeaseKeeper:
         self._rounds = rounds or Rounds(leases, self._owner, self._seconds)
         self._running: dict[int, Assignment] = {}
         self._tasks = asyncio.TaskGroup()
-        self.renewed_at = clock.monotonic()
+        self.renewed_at = self._next_at = clock.monotonic()
         self._store_trouble: str | None = None
         self._draining = False
         self._stop: asyncio.Task[object] | None = None
@@ -179,9 +179,8 @@ class LeaseKeeper:
 
     @property
     def up_to_date(self) -> bool:
-        """Whether the last round that was due is made."""
-        next_at = self.renewed_at + self._rounds.until_next(self.renewed_at)
-        return next_at > self._clock.monotonic()
+        """Whether the last round that was due is over."""
+        return self._next_at > self._clock.monotonic()
 
     @property
     def assignments(self) -> Collection[Assignment]:
@@ -233,7 +232,10 @@ class LeaseKeeper:
                 await self._try_round()
 
     async def _next_round(self) -> None:
-        await self._clock.sleep(self._rounds.until_next(self._clock.monotonic()))
+        now = self._clock.monotonic()
+        seconds = self._rounds.until_next(now)
+        self._next_at = now + seconds
+        await self._clock.sleep(seconds)
 
     # --- A round -------------------------------------------------------------
 

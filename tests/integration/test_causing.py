@@ -190,6 +190,61 @@ async def test_nobody_else_can_let_a_timer_elapse() -> None:
         assert (await t.opened.load(Purchase, "p")).state.state == "ordered"
 
 
+@command
+class Try:
+    """Set a timer and send a command, then do what `how` says."""
+
+    how: str
+
+
+@dataclass
+class Hasty(Aggregate[Try | Elapsed, Ordered, None], type="hasty"):
+    tries: int = 0
+
+    def handle(self, command: Try | Elapsed, services: None) -> Iterator[Ordered | Intent]:  # noqa: ARG002
+        if isinstance(command, Elapsed):
+            return
+        if command.how != "no event":
+            yield Ordered("x")
+        yield later("soon", after=timedelta(minutes=1))
+        yield send(Stock, "x", Reserve("x"))
+        if command.how == "rejected":
+            raise TooHasty
+        if command.how == "101 commands":
+            for _ in range(100):
+                yield send(Stock, "x", Reserve("x"))
+
+    def apply(self, event: Ordered) -> None:  # noqa: ARG002
+        self.tries += 1
+
+
+class TooHasty(errors.DomainError):
+    """not so fast"""  # noqa: D400
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        ("rejected", "too_hasty", "not so fast"),
+        ("no event", "internal_error", "sends a command without an event"),
+        ("101 commands", "internal_error", "causes 102 commands; at most 100"),
+    ],
+)
+async def test_what_is_not_accepted_causes_nothing(how: str, code: str, said: str) -> None:
+    """A timer that was set and a command that was sent before the no leave no row."""
+    app = shop()
+    app.aggregate(Hasty)
+    async with TestApp(app) as t:
+        with t.expect_failures():
+            outcome = await t.send(Hasty, "h", Try(how))
+        assert outcome.error is not None
+        assert (outcome.error.code, said in outcome.error.message) == (code, True)
+        assert await rows(t) == []
+        await t.advance(timedelta(hours=1))
+        assert await t.events(Stock, "x") == []
+        assert await t.events(Hasty, "h") == []
+
+
 async def test_too_many_timers_fail_their_command() -> None:
     """The command that sets one too many fails with a reason, and nobody else's."""
     async with TestApp(reminders()) as t:

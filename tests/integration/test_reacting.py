@@ -162,6 +162,63 @@ async def test_a_reactor_that_fails_parks_the_source(storage: Storage) -> None:
         Echo.failing = False
 
 
+class Ping(Reactor[Said], name="ping"):
+    """Has pong answer."""
+
+    def react(self, event: Envelope[Said], services: None) -> Iterator[Send]:  # noqa: ARG002
+        if event.aggregate_id == "ping":
+            yield send(Speaker, "pong", Say(event.data.word))
+
+
+class Pong(Reactor[Said], name="pong"):
+    """Has ping answer."""
+
+    def react(self, event: Envelope[Said], services: None) -> Iterator[Send]:  # noqa: ARG002
+        if event.aggregate_id == "pong":
+            yield send(Speaker, "ping", Say(event.data.word))
+
+
+async def test_two_reactors_that_feed_each_other_come_to_an_end() -> None:
+    """After sixteen steps the source is parked, with a reason; what others say goes on."""
+    async with TestApp(talking(Ping, Pong)) as t:
+        await t.drain()
+        with t.expect_failures():
+            await t.send(Speaker, "ping", Say("1"))
+            await t.drain()
+        (marker,) = await t.parked()
+        assert "17 steps after the first one" in marker.reason
+        assert (marker.projector, str(marker.key)) == ("reactor:ping__1", "speaker/ping")
+        assert len(await said(t, "ping")) + len(await said(t, "pong")) == 17
+        await t.send(Speaker, "other", Say("2"))
+        await t.drain()
+        assert await said(t, "other") == ["2"]
+
+
+class Chatty(Reactor[Said], name="chatty"):
+    """Sends as many commands as it is told."""
+
+    def react(self, event: Envelope[Said], services: None) -> Iterator[Send]:  # noqa: ARG002
+        if event.aggregate_id == "source":
+            for number in range(int(event.data.word)):
+                yield send(Speaker, f"s{number}", Say("x"))
+
+
+async def test_an_event_causes_a_hundred_commands_at_most() -> None:
+    """One more and none is sent; the source is parked, and says what to do."""
+    async with TestApp(talking(Chatty)) as t:
+        await t.drain()
+        await t.send(Speaker, "source", Say("100"))
+        await t.drain()
+        assert await said(t, "s99") == ["x"]
+        with t.expect_failures():
+            await t.send(Speaker, "source", Say("101"))
+            await t.drain()
+        (marker,) = await t.parked()
+        assert "sends 101 commands for one event; at most 100" in marker.reason
+        assert await said(t, "s99") == ["x"]
+        assert await said(t, "s100") == []
+
+
 def test_events_that_nobody_yields_are_refused() -> None:
     """When the application is opened."""
     app = Application("talk")
