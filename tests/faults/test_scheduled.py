@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -28,7 +28,7 @@ def test_g11_a_kill_between_queue_and_store(
     """The broker has given the envelopes away, and they are stored or not, but not settled."""
     store_url, broker_url = f"sqlite:///{tmp_path}/s.db", request.getfixturevalue(f"{broker}_url")
     service = f"dies-{dies}"
-    environment = {
+    environment: Any = {
         "CQRS_ES_STORE_URL": store_url,
         "CQRS_ES_BROKER_URL": broker_url,
         "CQRS_ES_SERVICE": service,

@@ -21,7 +21,7 @@ from cqrs_es.client.sending import Replies, outgoing
 from cqrs_es.messages import Status
 from cqrs_es.ports.broker import OutgoingCommand
 from cqrs_es.settings import Settings
-from cqrs_es.types import new_command_id, partition_of
+from cqrs_es.types import AggregateKey, new_command_id, partition_of
 from cqrs_es.wire import encode_command
 from domain.account import BankAccount, DepositMoney, OpenAccount
 from tests.contract.brokers import EPOCH, PARTITIONS, SERVICE, serving
@@ -175,7 +175,8 @@ async def test_a_command_for_later(bank: Bank, client: Client) -> None:
     two = await client.send("account", "A2", "OpenAccount", {"account_id": "A2"}, at=soon)
     await eventually(lambda: bank.opened.outcome(two))
     assert datetime.now(UTC) >= soon
-    (row,) = await events.list_scheduled(None, 10)
+    key = AggregateKey("account", "A1")
+    (row,) = await events.list_scheduled(None, 10, key)
     assert (row.command_id, row.due) == (one, later)
     assert await bank.opened.outcome(one) is None
     await events.hasten([one])
@@ -183,7 +184,7 @@ async def test_a_command_for_later(bank: Bank, client: Client) -> None:
     await client.send("account", "A1", "OpenAccount", opening, at=later, command_id=one)
     assert (await client.execute("account", "A1", "DepositMoney", {"amount": "1"})).accepted
     await bank.settled()
-    assert await events.list_scheduled(None, 10) == []
+    assert await events.list_scheduled(None, 10, key) == []
 
 
 async def test_a_malformed_envelope_is_a_dead_letter(bank: Bank, client: Client) -> None:
