@@ -255,6 +255,8 @@ class Bridge:
 
     def _note_blocked(self, *, blocked: bool) -> None:
         self._blocked = blocked
+        if self._socket is not None:
+            driver.bear_silence(self._socket, blocked=blocked)
         log.warning("broker blocked" if blocked else "broker unblocked", address=str(self._address))
 
     def _serve(self, connection: Connection) -> None:

@@ -156,6 +156,16 @@ def _socket_settings() -> dict[int, int]:
     return {} if option is None else {option: UNACKNOWLEDGED_MS}
 
 
+def bear_silence(sock: socket.socket, *, blocked: bool) -> None:
+    """Let what was sent stay unacknowledged while the server reads nothing, on purpose.
+
+    Else the kernel ends the connection, and that the server is blocked is forgotten with it.
+    Its heartbeats go on, so that one that is gone is still noticed.
+    """
+    for option, milliseconds in _socket_settings().items():
+        sock.setsockopt(socket.IPPROTO_TCP, option, 0 if blocked else milliseconds)
+
+
 # --- Where: from a URL as RabbitMQ's own clients write it ------------------------
 
 PORT: Final = 5672
