@@ -9,7 +9,7 @@ owner changes; owner and epoch fence writes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,12 +29,17 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A process's claim on one partition for one role, until it expires or is released."""
+    """A process's claim on one partition for one role, until it expires or is released.
+
+    `inherited` says, where it was acquired, that another process has not released it: that
+    one may have died.
+    """
 
     role: str
     partition: int
     owner: str
     epoch: int
+    inherited: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,8 +155,9 @@ class Timetable:
 class DueIntake(CommandIntake):
     """The due rows of one partition, as messages.
 
-    What was out when the partition's last holder ended is not known: where there was one, the
-    first rows are taken for delivered again, as many as it can have had in hand.
+    Where the partition's last holder has not let go of it, it may have died of a row. Which
+    rows it had is not known: the first are taken for delivered again, as many as there can
+    have been in hand.
     """
 
     def __init__(
@@ -171,7 +172,9 @@ class DueIntake(CommandIntake):
         self._timetable = timetable
         self._due = due
         self._partition = assignment.lease.partition
-        self._suspects = most if assignment.lease.epoch > 1 else 0
+        self._assignment = assignment
+        if assignment.suspects is None:
+            assignment.suspects = most if assignment.lease.inherited else 0
         self._in_hand: set[object] = set()
         self._most = most
         self._more = False
@@ -190,15 +193,16 @@ class DueIntake(CommandIntake):
             else:
                 self._timetable.nothing_due()
                 await self._due.wait()
-            self._suspects = 0
+            self._assignment.suspects = 0
         received: list[Delivery] = []
         for row in fresh:
             most_bytes -= len(row.body)
             if received and most_bytes < 0:
                 break
             self._in_hand.add(row.command_id)
-            again = self._suspects > 0
-            self._suspects = max(0, self._suspects - 1)
+            suspects = self._assignment.suspects or 0
+            self._assignment.suspects = max(0, suspects - 1)
+            again = suspects > 0
             received.append(
                 Delivery(self._partition, row.body, row.command_id, again, scheduled=row)
             )

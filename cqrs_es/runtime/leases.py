@@ -52,7 +52,8 @@ class Assignment:
     `trouble` says why there is no progress. Whoever works on it takes that back,
     and notes how far it is: `position`, the last offset that a reader of the log
     is done with (None until it knows), or how many commands a worker has settled;
-    `in_hand`, how many it has taken and not settled.
+    `in_hand`, how many it has taken and not settled. `suspects` counts the due rows that
+    a holder that died may have had in hand, None until somebody asks.
     """
 
     lease: Lease
@@ -61,6 +62,7 @@ class Assignment:
     trouble: str | None = None
     position: int | None = None
     in_hand: int = 0
+    suspects: int | None = None
 
     def reached(self, offset: int) -> None:
         """Note an offset as done with: progress."""

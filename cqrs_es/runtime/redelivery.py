@@ -8,11 +8,13 @@ is made, and taken back by whoever survives it: a record that is found is of a
 process that died. The number in `command_attempts` says what else was at hand:
 
     none   it was out when something happened; nothing is known of it
+    -1     a process died while it was among the many that were tried together
     0      a process died while it was among the few that were tried together
     1, 2   so many processes died while nothing but it was tried
 
-    none ──────▶ 1   tried alone, as long as the process has time for that,
-    none ──────▶ 0   else together with others
+    none ──────▶ 1   tried alone, where few came again and the process has time for that,
+    none ──────▶ -1  else together with many
+    -1   ──────▶ 0   tried together with a few
     0    ──────▶ 1   tried alone
     1 ── wait ─▶ 2   tried alone, once the process has lived for a while without it
     2                fails without being tried
@@ -52,8 +54,11 @@ log = structlog.get_logger("cqrs_es.worker")
 
 # A command that so many processes died of, alone, fails.
 MOST_DEATHS: Final = 2
-# So many are tried together where there is no time to try each alone.
-TOGETHER: Final = 64
+# So many are tried together at first: nearly as fast as what was never out. Then so few.
+MANY: Final = 512
+FEW: Final = 64
+AMONG_MANY: Final = -1
+AMONG_FEW: Final = 0
 # So long may a process try commands alone of which nothing is known.
 ALONE_SECONDS: Final = 5.0
 # So long a process has to live before a command that one died of is tried again.
@@ -121,8 +126,9 @@ class Redelivery:
         """Submit commands that were out before, and wait for those that may be deadly."""
         suspects = await self._look_up(commands)
         log.info("commands redelivered", commands=len(suspects))
+        few = len(suspects) <= FEW
         while suspects:
-            together = self._first_together(suspects)
+            together = self._first_together(suspects, few=few)
             suspects = suspects[len(together) :]
             if len(together) > 1:
                 await self._try_together(together)
@@ -142,22 +148,28 @@ class Redelivery:
             for delivery, message in commands
         ]
 
-    def _first_together(self, suspects: Sequence[Redelivered]) -> Sequence[Redelivered]:
-        """Return those at the front of which nothing is known and that are tried together."""
-        if self._gate.seconds_left > 0:
-            return suspects[:1]
-        unknown = itertools.takewhile(
-            lambda it: it.attempts is None and not it.answered, suspects[:TOGETHER]
+    def _first_together(
+        self, suspects: Sequence[Redelivered], *, few: bool
+    ) -> Sequence[Redelivered]:
+        """Return those at the front that are tried together: as much is known of each."""
+        attempts = suspects[0].attempts
+        if attempts is None:
+            most = 1 if few and self._gate.seconds_left > 0 else MANY
+        else:
+            most = FEW if attempts == AMONG_MANY else 1
+        alike = itertools.takewhile(
+            lambda it: it.attempts == attempts and not it.answered, suspects[:most]
         )
-        return list(unknown) or suspects[:1]
+        return list(alike) or suspects[:1]
 
     async def _try_together(self, suspects: Sequence[Redelivered]) -> None:
         async with self._gate.alone():
-            await self._record({it.message.id: (it.attempts, 0) for it in suspects})
+            number = AMONG_MANY if len(suspects) > FEW else AMONG_FEW
+            await self._record({it.message.id: (it.attempts, number) for it in suspects})
             await _answered([self._submit(it, 1, None) for it in suspects])
 
     async def _try_one(self, suspect: Redelivered) -> None:
-        attempts = suspect.attempts or 0
+        attempts = max(AMONG_FEW, suspect.attempts or 0)
         if suspect.answered:
             await self._gate.wait_open()
             _ = self._submit(suspect, 0, None)

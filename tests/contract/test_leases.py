@@ -130,6 +130,7 @@ async def test_expired_lease_goes_to_the_next(storage: Storage) -> None:
 
     await eventually(b_takes_it)
     assert taken == [Lease("worker", 1, "b", old.epoch + 1)]
+    assert [old.inherited, taken[0].inherited] == [False, True]
     assert await storage.leases.renew("worker", "a", [1], LONG) == []
     assert await storage.leases.held("worker") == taken
 
@@ -167,6 +168,7 @@ async def test_release_keeps_the_epoch(storage: Storage) -> None:
     assert await storage.leases.renew("worker", "a", [1], LONG) == []
     [second] = await storage.leases.acquire("worker", "b", [1], LONG)
     assert second.epoch > first.epoch
+    assert not second.inherited
 
 
 async def test_nobody_releases_for_others(storage: Storage) -> None:

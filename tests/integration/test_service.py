@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 from collections import defaultdict
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import orjson
 import pytest
 
+from cqrs_es.settings import Settings
+from cqrs_es.types import new_command_id
+from tests.apps import lethal
 from tests.bank_data import bank_balances, bank_folder
 from tests.bank_service import (
     all_decided,
@@ -225,6 +230,31 @@ def test_d8_a_handler_that_ends_the_process(cats: Service, outside: Outside) -> 
     ((letter,),) = query(cats.store_url, "SELECT id FROM dead_letters")
     assert letter == deadly["id"]
     assert cats.stop(workers[-1]) == 0
+
+
+def test_d8_a_due_row_that_ends_the_process(cats: Service) -> None:
+    """As from the queue: the rows beside it are accepted, it fails after a few deaths."""
+    deadly = asyncio.run(_schedule(cats.store_url))
+    workers = [cats.start("worker")]
+    until(lambda: decided(cats) == 201 or replaced(workers, cats), "undecided")
+    assert 1 <= len(workers) - 1 <= 5, "deaths"
+    ((accepted,),) = query(cats.store_url, "SELECT COUNT(*) FROM events")
+    assert accepted == 200
+    ((letter,),) = query(cats.store_url, "SELECT id FROM dead_letters")
+    assert letter == deadly
+    ((rows,),) = query(cats.store_url, "SELECT COUNT(*) FROM outgoing_commands")
+    assert rows == 0
+
+
+async def _schedule(store_url: str) -> str:
+    """Schedule commands, one of which is deadly; return its id."""
+    now, deadly = datetime.now(UTC), new_command_id()
+    async with lethal.app.open(Settings(store_url=store_url)) as opened:
+        for number in range(200):
+            await opened.schedule(lethal.Cat, f"c-{number % 20}", lethal.Live(1), at=now)
+            if number == 100:
+                await opened.schedule(lethal.Cat, "c-x", lethal.Die(), at=now, command_id=deadly)
+    return deadly
 
 
 def test_d9_a_handler_that_never_returns(cats: Service, outside: Outside) -> None:

@@ -11,11 +11,12 @@ import orjson
 import pytest
 from msgspec.structs import replace
 
-from cqrs_es import errors, renames
+from cqrs_es import errors, renames, wire
 from cqrs_es.application import Application
 from cqrs_es.brokers import broker_for
 from cqrs_es.messages import Status
 from cqrs_es.ports.broker import OutgoingCommand
+from cqrs_es.ports.store import ScheduledCommand
 from cqrs_es.runtime import consumer, redelivery
 from cqrs_es.stores import storage_for
 from cqrs_es.testing import FakeClock, TestApp
@@ -100,12 +101,23 @@ async def test_g9_what_is_redelivered_goes_alone_first(storage: FaultyStorage) -
 
 async def test_g9_many_go_together(storage: FaultyStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of what was out when a worker died is innocent: the time for going alone is bounded."""
-    monkeypatch.setattr(redelivery, "ALONE_SECONDS", 0.0)
     broker, ids = await _left_by_a_dead_worker(100)
+    monkeypatch.setattr(redelivery, "MANY", 70)
     async with TestApp(counting_app(), storage=storage, broker=broker) as t:
         await t.drain()
         assert [e.data.n for e in await t.events(Counter, "A")] == list(range(100))
         assert storage.faults.calls["record_attempts"] == 2
+    assert await storage.events.find_attempts(ids) == {}
+
+
+async def test_g9_many_near_two_deaths_are_fewer_the_next_time(storage: FaultyStorage) -> None:
+    """Who was among many when a worker died again goes with few, so that less is suspected."""
+    broker, ids = await _left_by_a_dead_worker(300)
+    await storage.events.record_attempts(dict.fromkeys(ids[:200], redelivery.AMONG_MANY))
+    async with TestApp(counting_app(), storage=storage, broker=broker) as t:
+        await t.drain()
+        assert [e.data.n for e in await t.events(Counter, "A")] == list(range(300))
+        assert storage.faults.calls["record_attempts"] == 1 + 4 + 1  # the first is the test's
     assert await storage.events.find_attempts(ids) == {}
 
 
@@ -121,6 +133,28 @@ async def test_g9_those_near_two_deaths_go_alone(
         assert [e.data.n for e in await t.events(Counter, "A")] == list(range(20))
         assert storage.faults.calls["record_attempts"] == 1 + 3 + 2  # the first is the test's
     assert await storage.events.find_attempts(ids) == {}
+
+
+@pytest.mark.parametrize("died", [True, False])
+async def test_g9_due_rows_are_suspected_after_a_death_alone(
+    storage: FaultyStorage, *, died: bool
+) -> None:
+    """Who has let go of a partition is alive: its rows go on at once, with no attempt recorded."""
+    await storage.leases.acquire("worker", "other", [0], 0.0)
+    if not died:
+        await storage.leases.release("worker", "other", [0])
+    messages = [wire.parse_command(added(n)) for n in range(100)]
+    async with TestApp(counting_app(), storage=storage) as t:
+        now = t.clock.now()
+        rows = [
+            ScheduledCommand.of(message, now - timedelta(seconds=100 - n), 1)
+            for n, message in enumerate(messages)
+        ]
+        await storage.events.schedule(rows)
+        await t.drain()
+        assert [e.data.n for e in await t.events(Counter, "A")] == list(range(100))
+        assert storage.faults.calls["record_attempts"] == died
+    assert await storage.events.find_attempts([message.id for message in messages]) == {}
 
 
 async def test_g9_a_lost_answer_counts_no_second_attempt(storage: FaultyStorage) -> None:

@@ -209,7 +209,9 @@ def _taken(known: Mapping[str, Any] | None, role: str, partition: int, owner: st
     """Return the lease with its epoch: the old one only where the owner stays the same."""
     if known is None:
         return Lease(role, partition, owner, 1)
-    return Lease(role, partition, owner, known["epoch"] + (known.get("owner") != owner))
+    before = known.get("owner")
+    inherited = before not in {None, owner}
+    return Lease(role, partition, owner, known["epoch"] + (before != owner), inherited)
 
 
 def _taking(lease: Lease, known: Mapping[str, Any] | None, seconds: float) -> Action:

@@ -66,10 +66,11 @@ class MemoryLeases(Leases):
         claim = self._claims.setdefault(
             (role, partition), _Claim(owner=None, epoch=0, expires_at=self._clock.now())
         )
+        inherited = claim.owner not in {None, owner}
         if claim.owner != owner:
             claim.owner, claim.epoch = owner, claim.epoch + 1
         claim.expires_at = self._in(seconds)
-        return Lease(role, partition, owner, claim.epoch)
+        return Lease(role, partition, owner, claim.epoch, inherited)
 
     async def renew(
         self, role: str, owner: str, partitions: Collection[int], seconds: float

@@ -212,7 +212,8 @@ def _taken(claim: _Claim | None, role: str, partition: int, owner: str) -> Lease
     """Return the lease with its epoch: the old one only where the owner stays the same."""
     if claim is None:
         return Lease(role, partition, owner, 1)
-    return Lease(role, partition, owner, claim.epoch + (claim.owner != owner))
+    inherited = claim.owner not in {None, owner}
+    return Lease(role, partition, owner, claim.epoch + (claim.owner != owner), inherited)
 
 
 async def _insert(session: Session, leases: Sequence[Lease], now: datetime, seconds: float) -> None:
