@@ -7,6 +7,8 @@ PYTEST_ARGS ?=
 # `.ci/unpack-mysql FOLDER` fetches one on a Debian that has none.
 MYSQLD ?= mysqld
 SECONDS_OF_CHAOS ?= 1200
+TRANSFERS ?= 10000
+KILLS ?= 100
 MYSQL_SUITES := tests/contract tests/acceptance tests/integration/test_mysql_store.py \
 	tests/integration/test_server_stores.py
 # What the versions of libraries can break: stores, brokers, codecs, the command line.
@@ -14,7 +16,7 @@ RANGE_SUITES := tests/unit tests/contract tests/acceptance tests/deployment/test
 	tests/integration/test_cli_preparing.py tests/integration/test_cli_inspecting.py \
 	tests/integration/test_amqp_service.py tests/integration/test_tracing.py
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-mysql test-lowest test-newest faults check format upgrade secrets clean
+.PHONY: help demo test test-mysql test-lowest test-newest faults proofs check format upgrade secrets clean
 
 help:  ## show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -46,6 +48,14 @@ test-newest: $(VENV)/.installed  ## run the suites on the newest versions that t
 faults: $(VENV)/.installed  ## an hour of chaos: 20 minutes on each of three pairs of servers
 	CI=true CQRS_ES_TEST_CHAOS_SECONDS=$(SECONDS_OF_CHAOS) $(BIN)/pytest tests/faults/test_chaos.py \
 		--log-cli-level=WARNING $(PYTEST_ARGS)
+
+proofs: $(VENV)/.installed  ## what events cause, at size: transfers under kills, races, unique values
+	CI=true CQRS_ES_TEST_TRANSFERS=$(TRANSFERS) CQRS_ES_TEST_KILLS=$(KILLS) CQRS_ES_TEST_RACES=10000 \
+		CQRS_ES_TEST_REGISTRATIONS=1000 CQRS_ES_TEST_REGISTERING=64 CQRS_ES_TEST_KEY_KILLS=30 \
+		$(BIN)/pytest tests/faults/test_transfers.py tests/integration/test_unique_keys.py \
+		tests/contract/test_scheduled.py -k "kills or g12 or decided_or_cancelled" \
+		--timeout=3600 --log-cli-level=WARNING $(PYTEST_ARGS)
+	$(BIN)/python -m tests.benchmarks.scheduled
 
 check: $(VENV)/.installed  ## style, types, layers; the files of the deployment
 	$(BIN)/ruff check

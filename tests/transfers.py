@@ -16,6 +16,7 @@ from cqrs_es import (
     Intent,
     ProcessManager,
     Refused,
+    View,
     cancel,
     command,
     event,
@@ -243,11 +244,26 @@ class Transfer(ProcessManager[TransferInput, TransferEvent], type="transfer"):
                 self.state = how.partition(":")[0]
 
 
+@dataclass
+class Balance(View[AccountEvent], name="balance"):
+    amount: int = 0
+
+    def update(self, event: Envelope[AccountEvent]) -> None:
+        match event.data:
+            case Funded(amount) | Deposited(amount) | Refunded(amount):
+                self.amount += amount
+            case Withdrawn(amount):
+                self.amount -= amount
+            case Asked() | Closed():
+                pass
+
+
 def bank(service: str = "transfers") -> Application:
     """Make the application."""
     app = Application(service)
     app.aggregate(Account)
     app.process_manager(Transfer)
+    app.view(Balance)
     return app
 
 
