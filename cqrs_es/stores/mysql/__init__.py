@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cqrs_es.stores.mysql.database import Limits, MysqlDatabase
+from cqrs_es.stores.mysql.database import MysqlDatabase
 from cqrs_es.stores.sql.address import Target, read_target
+from cqrs_es.stores.sql.pool import Limits
 from cqrs_es.stores.sql.storage import SqlStorage
 from cqrs_es.stores.sql.tls import Tls
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import aiomysql
@@ -14,7 +13,7 @@ from cqrs_es.stores.mysql.dialect import DECODERS, MARIADB, MYSQL
 from cqrs_es.stores.mysql.failures import mapped_errors
 from cqrs_es.stores.mysql.session import MysqlSession
 from cqrs_es.stores.sql import pool
-from cqrs_es.stores.sql.pool import MIGRATING, ServerDatabase
+from cqrs_es.stores.sql.pool import MIGRATING, Limits, ServerDatabase
 
 if TYPE_CHECKING:
     from cqrs_es.stores.sql.address import Target
@@ -23,23 +22,6 @@ if TYPE_CHECKING:
 
 # At most 64 characters; MySQL 9.6 has no MD5 any more.
 _MIGRATION_LOCK: Final = "CONCAT('cqrs-es:', LEFT(SHA2(DATABASE(), 256), 40))"
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How long a lock is waited for and how long a transaction may idle, in seconds.
-
-    A process that freezes between lock and commit would otherwise block every
-    writer of its partitions for `wait_timeout`, 8 hours by default.
-    """
-
-    lock_wait: int
-    idle: int
-
-    @classmethod
-    def within(cls, lease_seconds: float) -> Limits:
-        """Return the limits that end before a lease does, in whole seconds from 1."""
-        return cls(lock_wait=max(1, int(lease_seconds / 2)), idle=max(1, int(lease_seconds * 0.7)))
 
 
 class MysqlDatabase(ServerDatabase[MysqlSession]):
@@ -121,11 +103,13 @@ def _settings(dialect: Dialect, limits: Limits) -> list[str]:
     isolation = "tx_isolation" if dialect is MARIADB else "transaction_isolation"
     # MySQL can't tell idling in a transaction from idling; MariaDB can.
     idling = "idle_transaction_timeout" if dialect is MARIADB else "wait_timeout"
+    # It takes whole seconds, of waits one at least.
+    idle, lock_wait = max(1, int(limits.idle)), max(1, int(limits.lock_wait))
     return [
         f"{isolation} = 'READ-COMMITTED'",
-        f"{idling} = {limits.idle}",
-        f"innodb_lock_wait_timeout = {limits.lock_wait}",
-        f"lock_wait_timeout = {limits.lock_wait}",
+        f"{idling} = {idle}",
+        f"innodb_lock_wait_timeout = {lock_wait}",
+        f"lock_wait_timeout = {lock_wait}",
         f"sql_mode = '{STRICT}'",
         "time_zone = '+00:00'",
         "sql_notes = 0",  # "the table is there already" is no warning

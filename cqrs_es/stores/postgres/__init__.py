@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cqrs_es.stores.postgres.database import Limits, PostgresDatabase
+from cqrs_es.stores.postgres.database import PostgresDatabase
 from cqrs_es.stores.sql.address import Target, read_target
+from cqrs_es.stores.sql.pool import Limits
 from cqrs_es.stores.sql.storage import SqlStorage
 from cqrs_es.stores.sql.tls import Tls
 

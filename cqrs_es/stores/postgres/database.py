@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import asyncpg
@@ -14,7 +13,7 @@ from cqrs_es import errors
 from cqrs_es.stores.postgres.failures import POOLED, mapped_errors
 from cqrs_es.stores.postgres.session import PostgresSession
 from cqrs_es.stores.sql import pool
-from cqrs_es.stores.sql.pool import MIGRATING, ServerDatabase
+from cqrs_es.stores.sql.pool import MIGRATING, Limits, ServerDatabase
 from cqrs_es.stores.sql.session import RolledBack
 from cqrs_es.stores.sql.tls import Tls
 
@@ -23,23 +22,6 @@ if TYPE_CHECKING:
 
 IDLE_SECONDS: Final = 60.0
 """Twice as long as a connection that nobody needs is trusted to be there."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How long a lock is waited for and how long a transaction may idle, in milliseconds.
-
-    A process that freezes between lock and commit would otherwise block every
-    writer of its partitions for ever.
-    """
-
-    lock_wait: int
-    idle: int
-
-    @classmethod
-    def within(cls, lease_seconds: float) -> Limits:
-        """Return the limits that end before a lease does."""
-        return cls(lock_wait=int(lease_seconds * 500), idle=int(lease_seconds * 700))
 
 
 class PostgresDatabase(ServerDatabase[PostgresSession]):
@@ -106,7 +88,7 @@ class PostgresDatabase(ServerDatabase[PostgresSession]):
 
     async def _unlock_migrations(self, session: PostgresSession) -> None:
         await session.fetch("SELECT pg_advisory_unlock(?)", (self._migration_lock,))
-        await session.execute(f"SET lock_timeout = {self._limits.lock_wait}")
+        await session.execute(f"SET lock_timeout = {self._limits.lock_wait * 1000:.0f}")
 
     @property
     def _migration_lock(self) -> int:
@@ -118,8 +100,8 @@ class PostgresDatabase(ServerDatabase[PostgresSession]):
 def _settings(limits: Limits) -> dict[str, str]:
     return {
         "default_transaction_isolation": "read committed",
-        "lock_timeout": str(limits.lock_wait),
-        "idle_in_transaction_session_timeout": str(limits.idle),
+        "lock_timeout": f"{limits.lock_wait * 1000:.0f}",
+        "idle_in_transaction_session_timeout": f"{limits.idle * 1000:.0f}",
         "timezone": "UTC",
         "jit": "off",  # statements are short: compiling them costs more than running them
     }

@@ -6,6 +6,7 @@ import asyncio
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from cqrs_es import errors
@@ -29,6 +30,28 @@ MIGRATION_SECONDS: Final = 600.0
 """Adopting a large table copies it."""
 CLOSE_SECONDS: Final = 2.0
 MIGRATING: Final = "another process is changing the store's tables; try again when it has finished"
+
+
+# No process that holds a lease this long needs its locks longer; servers refuse some hundred days.
+MOST_LIMIT_SECONDS: Final = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a lock is waited for and how long a transaction may idle, in seconds.
+
+    A process that freezes between lock and commit would otherwise block every
+    writer of its partitions for hours on MySQL, on PostgreSQL for ever.
+    """
+
+    lock_wait: float
+    idle: float
+
+    @classmethod
+    def within(cls, lease_seconds: float) -> Limits:
+        """Return the limits that end before a lease does."""
+        seconds = min(lease_seconds, MOST_LIMIT_SECONDS)
+        return cls(lock_wait=seconds * 0.5, idle=seconds * 0.7)
 
 
 class ServerSession(Session):
