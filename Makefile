@@ -16,7 +16,8 @@ RANGE_SUITES := tests/unit tests/contract tests/acceptance tests/deployment/test
 	tests/integration/test_cli_preparing.py tests/integration/test_cli_inspecting.py \
 	tests/integration/test_amqp_service.py tests/integration/test_tracing.py
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-mysql test-lowest test-newest faults proofs check format upgrade secrets clean
+.PHONY: help demo test test-mysql test-lowest test-newest faults proofs check format schemas \
+	upgrade secrets clean
 
 help:  ## show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -68,6 +69,9 @@ check: $(VENV)/.installed  ## style, types, layers; the files of the deployment
 format: $(VENV)/.installed  ## rewrite the source in the project's style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+schemas: $(VENV)/.installed  ## write schemas.json of the bank anew
+	$(BIN)/cqrs-es schema export . --only schemas.json
 
 upgrade:  ## move constraints.txt to the newest versions, then check and test everything
 	rm -rf $(VENV)

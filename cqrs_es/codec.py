@@ -58,11 +58,11 @@ class Codec(Generic[T]):
             raise errors.DefinitionError(message)
         try:
             self._shown: Any = shown(cls)
-            self._info = msgspec.inspect.type_info(self._shown)
+            self.info = msgspec.inspect.type_info(self._shown)
         except (TypeError, NameError) as exc:
             message = f"{cls.__qualname__} has a field that JSON can't carry: {exc}"
             raise errors.DefinitionError(message) from exc
-        self._write = writer(self._info, cls.__qualname__)
+        self._write = writer(self.info, cls.__qualname__)
 
     def encode(self, value: T) -> bytes:
         """Return the value as a JSON object with every field.
@@ -117,7 +117,7 @@ class CommandCodec(Codec[T]):
     def __init__(self, cls: type[T], version: str = FIRST_VERSION) -> None:
         super().__init__(cls)
         self.version = version
-        self._check = strict_check(self._info)
+        self._check = strict_check(self.info)
 
     def convert(self, payload: object) -> T:
         """Give parsed JSON its type; raise `InvalidCommand` naming the field and the reason."""

@@ -13,7 +13,7 @@ from cqrs_es.types import shown
 
 Check: TypeAlias = Callable[[Any, str], None]
 
-_DECIMAL: Final = re.compile(r"-?[0-9]+(\.[0-9]+)?", re.ASCII)
+DECIMAL: Final = re.compile(r"-?[0-9]+(\.[0-9]+)?", re.ASCII)
 
 
 def strict_check(info: types.Type) -> Check:
@@ -150,7 +150,7 @@ def _json_kind(value: object) -> str:
 
 
 def _check_decimal(value: Any, path: str) -> None:
-    if not isinstance(value, str) or not _DECIMAL.fullmatch(value):
+    if not isinstance(value, str) or not DECIMAL.fullmatch(value):
         message = f'{path}: must be a decimal number as a JSON string, such as "12.50"'
         raise ValueError(f"{message}, not {shown(value)}")
 

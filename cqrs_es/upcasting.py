@@ -42,6 +42,8 @@ class Upcaster:
     event_type: str
     to: Version
     function: Upcast
+    becomes: tuple[tuple[str, Version], ...] | None = None
+    """Types and versions of what it returns, where that is known: of `renames` and `drops`."""
 
     def takes(self, event_type: str, version: Version) -> bool:
         """Tell whether the upcaster is for a stored event of this type and version."""
@@ -72,12 +74,12 @@ def renames(event_type: str, new_type: str, *, version: str = "1.0") -> Upcaster
     def rename(payload: JsonObject) -> list[RawEvent]:
         return [RawEvent(new_type, target, payload)]
 
-    return Upcaster(event_type, ANY_LATER, rename)
+    return Upcaster(event_type, ANY_LATER, rename, ((new_type, target),))
 
 
 def drops(event_type: str) -> Upcaster:
     """Skip every stored event of a type; sequences and offsets stay as they are."""
-    return Upcaster(event_type, ANY_LATER, lambda _: [])
+    return Upcaster(event_type, ANY_LATER, lambda _: [], ())
 
 
 def parse_target(version: str) -> Version:
@@ -96,16 +98,16 @@ class UpcasterChain:
 
         `current` maps the types of the code to their versions.
         """
-        self._by_type: Mapping[str, Sequence[Upcaster]] = _sorted_chains(upcasters)
-        for event_type, chain in self._by_type.items():
+        self.chains: Mapping[str, Sequence[Upcaster]] = _sorted_chains(upcasters)
+        for event_type, chain in self.chains.items():
             _check_end(event_type, chain[-1], current)
 
     def __bool__(self) -> bool:
-        return bool(self._by_type)
+        return bool(self.chains)
 
     def applies(self, event_type: str) -> bool:
         """Tell whether there is any upcaster for a type."""
-        return event_type in self._by_type
+        return event_type in self.chains
 
     def upcast(self, event: RawEvent) -> list[RawEvent]:
         """Lift an event as far as the chains go; its parts are lifted in turn.
@@ -113,7 +115,7 @@ class UpcasterChain:
         Raises whatever an upcaster raises, and `RecursionError` for chains of
         renames that never end.
         """
-        for step in self._by_type.get(event.type, ()):
+        for step in self.chains.get(event.type, ()):
             if step.takes(event.type, event.version):
                 return [last for part in step.upcast(event) for last in self.upcast(part)]
         return [event]

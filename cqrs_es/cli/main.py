@@ -10,7 +10,7 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from cqrs_es import errors, program
-from cqrs_es.cli import inspecting, preparing, repairing, running, scheduled, sending
+from cqrs_es.cli import inspecting, preparing, repairing, running, scheduled, schemas, sending
 from cqrs_es.cli.invocation import Invocation, invocation_of
 from cqrs_es.cli.output import complain, print_text
 from cqrs_es.settings import LogFormat, LogLevel  # noqa: TC001 - typer evaluates annotations
@@ -88,6 +88,7 @@ cli.add_typer(repairing.dead, name="dead")
 cli.add_typer(repairing.parked, name="parked")
 cli.add_typer(repairing.keys, name="keys")
 cli.add_typer(scheduled.scheduled, name="scheduled")
+cli.add_typer(schemas.schema, name="schema")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
