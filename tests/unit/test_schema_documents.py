@@ -7,7 +7,7 @@ import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypedDict, cast
 
 import jsonschema
 import msgspec
@@ -122,9 +122,10 @@ COMMAND: CommandCodec[Any] = CommandCodec(Everything)
 OPEN: Codec[Any] = Codec(Everything)
 
 
-def fits(schema: dict[str, Any], value: object) -> bool:
+def fits(schema: dict[str, Any], value: Any) -> bool:
     checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
-    return jsonschema.Draft202012Validator(schema, format_checker=checker).is_valid(value)
+    validator: Any = jsonschema.Draft202012Validator(schema, format_checker=checker)
+    return bool(validator.is_valid(value))
 
 
 def test_what_is_written_fits_the_schema_of_its_class() -> None:
@@ -214,14 +215,17 @@ def test_events_may_have_fields_that_are_not_known_yet() -> None:
 
 
 def references(part: object) -> Iterator[str]:
-    if isinstance(part, dict):
-        if isinstance(reference := part.get("$ref"), str):
+    match part:
+        case {"$ref": str(reference)}:
             yield reference
-        for item in part.values():
-            yield from references(item)
-    elif isinstance(part, list):
-        for item in part:
-            yield from references(item)
+        case dict():
+            for item in cast("dict[str, object]", part).values():
+                yield from references(item)
+        case list():
+            for item in cast("list[object]", part):
+                yield from references(item)
+        case _:
+            pass
 
 
 def resolved(document: dict[str, Any], reference: str) -> Any:
