@@ -68,7 +68,9 @@ def _commands(registry: Registry, components: Components) -> dict[str, Part]:
         for name, codec in sent_commands(definition).items():
             full = f"{definition.type}.{name}"
             payload = components.add(f"command.{full}.payload", schema_of(codec))
-            body = messages.command_message({"const": name}, {"const": definition.type}, payload)
+            body = messages.command_message(
+                {"const": name}, {"const": definition.type}, payload, codec.version
+            )
             found[full] = _message(components, f"command.{full}", body, summary(codec.cls), name)
     any_command = messages.command_message(messages.NAMED, messages.NAMED, {"type": "object"})
     components.add("command", any_command)

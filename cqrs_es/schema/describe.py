@@ -9,16 +9,16 @@ from cqrs_es.definitions import ProjectorDefinition
 from cqrs_es.intents import Elapsed
 from cqrs_es.messages import spec_of
 from cqrs_es.schema.json_schema import DIALECT, schema_of
-from cqrs_es.types import NAME
+from cqrs_es.types import NAME, Version
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from cqrs_es.codec import Codec
+    from cqrs_es.codec import Codec, CommandCodec
     from cqrs_es.definitions import AggregateDefinition, ProjectionDefinition, ReactorDefinition
     from cqrs_es.registry import Registry
     from cqrs_es.schema.json_schema import Schema
-    from cqrs_es.upcasting import Upcaster
+    from cqrs_es.upcasting import Upcaster, UpcasterChain
 
 Description: TypeAlias = dict[str, Any]
 
@@ -43,7 +43,7 @@ def describe(registry: Registry, service: str) -> Description:
     }
 
 
-def sent_commands(definition: AggregateDefinition) -> dict[str, Codec[Any]]:
+def sent_commands(definition: AggregateDefinition) -> dict[str, CommandCodec[Any]]:
     """Return the commands of an aggregate that senders may send: timers come from itself only."""
     if definition.inputs is not None:
         return {}
@@ -60,20 +60,25 @@ def summary(cls: type[object]) -> str:
 def _aggregate(definition: AggregateDefinition) -> Description:
     described: Description = {
         "internal": definition.inputs is not None,
-        "commands": {name: schema_of(c) for name, c in sent_commands(definition).items()},
+        "commands": {
+            name: {"version": str(Version.parse(codec.version)), "schema": schema_of(codec)}
+            for name, codec in sent_commands(definition).items()
+        },
+        "command_upcasters": _edges(definition.command_upcasters),
         "events": {
             name: {"version": str(event.version), "schema": schema_of(event.codec)}
             for name, event in definition.events.items()
         },
-        "upcasters": {
-            event_type: [_edge(step) for step in chain]
-            for event_type, chain in definition.upcasters.chains.items()
-        },
+        "upcasters": _edges(definition.upcasters),
         "unique_keys": _key_names(definition),
     }
     if definition.inputs is not None:
         described["inputs"] = _names(definition.inputs.event_classes)
     return described
+
+
+def _edges(upcasters: UpcasterChain) -> Description:
+    return {name: [_edge(step) for step in chain] for name, chain in upcasters.chains.items()}
 
 
 def _edge(step: Upcaster) -> Description:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from cqrs_es.messages import Status
+from cqrs_es.messages import FIRST_VERSION, Status
 from cqrs_es.types import MAX_AGGREGATE_ID_CHARACTERS, METADATA_KEY, NAME, REPLY_TO
 from cqrs_es.wire import MAX_METADATA_ENTRIES, MAX_SEQUENCE
 
@@ -49,8 +49,13 @@ OUTCOME: Final = _object(
 )
 
 
-def command_message(command: Schema, aggregate: Schema, payload: Schema) -> Schema:
-    """Return the schema of a command message, given those of its type, aggregate and payload."""
+def command_message(
+    command: Schema, aggregate: Schema, payload: Schema, version: str | None = None
+) -> Schema:
+    """Return the schema of a command message, given those of its type, aggregate and payload.
+
+    `version` is the one that it must say, or of 1.0 may say; of any command without it.
+    """
     metadata = {
         "type": "object",
         "maxProperties": MAX_METADATA_ENTRIES,
@@ -67,8 +72,13 @@ def command_message(command: Schema, aggregate: Schema, payload: Schema) -> Sche
         "expected_sequence": _or_null(_NATURAL | {"maximum": MAX_SEQUENCE}),
         "reply_to": _or_null({"type": "string", "pattern": f"^{REPLY_TO.pattern}$"}),
         "sent_at": _or_null(_TEXT),
+        "version": {"const": version},
     }
-    return _object(properties, "metadata", "expected_sequence", "reply_to", "sent_at")
+    optional = ["metadata", "expected_sequence", "reply_to", "sent_at"]
+    if version in {None, FIRST_VERSION}:
+        optional.append("version")
+        properties["version"] = _or_null(_TEXT if version is None else {"const": version})
+    return _object(properties, *optional)
 
 
 def schedule(commands: Schema) -> Schema:
