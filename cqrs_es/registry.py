@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from cqrs_es import errors
-from cqrs_es.definitions import RECURRING, ProjectorDefinition
+from cqrs_es.definitions import RECURRING, ProjectorDefinition, remote_target
 from cqrs_es.messages import Envelope
+from cqrs_es.send_targets import targets_of
 from cqrs_es.types import lane_of
 
 if TYPE_CHECKING:
@@ -135,14 +136,41 @@ class Registry:
         self.reactors[definition.name] = definition
 
     def check(self) -> None:
-        """Check that views and reactors follow only events that aggregates yield.
+        """Check that events that are followed are yielded, and that whom handlers send to is there.
 
-        Raises `DefinitionError`.
+        Raises `DefinitionError`. Targets that only running code knows are checked then.
         """
         yielded = {cls for a in self.aggregates.values() for cls in a.event_classes}
         for follower in (*self.projections.values(), *self.reactors.values()):
             for cls in follower.event_classes - yielded:
                 raise errors.DefinitionError(_not_yielded(follower.name, cls, yielded))
+        senders: list[type[Any]] = [known.cls for known in self.aggregates.values()]
+        senders += [type(each.reactor) for each in self.reactors.values() if each.reactor]
+        for sender in senders:
+            for target in targets_of(sender):
+                self._check_target(sender, target)
+
+    def _check_target(self, sender: type[Any], target: type[Any] | str) -> None:
+        """Raise `DefinitionError` where nobody is there that could get what a class sends."""
+        if isinstance(target, str):
+            service, _ = remote_target(target)
+            if service not in self.remotes:
+                message = (
+                    f"{sender.__qualname__} sends to {target!r}: there is no such service, name it:"
+                    f" app.remote({service!r}, url=…)"
+                )
+                raise errors.DefinitionError(message)
+            return
+        known = self.aggregates.get(getattr(target, "aggregate_type", ""))
+        if known is None or known.cls is not target:
+            message = (
+                f"{sender.__qualname__} sends to {target.__qualname__}, which is not registered:"
+                f" app.aggregate({target.__name__})"
+            )
+            raise errors.DefinitionError(message)
+        if known.inputs is not None:
+            message = f"{sender.__qualname__} sends to {target.__qualname__}, a process manager:"
+            raise errors.DefinitionError(f"{message} only events and timers reach it")
 
     @property
     def command_names(self) -> frozenset[str]:
