@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
 from cqrs_es import errors
@@ -13,17 +14,25 @@ from cqrs_es import errors
 
 @dataclass(frozen=True, slots=True)
 class BankSettings:
-    """How long the bank waits for the systems it asks, in seconds."""
+    """How long the bank waits for the systems it asks, in seconds, and whom its gateway knows.
+
+    `http_tokens` has the name of whoever shows a token.
+    """
 
     atm_seconds: float = 5.0
     check_seconds: float = 5.0
+    http_tokens: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
-        """Read `BANK_ATM_SECONDS` and `BANK_CHECK_SECONDS`; raise `SettingsError`."""
+        """Read `BANK_ATM_SECONDS`, `BANK_CHECK_SECONDS` and `BANK_HTTP_TOKENS_FILE`.
+
+        The file has a name and a token on each line. Raises `SettingsError`.
+        """
         return cls(
             atm_seconds=_seconds(environment, "BANK_ATM_SECONDS", cls().atm_seconds),
             check_seconds=_seconds(environment, "BANK_CHECK_SECONDS", cls().check_seconds),
+            http_tokens=_tokens(environment.get("BANK_HTTP_TOKENS_FILE")),
         )
 
 
@@ -39,3 +48,17 @@ def _seconds(environment: Mapping[str, str], name: str, default: float) -> float
         return seconds
     message = f"{name} must be a number of seconds above 0, not {text!r}"
     raise errors.SettingsError(message)
+
+
+def _tokens(path: str | None) -> Mapping[str, str]:
+    if path is None:
+        return {}
+    try:
+        lines = [line.split() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        tokens = {token: name for name, token in filter(None, lines)}
+    except (OSError, ValueError) as exc:
+        message = f"BANK_HTTP_TOKENS_FILE: {path!r} must have a name and a token on each line"
+        raise errors.SettingsError(message) from exc
+    if not tokens:
+        raise errors.SettingsError(f"BANK_HTTP_TOKENS_FILE: {path!r} has no token")
+    return tokens

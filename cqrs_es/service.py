@@ -114,12 +114,17 @@ def run(
     For a process that does nothing else. It ends also where tasks ignore their
     cancellation.
     """
+    return run_to_end(serve(app, settings, task, show=show))
+
+
+def run_to_end(work: Coroutine[Any, Any, T]) -> T:
+    """Run what a process does, and nothing else; it ends whatever tasks do."""
     gc.collect()
     gc.freeze()  # what there is now is code, and stays
     gc.set_threshold(YOUNG_OBJECTS, YOUNG_LOOKS)
     runner = asyncio.Runner()
     try:
-        return runner.run(serve(app, settings, task, show=show))
+        return runner.run(work)
     finally:
         if _all_ended(runner.get_loop()):
             runner.close()
@@ -307,13 +312,16 @@ async def open_patiently(
     *,
     reach_broker: bool = True,
     initialise: bool | None = None,
+    answering: bool = False,
 ) -> OpenApplication:
     """Open the application, again and again while a server is away; `stack` closes it.
+
+    With `answering`, somebody waits for what it does, and is told of a store that is away.
 
     A locked SQLite file is no server: `StoreLocked` is raised. Nor is its store
     waited for as long as it takes, which a queue on a server can be asked to do.
     """
-    patience = PATIENCE_SECONDS if settings.embedded else None
+    patience = PATIENCE_SECONDS if settings.embedded or answering else None
     policy = execution_policy(settings, app.policy, patience=patience)
 
     async def opened() -> OpenApplication:

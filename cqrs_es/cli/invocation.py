@@ -116,9 +116,11 @@ async def _work_with(
         return await work(opened)
 
 
-def refuse_memory(settings: Settings) -> None:
+def refuse_memory(settings: Settings, *, broker: bool = True) -> None:
     """Raise `SettingsError` where other processes could not see what this one does."""
-    urls = {"STORE": settings.store_url or "sqlite:", "BROKER": settings.broker_url}
+    urls = {"STORE": settings.store_url or "sqlite:"}
+    if broker:
+        urls["BROKER"] = settings.broker_url
     for what, url in urls.items():
         if urlsplit(url).scheme == "memory":
             message = (
@@ -137,13 +139,10 @@ _HOW: Final = "--app MODULE:ATTRIBUTE, CQRS_ES_APP, or app under [tool.cqrs-es] 
 
 def application_path(given: str | None) -> str:
     """Return where the application is: as given, or as pyproject.toml says."""
-    path = given or _path_in_project(Path("pyproject.toml"))
+    path = given or _path_in_project("app")
     if path is None:
         raise errors.ConfigurationError(f"no application is given: use {_HOW}")
-    if not _PATH.fullmatch(path):
-        message = f"{path!r} names no application: write MODULE:ATTRIBUTE, such as worker.app:app"
-        raise errors.ConfigurationError(message)
-    return path
+    return check_path(path, "application", "worker.app:app")
 
 
 def load_application(path: str) -> Application:
@@ -152,11 +151,43 @@ def load_application(path: str) -> Application:
     The current directory comes first on the import path. Raises
     `ConfigurationError` with the reason where that fails.
     """
+    from cqrs_es.application import Application
+
+    found = load_attribute(path)
+    if isinstance(found, Application):
+        return found
+    what = "has no such attribute" if found is None else f"finds a {type(found).__name__}"
+    message = f"{path!r} {what}: name a cqrs_es.application.Application"
+    raise errors.ConfigurationError(message)
+
+
+def gateway_path() -> str | None:
+    """Return where the HTTP gateway is, as pyproject.toml says; None for nowhere."""
+    return _path_in_project("gateway")
+
+
+def check_path(path: str, what: str, example: str) -> str:
+    """Return a path such as `worker.app:app`; raise `ConfigurationError` for other text."""
+    if _PATH.fullmatch(path):
+        return path
+    message = f"{path!r} names no {what}: write MODULE:ATTRIBUTE, such as {example}"
+    raise errors.ConfigurationError(message)
+
+
+def load_attribute(path: str) -> object:
+    """Import what a path such as `worker.app:app` names, None where there is no such attribute.
+
+    The current directory comes first on the import path.
+    """
     module, _, attribute = path.partition(":")
-    return _attribute(_import(module), attribute, path)
+    found: object = _import(module)
+    for name in attribute.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
-def _path_in_project(file: Path) -> str | None:
+def _path_in_project(key: str) -> str | None:
+    file = Path("pyproject.toml")
     try:
         project = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -164,7 +195,9 @@ def _path_in_project(file: Path) -> str | None:
     except (OSError, ValueError) as exc:
         raise errors.ConfigurationError(f"{file} can't be read: {exc}") from exc
     match project:
-        case {"tool": {"cqrs-es": {"app": str(path)}}}:
+        case {"tool": {"cqrs-es": {"app": str(path)}}} if key == "app":
+            return path
+        case {"tool": {"cqrs-es": {"gateway": str(path)}}} if key == "gateway":
             return path
         case _:
             return None
@@ -195,16 +228,3 @@ def _place(exc: Exception) -> str:
     if isinstance(exc, SyntaxError) or not frames:
         return ""
     return f" ({frames[-1].filename}, line {frames[-1].lineno})"
-
-
-def _attribute(module: ModuleType, attribute: str, path: str) -> Application:
-    from cqrs_es.application import Application
-
-    found: object = module
-    for name in attribute.split("."):
-        found = getattr(found, name, None)
-    if isinstance(found, Application):
-        return found
-    what = "has no such attribute" if found is None else f"finds a {type(found).__name__}"
-    message = f"{path!r} {what}: name a cqrs_es.application.Application"
-    raise errors.ConfigurationError(message)

@@ -10,7 +10,16 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from cqrs_es import errors, program
-from cqrs_es.cli import inspecting, preparing, repairing, running, scheduled, schemas, sending
+from cqrs_es.cli import (
+    inspecting,
+    preparing,
+    repairing,
+    running,
+    scheduled,
+    schemas,
+    sending,
+    serving,
+)
 from cqrs_es.cli.invocation import Invocation, invocation_of
 from cqrs_es.cli.output import complain, print_text
 from cqrs_es.settings import LogFormat, LogLevel  # noqa: TC001 - typer evaluates annotations
@@ -71,6 +80,7 @@ for _verb in (
     running.relay,
     running.projector,
     running.reactor,
+    serving.serve,
     preparing.init,
     preparing.check,
     preparing.settings,

@@ -164,10 +164,15 @@ def _projector_roles(registry: Registry, only: Collection[str] | None) -> set[st
 def _load(context: typer.Context, health_port: str | None) -> tuple[Settings, Application]:
     settings, app = invocation_of(context).load()
     app = app.on_store_of(settings)
+    return with_health_port(settings, health_port), app
+
+
+def with_health_port(settings: Settings, health_port: str | None) -> Settings:
+    """Return the settings with the port that the command line gives; raise `SettingsError`."""
     if health_port is None:
-        return settings, app
+        return settings
     try:
-        return dataclasses.replace(settings, health_port=address(health_port)), app
+        return dataclasses.replace(settings, health_port=address(health_port))
     except ValueError as exc:
         raise errors.SettingsError(f"--health-port {exc}") from exc
 

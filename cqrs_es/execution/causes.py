@@ -135,7 +135,7 @@ class Causes:
             Cause(occurrence, None, {}),
             due,
             timer=f"{RECURRING}{definition.name}",
-            command_id=self._derived_id(occurrence),
+            command_id=self.derived_id(occurrence),
             version=spec.version,
         )
 
@@ -152,7 +152,7 @@ class Causes:
             return self.recurring(definition, following.moment)
         return following
 
-    def _derived_id(self, text: str) -> str:
+    def derived_id(self, text: str) -> str:
         """Return a UUIDv8 that only this store can derive [RFC 9562]."""
         digest = hmac.new(self._secret, f"id|{text}".encode(), hashlib.sha256).digest()
         number = int.from_bytes(digest[:16])

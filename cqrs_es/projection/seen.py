@@ -41,13 +41,20 @@ async def wait_until_seen(views: ViewStore, name: str, outcome: Outcome, seconds
     """
     if outcome.partition is None or outcome.offset is None:
         return
+    await wait_until_reached(views, name, outcome.partition, outcome.offset, seconds)
+    await refuse_parked(views, name, AggregateKey(outcome.aggregate_type, outcome.aggregate_id))
+
+
+async def wait_until_reached(
+    views: ViewStore, name: str, partition: int, offset: int, seconds: float
+) -> None:
+    """Wait until a view has seen a place in the log; raise `WaitTimeout`."""
     try:
         async with asyncio.timeout(seconds):
-            await _until_reached(views, name, outcome.partition, outcome.offset)
+            await _until_reached(views, name, partition, offset)
     except TimeoutError:
-        message = f"{name} has not seen {outcome.partition}:{outcome.offset} in {seconds:g} s"
+        message = f"{name} has not seen {partition}:{offset} in {seconds:g} s"
         raise errors.WaitTimeout(f"{message}; is its projector running?") from None
-    await _refuse_parked(views, name, AggregateKey(outcome.aggregate_type, outcome.aggregate_id))
 
 
 async def _until_reached(views: ViewStore, name: str, partition: int, offset: int) -> None:
@@ -58,7 +65,8 @@ async def _until_reached(views: ViewStore, name: str, partition: int, offset: in
         await asyncio.sleep(POLL_SECONDS)
 
 
-async def _refuse_parked(views: ViewStore, name: str, key: AggregateKey) -> None:
+async def refuse_parked(views: ViewStore, name: str, key: AggregateKey) -> None:
+    """Raise `ViewFailed` where a view has parked an aggregate."""
     for marker in await views.list_parked(await _live(views, name)):
         if marker.key == key:
             raise errors.ViewFailed(f"{key} is parked for {name}: {marker.reason}")

@@ -41,6 +41,7 @@ class LogWatcher:
         self._poked = asyncio.Event()
         self._changed = asyncio.Condition()
         self._waiting = 0
+        self._one = asyncio.Lock()
         self._looked_at = self._moved_at = 0.0
 
     def poke(self) -> None:
@@ -75,7 +76,14 @@ class LogWatcher:
         return self.head(partition)
 
     async def run(self) -> None:
-        """Watch for ever; meant to be cancelled. Raises `StoreUnusable`."""
+        """Watch for ever; meant to be cancelled. Raises `StoreUnusable`.
+
+        Where it runs already, wait until that is cancelled, then go on in its place.
+        """
+        async with self._one:
+            await self._watch()
+
+    async def _watch(self) -> None:
         retry = Retry(log, "heads unreadable", bears=errors.CqrsError)
         while True:
             async with retry:
