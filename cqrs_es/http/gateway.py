@@ -36,6 +36,7 @@ from cqrs_es.http.requests import Action
 from cqrs_es.messages import CommandMessage
 from cqrs_es.ports.store import LoadRequest
 from cqrs_es.projection.seen import refuse_parked, wait_until_reached
+from cqrs_es.schema import asyncapi, openapi
 from cqrs_es.types import AggregateKey, new_command_id
 
 if TYPE_CHECKING:
@@ -156,6 +157,7 @@ class Gateway:
         ):
             detail = "without authorize the gateway serves its own machine only: see docs/http.md"
             raise Problem(HTTPStatus.FORBIDDEN, "denied", detail)
+        requests.check_head(request)
         reads = request.method in {"GET", "HEAD"}
         match requests.segments(request.scope):
             case ["aggregates", aggregate_type, aggregate_id, "events"] if reads:
@@ -175,6 +177,9 @@ class Gateway:
             case ["events"]:
                 _check_method(request, "GET")
                 return await self._events(request)
+            case ["openapi.json" | "asyncapi.json" as name]:
+                _check_method(request, "GET")
+                return await self._schema(request, name)
             case _:
                 raise not_found("unknown_route", "there is nothing at this path")
 
@@ -397,6 +402,16 @@ class Gateway:
         process = self.opened.process
         assert self._tail is not None  # noqa: S101 - it is there while the application is
         return await stream_of(request, self._tail, process)
+
+    # --- Schemas -------------------------------------------------------------
+
+    async def _schema(self, request: Request, name: str) -> Response:
+        await self._authorized(request, Action(kind="schema"))
+        process = self.opened.process
+        if name == "openapi.json":
+            return _json(openapi(process.registry, process.service))
+        broker_url = process.settings.broker_url
+        return _json(asyncapi(process.registry, process.service, broker_url))
 
 
 def _check_method(request: Request, method: str) -> None:

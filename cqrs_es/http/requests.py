@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # A body is there within so many seconds, or it does not come.
 BODY_SECONDS: Final = 30.0
+MOST_HEAD_BYTES: Final = 64 * 1024
 WAIT_SECONDS: Final = 10.0
 MOST_WAIT_SECONDS: Final = 60.0
 MOST_KEY_CHARACTERS: Final = 255
@@ -131,6 +132,12 @@ def checked_id(text: str, what: str) -> str:
 
 
 # --- Headers --------------------------------------------------------------------
+
+
+def check_head(request: Request) -> None:
+    """Refuse headers that are too large together; servers bound only what is incomplete."""
+    if sum(len(name) + len(value) for name, value in request.headers.raw) > MOST_HEAD_BYTES:
+        raise bad_request("invalid_header", f"the headers have more than {MOST_HEAD_BYTES} bytes")
 
 
 def _single(request: Request, name: str) -> str | None:

@@ -14,7 +14,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cqrs_es import errors
-from cqrs_es.http.requests import is_local
+from cqrs_es.http.requests import MOST_HEAD_BYTES, is_local
 from cqrs_es.program import DONE, FAILED, version
 from cqrs_es.runtime.health import Probes, probed
 from cqrs_es.runtime.stopping import run_until_stopped, stop_on_signals, watched
@@ -33,9 +33,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("cqrs_es.http")
 
-# From the first byte of a request to the end of its headers, and for their size.
+# From the first byte of a request to the end of its headers.
 HEAD_SECONDS: Final = 10.0
-MOST_HEAD_BYTES: Final = 64 * 1024
 
 
 def run(gateway: Gateway, settings: Settings, host: str, port: int) -> int:

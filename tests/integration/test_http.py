@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +11,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.command_line import running
+from tests.command_line import cqrs_es, running
 from tests.gateways import JSON, Stream, served
 from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.gateways import Served
 
@@ -362,3 +364,103 @@ def test_a_place_in_the_future_or_none_is_refused(web: Served, note: str) -> Non
     for place in (f"{sent.data['logepoch']};0:999999999", "nonsense", ";;"):
         answer = web.get("/events", Last_Event_ID=place)
         assert (answer.status, answer.code) == (400, "invalid_header")
+
+
+def test_the_schemas_are_served(web: Served) -> None:
+    assert "/aggregates/note/{id}/Write" in web.get("/openapi.json").json["paths"]
+    assert web.get("/asyncapi.json").json["asyncapi"] == "3.0.0"
+
+
+# --- Raw bytes --------------------------------------------------------------------
+
+
+def test_a_gibibyte_is_refused_without_being_read(web: Served) -> None:
+    head = (
+        b"POST /aggregates/note/A/Write HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    )
+    answer = web.raw(head + b"Content-Length: 1073741824\r\n\r\n{")
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert answer.endswith(b"}")
+
+
+def test_what_is_no_request_is_a_problem(web: Served) -> None:
+    for request in (
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 100_000,
+        b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+    ):
+        answer = web.raw(request)
+        assert answer.startswith(b"HTTP/1.1 400 "), answer
+        assert b"/problems/invalid_request" in answer
+
+
+def test_headers_that_are_too_large_are_refused(web: Served) -> None:
+    """Also where they come at once, and are complete."""
+    answer = web.get("/nothing", X="x" * 60_000, Y="y" * 40_000)
+    assert (answer.status, answer.code) == (400, "invalid_header")
+
+
+def test_pipelined_requests_are_answered_in_order(web: Served) -> None:
+    first = b"GET /views/nothing HTTP/1.1\r\nHost: x\r\n\r\n"
+    last = b"GET /nothing HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    answer = web.raw(first + last)
+    assert 0 < answer.index(b"unknown_view") < answer.index(b"unknown_route")
+
+
+def test_a_client_that_leaves_during_a_wait_loses_nothing(web: Served, note: str) -> None:
+    command_id = str(uuid.uuid4())
+    path = f"/aggregates/note/{note}/Sleep".replace(" ", "%20").encode()
+    body = b'{"seconds": 0.3}'
+    with web.connected() as connection:
+        connection.sendall(
+            b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Idempotency-Key: " + command_id.encode() + b"\r\n"
+            b"Content-Length: " + str(len(body)).encode() + b"\r\n\r\n" + body
+        )
+    until(partial(_is_there, web, f"/outcomes/{command_id}"))
+
+
+def test_nobody_is_believed_about_other_hosts(web: Served, note: str) -> None:
+    answer = web.write(
+        note, Prefer="respond-async", X_Forwarded_Host="evil", X_Forwarded_Prefix="/evil"
+    )
+    assert answer.headers["location"].startswith("/outcomes/")
+
+
+# --- Ends --------------------------------------------------------------------------
+
+
+def test_a_kill_before_the_answer_leaves_the_outcome_for_the_same_key(tmp_path: Path) -> None:
+    """The client that was not answered asks the next process, and gets the stored outcome."""
+    settings = {"CQRS_ES_STORE_URL": f"sqlite:///{tmp_path}/web.db"}
+    sleep = "/aggregates/note/A/Sleep"
+    with served(**settings) as gateway:
+        answer = gateway.post(sleep, {"seconds": 0}, Idempotency_Key="one", Prefer="respond-async")
+        assert answer.status == 202
+        until(partial(_is_there, gateway, answer.headers["location"]))
+        gateway.process.signal(signal.SIGKILL)
+        assert gateway.process.end().code == -signal.SIGKILL
+    with served(**settings) as gateway:
+        again = gateway.post(sleep, {"seconds": 0}, Idempotency_Key="one")
+        assert (again.json["duplicate"], again.json["sequence"]) == (True, 1)
+
+
+def test_a_stop_ends_streams_and_finishes_what_was_begun(tmp_path: Path) -> None:
+    with served(CQRS_ES_STORE_URL=f"sqlite:///{tmp_path}/web.db") as gateway:
+        stream = Stream(gateway)
+        with ThreadPoolExecutor(1) as pool:
+            sleeping = pool.submit(gateway.post, "/aggregates/note/A/Sleep", {"seconds": 1})
+            gateway.write("B")
+            stream.take(1)
+            gateway.process.signal(signal.SIGTERM)
+            assert sleeping.result().status == 200
+        list(stream)
+        stream.close()
+        assert gateway.process.end().code == 0
+
+
+def test_without_authorize_only_this_machine_is_served(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/bank.db"
+    result = cqrs_es("serve", "--host", "0.0.0.0", CQRS_ES_STORE_URL=url)  # noqa: S104
+    assert result.code == 2
+    assert "authorize" in result.complaint
