@@ -464,3 +464,28 @@ def test_without_authorize_only_this_machine_is_served(tmp_path: Path) -> None:
     result = cqrs_es("serve", "--host", "0.0.0.0", CQRS_ES_STORE_URL=url)  # noqa: S104
     assert result.code == 2
     assert "authorize" in result.complaint
+
+
+def test_by_the_queue_a_worker_decides(redis_url: str, tmp_path: Path) -> None:
+    """Each partition keeps its one worker; without one, 202 until there is."""
+    settings = {
+        "CQRS_ES_STORE_URL": f"sqlite:///{tmp_path}/web.db",
+        "CQRS_ES_BROKER_URL": redis_url,
+        "CQRS_ES_APP": "tests.apps.web:app",
+    }
+    with served(app="tests.apps.web:queued", **settings) as gateway:
+        waiting = gateway.write("A", Prefer="wait=1", Idempotency_Key="one")
+        assert waiting.status == 202
+        with running("worker", **settings):
+            until(partial(_is_there, gateway, waiting.headers["location"]))
+            assert gateway.write("A", Idempotency_Key="one").json["duplicate"] is True
+            assert gateway.write("A", If_Match='"1"').headers["etag"] == '"2"'
+            assert gateway.write("A", If_Match='"1"').status == 412
+
+
+def test_a_hundred_streams_get_everything(web: Served, note: str) -> None:
+    streams = [Stream(web, "/events?types=Written") for _ in range(100)]
+    sent = [web.write(f"{note} {number}").json["command_id"] for number in range(20)]
+    for stream in streams:
+        assert [each.data["commandid"] for each in stream.take(20)] == sent
+        stream.close()
