@@ -11,10 +11,10 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from decimal import Decimal
+from typing import TYPE_CHECKING
 
 import orjson
 from starlette.applications import Starlette
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -23,6 +23,9 @@ from cqrs_es.messages import CommandMessage
 from cqrs_es.types import new_command_id
 from projectors.account_query import AccountQuery
 from worker.app import app
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
 
 gateway = Gateway(app)
 

@@ -29,7 +29,7 @@ from cqrs_es.http.problems import bad_request
 from cqrs_es.runtime.waiting import cancelled
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
     from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
@@ -43,6 +43,7 @@ PING_SECONDS: Final = 15.0
 WRITE_SECONDS: Final = 30.0
 EPOCH_SECONDS: Final = 2.0
 PAGE: Final = 100
+PIECE_BYTES: Final = 64 * 1024
 # What the tail keeps for streams that are a little behind, of each partition.
 KEPT_EVENTS: Final = 256
 KEPT_BYTES: Final = 1024 * 1024
@@ -286,7 +287,7 @@ class EventStream(Response):
             async with retry:
                 pages = await self._pages()
             for partition, page in pages:
-                if frames := self._framed(partition, page):
+                for frames in self._framed(partition, page):
                     yield frames
             if not pages:
                 try:
@@ -304,13 +305,18 @@ class EventStream(Response):
                 return [(partition, page)] if page else []
         return []
 
-    def _framed(self, partition: int, page: Sequence[Written]) -> bytes:
-        frames: list[bytes] = []
+    def _framed(self, partition: int, page: Sequence[Written]) -> Iterator[bytes]:
+        """Write a page, in pieces that are not large."""
+        frames = bytearray()
         for event in page:
             self.positions[partition] = event.offset
             if not self._types or event.type in self._types:
-                frames.append(b"data: " + event.body + b"\n" + self._place())
-        return b"".join(frames)
+                frames += b"data: " + event.body + b"\n" + self._place()
+            if len(frames) > PIECE_BYTES:
+                yield bytes(frames)
+                frames.clear()
+        if frames:
+            yield bytes(frames)
 
     def _place(self) -> bytes:
         """Say how far the stream is, and end what is sent with it; places at 0 are left out."""

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 import orjson
 import pytest
 
-from tests.bank_data import PROJECT
+from tests.bank_data import bank_folder
 from tests.command_line import running
 from tests.gateways import Served
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-BODIES = PROJECT.parent / "shared" / "data" / "rust_demo"
 SENT = {
     "DepositMoney": b'{"DepositMoney": {"amount": 1000.0}}',
     "WithdrawMoney": b'{"WithdrawMoney": {"atm_id": "ATM-N468290", "amount": 400.0}}',
@@ -57,7 +56,7 @@ def test_the_demo_of_the_crate_gets_its_answers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SENT)
 def test_the_bodies_are_those_of_the_demo(name: str) -> None:
     """Where its own files are at hand."""
-    file = BODIES / f"{name}.json"
+    file = bank_folder().parent / "rust_demo" / f"{name}.json"
     if not file.exists():
         pytest.skip("the demo's own files are not here")
     assert orjson.loads(file.read_bytes()) == orjson.loads(SENT[name])
