@@ -121,6 +121,7 @@ def test_no_sample_has_a_name_outside_the_catalogue() -> None:
     metrics = made()
     metrics.reacted("welcome", 1)
     metrics.closed_input("transfer")
+    metrics.sent_away("billing", 1)
     every = [
         Reading(metric, 1.0, tuple(metric.labels))
         for metric in catalogue.EVERY
