@@ -219,6 +219,7 @@ class Gateway:
             metadata=requests.metadata_of(request, given),
             payload=await requests.payload_of(request, limit),
             expected_sequence=expected,
+            version=requests.command_version(request),
         )
         outcome = await self.outcome_of(message, requests.wait_seconds(request))
         if outcome is None:
@@ -292,6 +293,7 @@ class Gateway:
                 command_id=message.id,
                 metadata=message.metadata,
                 expected_sequence=message.expected_sequence,
+                version=message.version,
             )
         except errors.WaitTimeout:
             return None

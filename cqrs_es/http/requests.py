@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from cqrs_es import errors, wire
 from cqrs_es.http.problems import Problem, bad_request, too_large
-from cqrs_es.messages import NO_METADATA
+from cqrs_es.messages import FIRST_VERSION, NO_METADATA
 from cqrs_es.types import check_aggregate_id, parse_command_id
 
 if TYPE_CHECKING:
@@ -184,6 +184,11 @@ def expected_sequence(request: Request) -> int | None:
         detail = 'If-Match must be one sequence in quotes, such as "3"'
         raise bad_request("invalid_header", detail)
     return int(tag[1])
+
+
+def command_version(request: Request) -> str:
+    """Return the version that a command's payload is of."""
+    return _single(request, "Command-Version") or FIRST_VERSION
 
 
 def is_unchanged(request: Request, tag: str) -> bool:

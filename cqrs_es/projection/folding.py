@@ -40,7 +40,7 @@ NOT_POISON: Final = (
     errors.Unavailable,
     errors.Conflict,
     errors.StoreUnusable,
-    errors.UnknownEvent,
+    errors.NeedsNewerCode,
 )
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from types import CodeType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from cqrs_es.definitions import ProjectorDefinition
 from cqrs_es.intents import Elapsed
 from cqrs_es.messages import spec_of
 from cqrs_es.schema.json_schema import DIALECT, schema_of
-from cqrs_es.types import NAME, Version
+from cqrs_es.types import Version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from cqrs_es.codec import Codec, CommandCodec
     from cqrs_es.definitions import AggregateDefinition, ProjectionDefinition, ReactorDefinition
@@ -70,7 +69,7 @@ def _aggregate(definition: AggregateDefinition) -> Description:
             for name, event in definition.events.items()
         },
         "upcasters": _edges(definition.upcasters),
-        "unique_keys": _key_names(definition),
+        "unique_keys": definition.has_keys,
     }
     if definition.inputs is not None:
         described["inputs"] = _names(definition.inputs.event_classes)
@@ -86,28 +85,6 @@ def _edge(step: Upcaster) -> Description:
     if step.becomes is None:
         return {"to": str(step.to)}
     return {"becomes": [{"type": name, "version": str(version)} for name, version in step.becomes]}
-
-
-def _key_names(definition: AggregateDefinition) -> list[str] | None:
-    """Return the texts in the code of `keys()`: its names are among them."""
-    if not definition.has_keys:
-        return None
-    function = definition.cls.keys
-    texts = set(_texts(function.__code__)) - {function.__doc__}
-    return sorted(text for text in texts if NAME.fullmatch(text))
-
-
-def _texts(constant: object) -> Iterator[str]:
-    match constant:
-        case str():
-            yield constant
-        case CodeType():
-            yield from _texts(constant.co_consts)
-        case tuple():
-            for each in constant:  # pyright: ignore[reportUnknownVariableType]
-                yield from _texts(each)  # pyright: ignore[reportUnknownArgumentType]
-        case _:
-            pass
 
 
 def _events(follower: ProjectionDefinition | ReactorDefinition) -> list[str]:

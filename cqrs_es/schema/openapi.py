@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from cqrs_es import program
 from cqrs_es.definitions import ViewDefinition
+from cqrs_es.messages import FIRST_VERSION
 from cqrs_es.schema import messages
 from cqrs_es.schema.describe import sent_commands, summary
 from cqrs_es.schema.json_schema import Components, any_of, schema_of
@@ -79,19 +80,22 @@ def _commands(definition: AggregateDefinition, paths: Part, components: Componen
     for name, codec in sent_commands(definition).items():
         full = f"{definition.type}.{name}"
         body = components.add(f"command.{full}", schema_of(codec))
+        parameters = _used(
+            "id",
+            "IdempotencyKey",
+            "IfMatch",
+            "IfNoneMatch",
+            "Prefer",
+            "CorrelationId",
+            "Traceparent",
+        )
+        if codec.version != FIRST_VERSION:
+            parameters.append(_version_of(codec.version))
         operation: Part = {
             "operationId": full,
             "tags": [definition.type],
             "summary": summary(codec.cls),
-            "parameters": _used(
-                "id",
-                "IdempotencyKey",
-                "IfMatch",
-                "IfNoneMatch",
-                "Prefer",
-                "CorrelationId",
-                "Traceparent",
-            ),
+            "parameters": parameters,
             "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
             "responses": {
                 "200": _answer("Accepted", _OUTCOME, _etag("The aggregate's sequence")),
@@ -227,6 +231,11 @@ def _used(*names: str) -> list[Part]:
 def _parameter(where: str, name: str, schema: Schema, text: str) -> Part:
     required = {"required": True} if where == "path" else {}
     return {"in": where, "name": name, "description": text, "schema": schema, **required}
+
+
+def _version_of(version: str) -> Part:
+    text = "The payload is of this version; without the header it would be read as 1.0"
+    return _parameter("header", "Command-Version", {"const": version}, text) | {"required": True}
 
 
 _TEXT: Final[Schema] = {"type": "string"}

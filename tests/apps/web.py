@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cqrs_es import Aggregate, DomainError, Envelope, ProcessManager, View, command, event
+from cqrs_es import Aggregate, DomainError, Envelope, ProcessManager, View, command, event, upcaster
 from cqrs_es.application import Application, ExecutionPolicy
 from cqrs_es.http import Action, Denied, Gateway, Unknown
 
@@ -23,6 +23,12 @@ class Write:
 @command
 class Sleep:
     seconds: float
+
+
+@command(version="1.1")
+class Sign:
+    first: str
+    last: str
 
 
 @command
@@ -49,7 +55,7 @@ class Conflict(DomainError):
     """A rule of the domain that is called as the framework's own."""
 
 
-Command = Write | Sleep | Crash | Refuse
+Command = Write | Sleep | Sign | Crash | Refuse
 Event = Written | Slept
 
 
@@ -63,6 +69,8 @@ class Note(Aggregate[Command, Event, None], type="note"):
             case Sleep(seconds):
                 await asyncio.sleep(seconds)
                 yield Slept()
+            case Sign(first, last):
+                yield Written(f"{last}, {first}")
             case Crash():
                 raise RuntimeError("told to crash")
             case Refuse():
@@ -101,8 +109,14 @@ class Follow(ProcessManager[Slept, Written], type="follow"):
         pass
 
 
+@upcaster("Sign", to="1.1")
+def split_name(payload: dict[str, Any]) -> dict[str, Any]:
+    first, _, last = payload["name"].partition(" ")
+    return {"first": first, "last": last}
+
+
 app = Application("web", policy=ExecutionPolicy(retry_delays=()))
-app.aggregate(Note)
+app.aggregate(Note, command_upcasters=[split_name])
 app.view(Notes)
 app.process_manager(Follow)
 

@@ -143,6 +143,19 @@ def test_a_bad_key_is_400(web: Served, note: str, key: str) -> None:
     assert web.write(note, Idempotency_Key=key).code == "invalid_key"
 
 
+def test_a_header_says_of_which_version_the_payload_is(web: Served, note: str) -> None:
+    path = f"/aggregates/note/{note}/Sign".replace(" ", "%20")
+    whole = web.post(path, {"name": "Ada Lovelace"})
+    split = web.post(path, {"first": "Ada", "last": "Lovelace"}, Command_Version="1.1")
+    assert (whole.status, split.status) == (200, 200)
+    path = path.replace("Sign", "events")
+    assert [each["data"]["text"] for each in web.get(path).json] == ["Lovelace, Ada"] * 2
+    newer = web.post(path.replace("events", "Sign"), {"all": "Ada"}, Command_Version="9.0")
+    assert (newer.status, newer.code) == (503, "unknown_version")
+    none = web.post(path.replace("events", "Sign"), {"name": "Ada"}, Command_Version="new")
+    assert (none.status, none.code) == (400, "invalid_message")
+
+
 def test_headers_become_metadata(web: Served, note: str) -> None:
     trace = f"00-{'ab' * 16}-{'cd' * 8}-01"
     web.write(note, Correlation_Id="order-17", traceparent=trace)
