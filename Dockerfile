@@ -6,7 +6,7 @@
 FROM python:3.13-slim-bookworm AS build
 WORKDIR /build
 # Which stores and brokers the image can reach; see pyproject.toml.
-ARG EXTRAS=mysql,postgres,redis,amqp,metrics
+ARG EXTRAS=mysql,postgres,redis,amqp,http,metrics
 RUN python -m venv /opt/venv
 COPY pyproject.toml constraints.txt README.md CHANGELOG.md LICENSE ./
 COPY cqrs_es ./cqrs_es

@@ -51,7 +51,7 @@ def serve(
     ] = False,
     health_port: HealthPort = None,
 ) -> None:
-    """Serve commands, outcomes, views and events over HTTP; any number of copies.
+    """Serve the application over HTTP; any number of copies.
 
     Example: cqrs-es serve --port 8000
     """

@@ -16,6 +16,7 @@ import pytest
 from cqrs_es import DomainError
 from cqrs_es.testing import TestApp
 from cqrs_es.types import new_command_id
+from domain.account import BankAccount
 from tests.raw import deposit, opened, raw, sent
 from tests.samples import Counter, Services, counting_app
 from worker.app import app as bank
@@ -98,7 +99,7 @@ async def test_broken_envelopes_are_buried(t: TestApp) -> None:
     for letter in letters:
         assert letter.body_length == len(BROKEN[names[letter.body]])
         assert letter.reason
-    assert (await t.opened.storage.events.heads())[0] == 1 + len(among)
+    assert len(await t.events(BankAccount, "A-1")) == 1 + len(among)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -124,7 +125,7 @@ async def test_c11_payloads_that_do_not_fit(t: TestApp) -> None:
         assert (outcome.status, outcome.error.code) == ("rejected", "invalid_command"), name
         assert field in outcome.error.message, name
     assert await t.dead_letters() == []
-    assert (await t.opened.storage.events.heads())[0] == 1
+    assert len(await t.events(BankAccount, "A-1")) == 1
     assert (await sent(t, deposit("1"))).accepted
 
 

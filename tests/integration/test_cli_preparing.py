@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from tests.command_line import Here
 
 VERBS = [
-    "run", "worker", "relay", "projector", "reactor", "init", "check", "settings", "send",
-    "status", "view", "stream", "tail", "outcome", "rebuild", "republish", "dead", "parked",
+    "run", "worker", "relay", "projector", "reactor", "serve", "init", "check", "settings",
+    "send", "status", "view", "stream", "tail", "outcome", "rebuild", "republish", "dead",
+    "parked", "keys", "scheduled", "schema",
 ]  # fmt: skip
 
 
