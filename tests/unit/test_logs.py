@@ -29,6 +29,7 @@ URL = "mysql://root:pa?s/s@wo:rd@host:3306/bank"
 @pytest.fixture(autouse=True)
 def put_back() -> Iterator[None]:
     with logs_put_back():
+        structlog.reset_defaults()  # an earlier test may have sent logs elsewhere
         yield
 
 
