@@ -134,6 +134,10 @@ class MemoryBroker(Broker):
         queues = [queue for _, queue in sorted(self._queues.items())]
         return [body for queue in queues for body in queue.unsettled.values()]
 
+    async def peek(self, partition: int, limit: int) -> list[bytes] | None:
+        """Return commands that are not settled."""
+        return list(self._queues[partition].unsettled.values())[: limit or None]
+
     async def queue_depth(self) -> Mapping[int, int]:
         """Return how many commands are not settled, by partition."""
         return {partition: len(queue.unsettled) for partition, queue in self._queues.items()}

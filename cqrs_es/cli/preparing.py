@@ -14,7 +14,7 @@ from cqrs_es import errors
 from cqrs_es.cli.invocation import invocation_of, with_application
 from cqrs_es.cli.output import JsonFlag, print_fields, print_json, print_table
 from cqrs_es.messages import CommandContext
-from cqrs_es.program import DONE, exit_code, sentence
+from cqrs_es.program import DONE, FAILED, exit_code, sentence
 from cqrs_es.settings import PREFIX, Settings, masked, shown_setting
 from cqrs_es.types import new_command_id
 
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from cqrs_es.application import Application
     from cqrs_es.definitions import AggregateDefinition, Remote
     from cqrs_es.opened import OpenApplication
-    from cqrs_es.ports.broker import Topology
+    from cqrs_es.ports.broker import Broker, Topology
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.store import StoreInfo
 
+SAMPLE: Final = 100
 NewEpoch = Annotated[
     bool,
     typer.Option(
@@ -62,15 +63,28 @@ def init(
         print_fields(fields)
 
 
-def check(context: typer.Context, json: JsonFlag = False) -> None:
+def check(
+    context: typer.Context,
+    stored: Annotated[
+        bool, typer.Option("--stored", help="Also try to read what is stored and what waits.")
+    ] = False,
+    sample: Annotated[
+        int, typer.Option(min=0, metavar="N", help="How many of each kind; 0: all.")
+    ] = SAMPLE,
+    json: JsonFlag = False,
+) -> None:
     """Verify settings, handlers, schema, views and servers.
+
+    With --stored, before a deployment: whether this code can read what is stored, by event type and
+    version, the aggregates, snapshots, rows of views, and commands that are queued, scheduled or
+    dead. The log is read from end to end.
 
     Changes nothing. Exits with the code of the first check that fails.
 
-    Example: cqrs-es check
+    Example: cqrs-es check --stored --sample 1000
     """
     settings, app = invocation_of(context).load()
-    findings = asyncio.run(check_everything(app, settings))
+    findings = asyncio.run(check_everything(app, settings, sample if stored else None))
     if json:
         for finding in findings:
             print_json({"check": finding.check, "ok": finding.ok, "detail": finding.detail})
@@ -115,8 +129,13 @@ class Finding:
         return self.code == DONE
 
 
-async def check_everything(app: Application, settings: Settings) -> list[Finding]:
-    """Check definitions, handlers, store, schema, views and broker; change nothing."""
+async def check_everything(
+    app: Application, settings: Settings, sample: int | None = None
+) -> list[Finding]:
+    """Check definitions, handlers, store, schema, views and broker; change nothing.
+
+    With a `sample` also what is stored: so many of each kind.
+    """
     async with AsyncExitStack() as stack:
         checks = _Checks(app, settings, stack)
         named: dict[str, Check] = {"definitions": checks.definitions}
@@ -128,7 +147,10 @@ async def check_everything(app: Application, settings: Settings) -> list[Finding
         named["broker"] = checks.broker
         for remote in app.registry.remotes.values():
             named[f"remote {remote.service}"] = checks.remote(remote)
-        return [await _find(name, check) for name, check in named.items()]
+        found = [await _find(name, check) for name, check in named.items()]
+        if sample is not None:
+            found += await checks.stored(sample)
+        return found
 
 
 async def _find(name: str, check: Check) -> Finding:
@@ -145,6 +167,7 @@ class _Checks:
         self._stack = stack
         self._service = settings.service or app.service
         self._storage: Storage | None = None
+        self._broker: Broker | None = None
 
     async def definitions(self) -> str:
         registry = self._app.registry
@@ -209,6 +232,29 @@ class _Checks:
             f"; left out, as the store has no SQL: {left_out}" if left_out else ""
         )
 
+    async def stored(self, sample: int) -> list[Finding]:
+        """Try to read what store and broker hold; one finding for each thing that can't be read."""
+        from cqrs_es.stored import Examination
+
+        if self._storage is None:
+            return [Finding("stored", "not looked at: there is no store yet")]
+        registry = self._app.registry.suited(sql=self._storage.views.sql is not None)
+        examination = Examination(registry, self._storage, sample)
+        try:
+            found = await examination.run(self._broker)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, it is a finding
+            return [Finding("stored", sentence(exc), exit_code(exc))]
+        counts = (f"{count} {what}" for what, count in examination.looked_at.items())
+        unseen = "" if "queued commands" in examination.looked_at else "; not what is queued"
+        code = FAILED if any(each.lost for each in found) else DONE
+        return [
+            Finding("stored", f"looked at {', '.join(counts)}{unseen}", code),
+            *(
+                Finding(each.what, f"{each.count}: {each.reason}", FAILED if each.lost else DONE)
+                for each in found
+            ),
+        ]
+
     async def keys(self) -> str:
         """Compare what the unique keys were made by with what `keys()` is today."""
         with_keys = [d for d in self._app.registry.aggregates.values() if d.has_keys]
@@ -229,6 +275,7 @@ class _Checks:
         self._stack.push_async_callback(broker.close)
         await broker.open()
         await self._compare(await broker.topology(), durable=broker.durable)
+        self._broker = broker
         waiting = sum((await broker.queue_depth()).values())
         seen = await broker.examine()
         answers = f"{masked(self._settings.broker_url)} answers; {waiting} commands wait"

@@ -250,6 +250,14 @@ class Broker(ABC):
     async def open_replies(self, reply_to: str) -> ReplyInbox:
         """Begin to receive the replies sent to `reply_to` from now on."""
 
+    async def peek(self, partition: int, limit: int) -> list[bytes] | None:
+        """Look at commands that are not settled, at most `limit`, 0 for all; take none.
+
+        None where the broker shows them only to who takes them.
+        """
+        del partition, limit
+        return None
+
     @abstractmethod
     async def queue_depth(self) -> Mapping[int, int]:
         """Return about how many commands wait in each partition."""

@@ -97,6 +97,20 @@ async def test_receive_takes_few_large_messages_at_once(broker: Broker) -> None:
     assert received == large
 
 
+async def test_commands_can_be_looked_at_without_being_taken(broker: Broker) -> None:
+    """Where the broker can show them at all: the first ones, or every one that is not settled."""
+    assert await broker.peek(0, 0) in ([], None)
+    await send(broker, 1, 2, 3)
+    if await broker.peek(0, 0) is None:
+        return
+    assert await broker.peek(0, 2) == [b"1", b"2"]
+    intake = await broker.open_intake(0, "a")
+    received = await take(intake, 2)
+    await intake.settle(received[:1])
+    assert await broker.peek(0, 0) == [b"2", b"3"]
+    assert bodies(await take(intake, 1)) == ["3"]
+
+
 async def test_partitions_are_apart(broker: Broker) -> None:
     """An intake delivers its own partition only."""
     await send(broker, "zero", partition=0)

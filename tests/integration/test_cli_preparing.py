@@ -249,6 +249,19 @@ def test_check_after_it(bank: Here) -> None:
     assert found["views"]["detail"] == "2 with their tables"
 
 
+def test_check_of_what_is_stored(bank: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bank's own code can read it all; what another could not is named, exit code 1."""
+    lines = bank.done("check", "--stored", "--json").lines
+    assert lines[-1]["check"] == "stored"
+    assert "looked at 26 events" in lines[-1]["detail"]
+    monkeypatch.setenv("CQRS_ES_SERVICE", "bank")
+    result = bank("--app", "tests.apps.people:new", "check", "--stored", "--sample", "1", "--json")
+    assert result.code == 1
+    bad = {finding["check"]: finding["detail"] for finding in result.lines if not finding["ok"]}
+    assert "event AccountOpened 1.0 of account" in bad
+    assert "no aggregate type 'account'" in bad["event AccountOpened 1.0 of account"]
+
+
 def test_check_names_a_broker_that_is_away(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other findings are there all the same; exit code 3; no password is shown."""
     monkeypatch.setenv("CQRS_ES_BROKER_URL", "redis://user:secret@127.0.0.1:1/0")

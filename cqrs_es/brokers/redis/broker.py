@@ -156,6 +156,14 @@ class RedisBroker(Broker):
         newest = await self._connection.run("XREVRANGE", stream, "+", "-", "COUNT", 1)
         return RedisInbox(self._connection, stream, newest[0][0].decode() if newest else "0-0")
 
+    async def peek(self, partition: int, limit: int) -> list[bytes] | None:
+        """Return the bodies of a command stream's entries."""
+        stream, most = self._names.commands(partition), limit or 2**31 - 1
+        (entries,) = await self._connection.run_together(
+            [("XRANGE", stream, "-", "+", "COUNT", most)]
+        )
+        return [fields.get(b"command", b"") for _, fields in entries]
+
     async def queue_depth(self) -> Mapping[int, int]:
         """Return the lengths of the command streams: what is not settled."""
         topology = await self.topology()
