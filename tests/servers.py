@@ -155,11 +155,15 @@ def start_mariadb(folder: Path, *options: str, port: int | None = None) -> Serve
     data, port = folder / "data", port or free_port()
     if not data.exists():
         shutil.copytree(_new_mariadb(), data)
+    # Of its own: a server that starts deletes the temporary tables of all that share one.
+    temporary = folder / "tmp"
+    temporary.mkdir(exist_ok=True)
     command = [
         daemon,
         f"--defaults-file={CONFIG / 'mysql.cnf'}",
         "--user=root",
         f"--datadir={data}",
+        f"--tmpdir={temporary}",
         f"--socket={folder / 'mysqld.sock'}",
         f"--port={port}",
         "--bind-address=127.0.0.1",

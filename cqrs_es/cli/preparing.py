@@ -69,7 +69,7 @@ def check(
         bool, typer.Option("--stored", help="Also try to read what is stored and what waits.")
     ] = False,
     sample: Annotated[
-        int, typer.Option(min=0, metavar="N", help="How many of each kind; 0: all.")
+        int, typer.Option(min=0, metavar="N", help="How many of each kind; 0: all, held in memory.")
     ] = SAMPLE,
     json: JsonFlag = False,
 ) -> None:

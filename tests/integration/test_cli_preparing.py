@@ -238,6 +238,7 @@ def test_check_before_the_first_run(here: Here, tmp_path: Path) -> None:
     assert list(found) == ["definitions", *aggregates, "store", "views", "unique keys", "broker"]
     assert all(finding["ok"] for finding in found.values())
     assert "not made yet" in found["store"]["detail"]
+    assert "no store yet" in here.done("check", "--stored").out
     assert list(tmp_path.iterdir()) == []
     assert "DepositMoney" in found["aggregate account"]["detail"]
 
