@@ -17,6 +17,7 @@ from tests.certificates import self_signed
 from tests.contract.brokers import EPOCH, PARTITIONS, bodies, events, send, take
 from tests.proxy import proxy_to
 from tests.servers import free_port, start_redis
+from tests.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -113,7 +114,12 @@ async def test_a_primary_that_becomes_a_replica(
         waiting = asyncio.create_task(intake.receive(1))
         await send(broker, 1, partition=1)
         server: Any = Redis(port=redis.port)
+
+        async def blocked() -> bool:
+            return bool(server.info("clients")["blocked_clients"])
+
         with server:
+            await eventually(blocked)  # or it would connect later, with the heir, and wait there
             server.config_set("replica-serve-stale-data", stale)
             server.replicaof("127.0.0.1", free_port())
         proxy.lead_to(heir.port)
