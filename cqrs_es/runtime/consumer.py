@@ -76,6 +76,7 @@ class CommandWorker(Role):
         self.room = Room(MOST_BYTES_IN_HAND)
         self.dead = 0
         """How many messages no outcome was possible for."""
+        self._telling: set[asyncio.Task[None]] = set()
 
     async def run_partition(self, assignment: Assignment) -> None:
         """Consume a partition until stopped, then settle what is in hand."""
@@ -186,6 +187,25 @@ class CommandWorker(Role):
         except errors.CqrsError as exc:
             log.warning("outcomes not pruned", error=exc.message)
             return 0
+
+    # --- Answers -------------------------------------------------------------
+
+    async def reply(self, replies: Sequence[OutgoingReply]) -> None:
+        """Tell senders what became of their commands; that the broker is away is only logged."""
+        if not replies:
+            return
+        try:
+            with self._process.meter.phase("reply"):
+                await self._process.broker.reply(replies)
+        except errors.BrokerUnavailable as exc:
+            log.warning("replies lost", replies=len(replies), error=exc.message)
+
+    def reply_late(self, replies: Sequence[OutgoingReply]) -> None:
+        """Do so beside everything else: nobody waits for it."""
+        if replies:
+            telling = asyncio.create_task(self.reply(replies))
+            self._telling.add(telling)
+            telling.add_done_callback(self._telling.discard)
 
     # --- Messages that no outcome is possible for ----------------------------
 
@@ -333,6 +353,7 @@ class _Consumer:
         self._most = BATCHES_IN_HAND * process.settings.batch_size
         self._bytes = 0
         self._answers: set[Answer] = set()
+        self._abandoned = False
         self._done: list[_Held] = []
         self._something_done = asyncio.Event()
         self.redelivery = Redelivery(process, self._gate, self._submit_again)
@@ -476,15 +497,19 @@ class _Consumer:
         while True:
             done = await self._take_done()
             settled = [held for held in done if held.trouble is None]
-            if settled:
-                await self._settle(settled)
-            for held in done:
-                self._raise_trouble(held)
+            try:
+                if settled:
+                    await self._settle(settled)
+                for held in done:
+                    self._raise_trouble(held)
+            except BaseException:
+                self._done[:0] = done  # `abandon` sees to them
+                raise
             await self._let_go(done)
 
     async def _settle(self, settled: Sequence[_Held]) -> None:
         await self._end_attempts(settled)
-        await self._reply([reply for held in settled if (reply := held.reply) is not None])
+        await self._worker.reply([reply for held in settled if (reply := held.reply) is not None])
         with self._process.meter.phase("settle"):
             await self._intake.settle([held.delivery for held in settled])
         self._assignment.reached((self._assignment.position or 0) + len(settled))
@@ -502,15 +527,6 @@ class _Consumer:
             decided=[it.command_id for it in outcomes if _is_new(it)],
             answered=[it.command_id for it in outcomes if not _is_new(it)],
         )
-
-    async def _reply(self, replies: Sequence[OutgoingReply]) -> None:
-        if not replies:
-            return
-        try:
-            with self._process.meter.phase("reply"):
-                await self._process.broker.reply(replies)
-        except errors.BrokerUnavailable as exc:
-            log.warning("replies lost", replies=len(replies), error=exc.message)
 
     # --- What is in hand -----------------------------------------------------
 
@@ -534,6 +550,8 @@ class _Consumer:
             self._withdraw()
         self._done.append(held)
         self._something_done.set()
+        if self._abandoned:
+            self._answer_the_due()
 
     async def _take_done(self) -> list[_Held]:
         await self._something_done.wait()
@@ -568,9 +586,21 @@ class _Consumer:
             self._process.executor.withdraw(self._answers)
 
     def abandon(self) -> None:
-        """Leave what is in hand to whoever consumes the partition next."""
+        """Leave what is in hand to whoever consumes the partition next.
+
+        A message is delivered again, and answered then. The row of a scheduled command
+        is gone once that is decided, so the answer has to be given here, now or
+        when it is decided.
+        """
         self._withdraw()
         self._count_bytes(-self._bytes)
+        self._abandoned = True
+        self._answer_the_due()
+
+    def _answer_the_due(self) -> None:
+        done, self._done = self._done, []
+        due = [held for held in done if held.delivery.scheduled is not None]
+        self._worker.reply_late([reply for held in due if (reply := held.reply) is not None])
 
 
 def _is_new(outcome: Outcome) -> bool:

@@ -395,6 +395,22 @@ async def test_what_comes_before_a_newer_command_is_decided(t: TestApp) -> None:
     assert await t.dead_letters() == []
 
 
+async def test_who_scheduled_a_command_is_answered_although_its_partition_is_given_up() -> None:
+    """The row is gone when it is decided: nobody could answer later."""
+    waiting = Waiting()
+    async with TestApp(waiting.app) as t:
+        slow = orjson.loads(added(1, type="AddAfterCall", payload={"name": "wait", "n": 1}))
+        slow["reply_to"] = t.reply_to
+        await t.enqueue(orjson.dumps({"schedule": slow, "due": t.clock.now().isoformat()}))
+        async with asyncio.timeout(10):
+            await waiting.called.wait()
+        await t.enqueue(added(2, version="1.1", aggregate_id="B"))
+        for _ in range(100):
+            await asyncio.sleep(0)
+        waiting.released.set()
+        assert (await t.reply(slow["id"])).accepted
+
+
 async def test_a_dead_letter_and_a_due_row_are_upcast_when_they_are_decided() -> None:
     """They were written by older code; what they are is told by what they say."""
     storage = storage_for("memory://")
