@@ -15,7 +15,7 @@ import msgspec
 import orjson
 
 from cqrs_es import errors
-from cqrs_es.types import NAME, AggregateKey, JsonObject, Version
+from cqrs_es.types import NAME, AggregateKey, JsonObject, Version, utc_now
 
 T = TypeVar("T")
 E_co = TypeVar("E_co", covariant=True)
@@ -164,12 +164,28 @@ class CommandContext(msgspec.Struct, frozen=True):
 
     `command_id` is the idempotency key for calls to other systems: a handler
     may run more than once for one command.
+
+    `received_at` is the same each time, also when the message is delivered again, or taken from
+    the dead letters. It is the first of these that there is:
+
+    1. of a scheduled command, a timer or a recurring one when it was due; of a command that an
+       event caused when it was written down, with that event or by the reactor that saw it; for
+       a reactor when its event was recorded;
+    2. when the broker got the message: on Redis by the stream, on RabbitMQ its property
+       `timestamp`, the sender's word unless the server is told to set it;
+    3. `sent_at` of the message, the sender's word;
+    4. the time in a command id of version 7, the sender's word;
+    5. when this process took the command.
+
+    The last one is another time where the process dies and the command is sent again. A sender who
+    sends a message twice, with one id, may give two times, of which the first one decided counts.
     """
 
     command_id: str
     aggregate_type: str
     aggregate_id: str
     metadata: Mapping[str, str] = NO_METADATA
+    received_at: datetime = msgspec.field(default_factory=utc_now)
 
 
 # --- Outcomes ----------------------------------------------------------------

@@ -17,6 +17,7 @@ from cqrs_es.definitions import ViewDefinition
 from cqrs_es.execution.baselines import first_page, replayed
 from cqrs_es.execution.keys import KeysRebuild, KeysRebuilt, due, fingerprint
 from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome
+from cqrs_es.ports.dead_letters import RECEIVED_AT
 from cqrs_es.ports.store import ScheduledCommand
 from cqrs_es.projection.folding import folding_for
 from cqrs_es.projection.generations import live_name, prepared_live, publish, remove
@@ -169,7 +170,8 @@ class OpenApplication:
             metadata=metadata,
             expected_sequence=expected_sequence,
         )
-        return await self.submit(message)
+        received_at = self.process.clock.now() if command_id is None else None
+        return await self.submit(message, received_at=received_at)
 
     async def submit(
         self,
@@ -178,6 +180,7 @@ class OpenApplication:
         retrying: bool = False,
         untrusted: bool = False,
         dropped: bool = False,
+        received_at: datetime | None = None,
     ) -> Outcome:
         """Execute a command message; with `retrying`, also one whose outcome is `failed`.
 
@@ -186,7 +189,12 @@ class OpenApplication:
         traced, span = self.process.tracing.executing(message)
         complete = _with_body(traced, self.process.settings.max_message_bytes)
         answer = self.process.executor.submit(
-            complete, retrying=retrying, untrusted=untrusted, dropped=dropped, span=span
+            complete,
+            retrying=retrying,
+            untrusted=untrusted,
+            dropped=dropped,
+            received_at=received_at,
+            span=span,
         )
         return await asyncio.shield(answer)
 
@@ -254,7 +262,12 @@ class OpenApplication:
             message = f"there is no dead letter {letter_id!r}; see `cqrs-es dead list`"
             raise errors.NotFound(message)
         command, caused = self._command_of(letter)
-        outcome = await self.submit(command, retrying=True, untrusted=not caused)
+        outcome = await self.submit(
+            command,
+            retrying=True,
+            untrusted=not caused,
+            received_at=wire.moment_or_none(letter.headers.get(RECEIVED_AT)),
+        )
         if outcome.status != "failed":
             await self.storage.dead_letters.drop(letter_id)
         return outcome

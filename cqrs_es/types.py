@@ -12,7 +12,7 @@ import uuid
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final, TypeAlias
 
 import msgspec
@@ -28,6 +28,7 @@ METADATA_KEY = re.compile(r"[a-z0-9_-]{1,64}")
 REPLY_TO = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MAX_AGGREGATE_ID_CHARACTERS = 255
 MAX_REASON_CHARACTERS = 2000
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 _VERSION = re.compile(r"([0-9]{1,9})(?:\.([0-9]{1,9})(?:\.([0-9]{1,9})(?:\.[^.].*)?)?)?")
 
@@ -125,6 +126,16 @@ class _Ids:
 
 
 _ids = _Ids()
+
+
+def time_of(command_id: str) -> datetime | None:
+    """Return when an id of version 7 was made, as it says itself; None of another."""
+    if command_id[14] != "7":
+        return None
+    try:
+        return _EPOCH + timedelta(milliseconds=int(command_id[:8] + command_id[9:13], 16))
+    except OverflowError:
+        return None
 
 
 def parse_command_id(text: str) -> str:

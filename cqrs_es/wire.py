@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Mapping
@@ -126,6 +127,13 @@ def parse_moment(text: str, field: str) -> datetime:
         pass
     reason = f"{field} must be a moment such as 2027-01-01T00:00:00Z, not {shown(text)}"
     raise errors.InvalidMessage(reason)
+
+
+def moment_or_none(text: str | None) -> datetime | None:
+    """Read a moment in RFC 3339; return None for anything else."""
+    with contextlib.suppress(errors.InvalidMessage):
+        return None if text is None else parse_moment(text, "")
+    return None
 
 
 def check_due(due: datetime, now: datetime, sent_at: datetime | None = None) -> datetime:

@@ -20,6 +20,7 @@ import orjson
 from msgspec import structs
 
 from cqrs_es import errors, wire
+from cqrs_es.cloudevents import timestamp
 from cqrs_es.codec import CommandCodec
 from cqrs_es.definitions import EVENT_INPUT, RECURRING, REFUSED_INPUT, remote_target
 from cqrs_es.intents import Elapsed, Later, Send
@@ -250,7 +251,8 @@ class Causes:
             metadata=self._metadata(command_id, cause, hops),
             version=version,
         )
-        body = wire.encode_command(message)
+        sent_at = timestamp(self._now()) if due == IMMEDIATELY else None
+        body = wire.encode_command(message, sent_at)
         if len(body) > self._max_message_bytes and not wire.is_internal(command_type):
             text = f"a {command_type} of {len(body)} bytes is over CQRS_ES_MAX_MESSAGE_BYTES"
             raise errors.TooLarge(text)

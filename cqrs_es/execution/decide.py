@@ -38,7 +38,7 @@ from cqrs_es.messages import (
     OutcomeEvent,
     Status,
 )
-from cqrs_es.ports.dead_letters import DeadLetter
+from cqrs_es.ports.dead_letters import RECEIVED_AT, DeadLetter
 from cqrs_es.ports.store import Chain, DecidedCommand, NewEvent, ScheduledCommand, Snapshot
 from cqrs_es.reactor import ProcessManager
 from cqrs_es.types import storable, text_of
@@ -263,7 +263,7 @@ class Decider:
         yielded = _Yielded(definition, message, self._policy.max_event_bytes)
         try:
             with submission.span.handling():
-                state, services = lineage.scratch(), definition.services(_context(message))
+                state, services = lineage.scratch(), definition.services(_context(submission))
                 for each in given:
                     if definition.inputs is not None and state.closed:
                         self._hooks.meter.closed_input(definition.type)
@@ -326,6 +326,7 @@ class Decider:
             seen_at=self._now(),
             limit=self._policy.max_message_bytes,
             command_id=message.id,
+            headers={RECEIVED_AT: submission.received_at.isoformat()},
             attempts=max(1, submission.failures + submission.attempts),
         )
         outcome = _outcome(submission, Status.FAILED, error=OutcomeError(code, storable(reason)))
@@ -506,12 +507,14 @@ def _timer_of(submission: Submission) -> str | None:
     return None if submission.scheduled is None else submission.scheduled.timer
 
 
-def _context(message: CommandMessage) -> CommandContext:
+def _context(submission: Submission) -> CommandContext:
+    message = submission.message
     return CommandContext(
         command_id=message.id,
         aggregate_type=message.aggregate_type,
         aggregate_id=message.aggregate_id,
         metadata=message.metadata,
+        received_at=submission.received_at,
     )
 
 

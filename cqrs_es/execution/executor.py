@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final, Self
 import structlog
 from msgspec.structs import replace
 
-from cqrs_es import errors
+from cqrs_es import errors, wire
 from cqrs_es.execution.baselines import BaselineCache, BaselineLoader
 from cqrs_es.execution.causes import Causes
 from cqrs_es.execution.decide import Decider
@@ -32,11 +32,13 @@ from cqrs_es.execution.report import Counts, Reporter
 from cqrs_es.execution.retry import Outage
 from cqrs_es.execution.stages import Answer, Decided, Prepared, Submission
 from cqrs_es.messages import Status
-from cqrs_es.ports.store import Committed
+from cqrs_es.ports.store import IMMEDIATELY, Committed
 from cqrs_es.telemetry.tracing import NO_SPAN, CommandSpan
+from cqrs_es.types import time_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+    from datetime import datetime
     from types import TracebackType
 
     from cqrs_es.definitions import AggregateDefinition
@@ -120,6 +122,7 @@ class Executor:
         scheduled: ScheduledCommand | None = None,
         untrusted: bool = False,
         dropped: bool = False,
+        received_at: datetime | None = None,
         span: CommandSpan = NO_SPAN,
     ) -> Answer:
         """Take a command and return its outcome's future; never blocks.
@@ -129,11 +132,13 @@ class Executor:
         `Withdrawn` after `withdraw`, and `StoreUnavailable` or another `StoreError`
         where the store refuses; the command may then be submitted again. That of a
         `scheduled` command raises `ScheduleGone` where its row is there no more.
+        `received_at` is the broker's word for it, or what was noted of it before.
         """
         submission = Submission(
             message=message,
             content_hash=message.content_hash(),
             answer=asyncio.get_running_loop().create_future(),
+            received_at=received_at or _received_at(message, scheduled) or self._clock.now(),
             attempts=attempts,
             retrying=retrying,
             condemned=condemned,
@@ -402,6 +407,13 @@ class Executor:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _received_at(message: CommandMessage, row: ScheduledCommand | None) -> datetime | None:
+    """Return what a command itself says of when it was received; see `CommandContext`."""
+    if row is not None and row.moment != IMMEDIATELY:
+        return row.moment
+    return wire.moment_or_none(message.sent_at) or time_of(message.id)
 
 
 def _check_whole(key: AggregateKey, baseline: Baseline, submissions: Iterable[Submission]) -> None:

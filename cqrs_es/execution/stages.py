@@ -17,6 +17,8 @@ import msgspec
 from cqrs_es.telemetry.tracing import NO_SPAN, CommandSpan
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from cqrs_es.definitions import AggregateDefinition
     from cqrs_es.execution.baselines import Baseline
     from cqrs_es.messages import CommandMessage, Outcome
@@ -39,12 +41,13 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     by now. `untrusted`: anybody may have sent it, so it can't be
     one that only the framework sends. `dropped`: an operator gives it up, so it is rejected.
     `taken`: unique keys that another aggregate held when it was to be appended. `seen`: the
-    aggregate's sequence as a conflict told it.
+    aggregate's sequence as a conflict told it. `received_at`: see `CommandContext`.
     """
 
     message: CommandMessage
     content_hash: str
     answer: Answer
+    received_at: datetime
     attempts: int = 0
     retrying: bool = False
     condemned: str | None = None

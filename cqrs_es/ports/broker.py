@@ -15,8 +15,10 @@ What every broker promises:
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
 
 import msgspec
@@ -45,7 +47,8 @@ class OutgoingCommand:
 class Delivery(msgspec.Struct, frozen=True):
     """A message as an intake got it; `tag` is the broker's own name for it.
 
-    `queued_at`, in seconds since 1970, is when the broker got it, where it says so.
+    `queued_at`, in seconds since 1970, is when the broker got it, where it says so; the same
+    when it comes again.
     `scheduled` is the row that it was taken from, where it comes from no broker.
     """
 
@@ -56,6 +59,13 @@ class Delivery(msgspec.Struct, frozen=True):
     headers: Mapping[str, str] = msgspec.field(default_factory=dict[str, str])
     queued_at: float | None = None
     scheduled: ScheduledCommand | None = None
+
+    @property
+    def received_at(self) -> datetime | None:
+        """When the broker got it; None where it does not say so, or nothing that can be."""
+        with contextlib.suppress(ValueError, OverflowError, OSError):
+            return None if self.queued_at is None else datetime.fromtimestamp(self.queued_at, UTC)
+        return None
 
 
 @dataclass(frozen=True, slots=True)

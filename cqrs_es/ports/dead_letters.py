@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from cqrs_es.types import storable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from datetime import datetime
+
+
+RECEIVED_AT: Final = "received_at"
+"""The header that says when a message was received, for who decides it again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

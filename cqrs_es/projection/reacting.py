@@ -100,7 +100,13 @@ class ReactorFolding(Folding):
         assert reactor is not None  # noqa: S101 - see `ReactorDefinition`
         cause = cause_of(event)
         services = self._definition.services(
-            CommandContext(cause.id, event.aggregate_type, event.aggregate_id, event.metadata)
+            CommandContext(
+                command_id=cause.id,
+                aggregate_type=event.aggregate_type,
+                aggregate_id=event.aggregate_id,
+                metadata=event.metadata,
+                received_at=event.recorded_at,
+            )
         )
         yielded: list[object] = []
         await take_all(reactor.react(event, services), yielded.append, self._seconds)

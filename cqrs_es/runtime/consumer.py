@@ -27,7 +27,7 @@ import structlog
 from cqrs_es import errors, wire
 from cqrs_es.execution.retry import Retry
 from cqrs_es.ports.broker import OutgoingReply
-from cqrs_es.ports.dead_letters import DeadLetter
+from cqrs_es.ports.dead_letters import RECEIVED_AT, DeadLetter
 from cqrs_es.ports.store import IMMEDIATELY, ScheduledCommand
 from cqrs_es.runtime.due import NOTHING_DUE, DueIntake, keep_recurring, overdue
 from cqrs_es.runtime.redelivery import Gate, Redelivered, Redelivery
@@ -233,7 +233,7 @@ class CommandWorker(Role):
             seen_at=self._process.clock.now(),
             limit=self._process.settings.max_message_bytes,
             command_id=wire.command_id_of(delivery.body),
-            headers=delivery.headers,
+            headers=_with_received_at(delivery),
         )
 
     async def _import_forever(self, consumer: str) -> None:
@@ -478,6 +478,7 @@ class _Consumer:
             condemned=condemned,
             scheduled=delivery.scheduled,
             untrusted=delivery.scheduled is None,
+            received_at=delivery.received_at,
             span=span,
         )
         held = _Held(delivery, message, answer)
@@ -601,6 +602,13 @@ class _Consumer:
         done, self._done = self._done, []
         due = [held for held in done if held.delivery.scheduled is not None]
         self._worker.reply_late([reply for held in due if (reply := held.reply) is not None])
+
+
+def _with_received_at(delivery: Delivery) -> Mapping[str, str]:
+    received_at = delivery.received_at
+    if received_at is None:
+        return delivery.headers
+    return {**delivery.headers, RECEIVED_AT: received_at.isoformat()}
 
 
 def _is_new(outcome: Outcome) -> bool:

@@ -8,7 +8,6 @@ need no broker, and nothing is lost or doubled between a row and its decision.
 from __future__ import annotations
 
 import asyncio
-import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +20,7 @@ from cqrs_es.execution.retry import Retry
 from cqrs_es.ports.broker import ANY_SIZE, CommandIntake, Delivery
 from cqrs_es.ports.store import IMMEDIATELY
 from cqrs_es.runtime.waiting import within
+from cqrs_es.types import time_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Generator, Sequence
@@ -62,7 +62,7 @@ def _waits_for(row: ScheduledCommand) -> float:
     """Return how long a row has been due; one that was due at once since its id was made."""
     due = row.moment
     if due == IMMEDIATELY:
-        due += timedelta(milliseconds=uuid.UUID(row.command_id).int >> 80)  # of a UUIDv7
+        due = time_of(row.command_id) or due
     return max(0.0, (row.moment + row.late - due).total_seconds())
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Self, TypeVar
 from cqrs_es import errors, wire
 from cqrs_es.brokers import EVENT_RETENTION
 from cqrs_es.brokers.memory import MemoryBroker
+from cqrs_es.cloudevents import timestamp
 from cqrs_es.commands import new_command
 from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome
 from cqrs_es.ports.broker import OutgoingCommand
@@ -199,7 +200,7 @@ class TestApp:
             expected_sequence=expected_sequence,
             reply_to=self.reply_to,
         )
-        body = wire.encode_command(message)
+        body = wire.encode_command(message, timestamp(self.clock.now()))
         sent = wire.parse_command(body, self._settings.max_message_bytes)
         await self.enqueue(body)
         return await self.reply(sent.id)
