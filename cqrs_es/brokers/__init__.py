@@ -19,6 +19,7 @@ _BUILT_IN: Final = {
     "rediss": _REDIS,
     "amqp": _AMQP,
     "amqps": _AMQP,
+    "sqs": BuiltIn("cqrs_es.brokers.sqs", "serverless"),
 }
 
 

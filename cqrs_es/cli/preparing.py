@@ -317,7 +317,8 @@ _DEFAULTS: Final[Mapping[str, str]] = {
 MEANINGS: Final[Mapping[str, str]] = {
     "app": "the application, as MODULE:ATTRIBUTE",
     "store_url": "the event store: sqlite:///bank.db, mysql://user:pw@host:3306/db, postgresql://…",
-    "broker_url": "the broker: memory://, redis://host:6379/0, amqp://user:pw@host:5672/vhost",
+    "broker_url": "the broker: memory://, redis://host:6379/0, amqp://user:pw@host:5672/vhost, "
+    "sqs://region/prefix",
     "service": "the name that queues and topics begin with",
     "partitions": "how many partitions `init` gives a new store; fixed from then on",
     "batch_size": "commands in one transaction, at most",

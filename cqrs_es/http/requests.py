@@ -198,15 +198,20 @@ def is_unchanged(request: Request, tag: str) -> bool:
 
 
 def wait_seconds(request: Request) -> float:
-    """Return how long to wait, by Prefer; 0 for `respond-async`. What is no such is ignored."""
+    """Return how long to wait, by Prefer; 0 for `respond-async`. What is no such is ignored.
+
+    Who asks through a function waits for no longer than that may go on.
+    """
+    left: float = request.scope.get("cqrs_es.seconds", MOST_WAIT_SECONDS)
+    most = min(left, MOST_WAIT_SECONDS)
     preferred = ",".join(request.headers.getlist("Prefer")).replace(";", ",").lower().split(",")
     preferences = [each.replace(" ", "").replace('"', "") for each in preferred]
     if "respond-async" in preferences:
         return 0.0
     for each in preferences:
         if wait := _WAIT.fullmatch(each):
-            return min(float(wait[1]), MOST_WAIT_SECONDS)
-    return WAIT_SECONDS
+            return min(float(wait[1]), most)
+    return min(WAIT_SECONDS, most)
 
 
 def metadata_of(request: Request, given: Mapping[str, str]) -> Mapping[str, str]:

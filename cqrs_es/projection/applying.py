@@ -56,7 +56,7 @@ class Applier:
     ) -> None:
         self._registry = registry
         self._storage = storage
-        self._folding = folding
+        self.folding = folding
         self._on_move = on_move
         self._partition = partition
         self._breaker = breaker
@@ -67,7 +67,7 @@ class Applier:
 
     async def read_checkpoint(self) -> int:
         """Read how far the view has got."""
-        checkpoints = await self._storage.views.checkpoints(self._folding.key)
+        checkpoints = await self._storage.views.checkpoints(self.folding.key)
         self.checkpoint = checkpoints.get(self._partition, 0)
         return self.checkpoint
 
@@ -108,8 +108,8 @@ class Applier:
             await self._apply_in_halves(events)
             return
         try:
-            await self._folding.prepare(self._registry, self._storage.views, events)
-            await past_collisions(lambda: self._commit(events), self._folding.name)
+            await self.folding.prepare(self._registry, self._storage.views, events)
+            await past_collisions(lambda: self._commit(events), self.folding.name)
         except NOT_POISON:
             raise
         except Exception as exc:  # noqa: BLE001 - a view can raise anything
@@ -132,17 +132,17 @@ class Applier:
                 await self._move_checkpoint(transaction, events[-1].offset)
                 await write(
                     self._registry,
-                    self._folding,
+                    self.folding,
                     events,
                     transaction,
                     lambda followed: traced.enter_context(
-                        self._tracing.projecting(self._folding.name, followed)
+                        self._tracing.projecting(self.folding.name, followed)
                     ),
                 )
         self._moved(events[-1].offset)
 
     async def _move_checkpoint(self, transaction: ViewTransaction, to: int) -> None:
-        key = self._folding.key
+        key = self.folding.key
         try:
             await transaction.advance(key, self._partition, self.checkpoint, to)
         except errors.Conflict as exc:
@@ -152,16 +152,16 @@ class Applier:
 
     async def _give_up_on(self, event: StoredEvent, exc: Exception) -> None:
         """Park the event's aggregate, or raise: what no view could do is no fault of the event."""
-        missing = await self._folding.missing_tables(self._storage.views)
+        missing = await self.folding.missing_tables(self._storage.views)
         if missing:
-            raise lost(self._folding, missing) from exc
+            raise lost(self.folding, missing) from exc
         if self._breaker is None:
             self._tell(event, exc)
-            raise _view_failed(self._folding.name, event, exc) from exc
+            raise _view_failed(self.folding.name, event, exc) from exc
         async with self._storage.views.transaction() as transaction:
             await self._require_live(transaction)
             self._tell(event, exc)
-            self._breaker.count(self._folding.name, exc)
+            self._breaker.count(self.folding.name, exc)
             await self._move_checkpoint(transaction, event.offset)
             await transaction.park(self._marker(event, exc))
         self._moved(event.offset)
@@ -169,9 +169,9 @@ class Applier:
 
     async def _require_live(self, transaction: ViewTransaction) -> None:
         """Raise `Conflict` where a rebuild has switched: what is left behind needs no marker."""
-        live = generations_of(await transaction.generations(), self._folding.name).live
-        if live != self._folding.generation:
-            message = f"generation {live} of {self._folding.name} is live now: go on with that one"
+        live = generations_of(await transaction.generations(), self.folding.name).live
+        if live != self.folding.generation:
+            message = f"generation {live} of {self.folding.name} is live now: go on with that one"
             raise errors.Conflict(message)
 
     def _tell(self, event: StoredEvent, exc: Exception) -> None:
@@ -180,7 +180,7 @@ class Applier:
 
     def _marker(self, event: StoredEvent, exc: Exception) -> ParkedAggregate:
         return ParkedAggregate(
-            projector=self._folding.key,
+            projector=self.folding.key,
             key=event.key,
             from_sequence=event.sequence,
             partition=self._partition,
@@ -190,7 +190,7 @@ class Applier:
     def _log_parked(self, breaker: ParkingBreaker, event: StoredEvent, exc: Exception) -> None:
         log.error(
             "aggregate parked",
-            view=self._folding.name,
+            view=self.folding.name,
             aggregate=str(event.key),
             sequence=event.sequence,
             partition=self._partition,

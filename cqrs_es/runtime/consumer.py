@@ -87,7 +87,7 @@ class CommandWorker(Role):
             most = BATCHES_IN_HAND * process.settings.batch_size
             events, timetable = process.storage.events, process.timetable
             intakes = [queue, DueIntake(events, timetable, due, assignment, most)]
-            consumers = [_Consumer(self, process, intake, assignment) for intake in intakes]
+            consumers = [Consumer(self, process, intake, assignment) for intake in intakes]
             try:
                 await self._consume(consumers, assignment)
             except* errors.CqrsError as several:
@@ -130,7 +130,7 @@ class CommandWorker(Role):
             figures.append(Reading(metrics.DEAD_LETTERS, letters))
         return figures
 
-    async def _consume(self, consumers: Sequence[_Consumer], assignment: Assignment) -> None:
+    async def _consume(self, consumers: Sequence[Consumer], assignment: Assignment) -> None:
         with self.room.shared():
             async with asyncio.TaskGroup() as group:
                 settling = [consumer.settle_forever() for consumer in consumers]
@@ -176,10 +176,11 @@ class CommandWorker(Role):
     async def _prune_forever(self) -> None:
         """Forget outcomes that have been kept for long enough (G2); errors are only logged."""
         while True:
-            if await self._try_prune() < PRUNE_CHUNK:
+            if await self.try_prune() < PRUNE_CHUNK:
                 await self._process.clock.sleep(PRUNE_EVERY_SECONDS)
 
-    async def _try_prune(self) -> int:
+    async def try_prune(self) -> int:
+        """Forget some outcomes that have been kept for long enough; return how many."""
         process = self._process
         before = process.clock.now() - timedelta(days=process.settings.outcome_retention_days)
         try:
@@ -339,7 +340,7 @@ class _Held:
         return OutgoingReply(self.message.reply_to, self.outcome.command_id, outcome)
 
 
-class _Consumer:
+class Consumer:
     """One partition: what is in hand, and how it came and goes."""
 
     def __init__(

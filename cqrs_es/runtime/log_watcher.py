@@ -87,7 +87,7 @@ class LogWatcher:
         retry = Retry(log, "heads unreadable", bears=errors.CqrsError)
         while True:
             async with retry:
-                await self._look()
+                await self.look()
             # Commits of this process are noticed at once.
             await within(self._pause(), self._poked.wait())
             self._poked.clear()
@@ -99,7 +99,8 @@ class LogWatcher:
         quiet = (_now() - self._moved_at) * QUIET_PART
         return max(least, min(quiet, QUIET_SECONDS))
 
-    async def _look(self) -> None:
+    async def look(self) -> None:
+        """Read the heads."""
         heads = await self._events.heads()
         self._looked_at = _now()
         if heads != self._heads:

@@ -28,7 +28,7 @@ from cqrs_es.telemetry import metrics
 from cqrs_es.telemetry.metrics import Reading
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
     from cqrs_es.definitions import ProjectionDefinition, ReactorDefinition
     from cqrs_es.messages import StoredEvent
@@ -125,19 +125,22 @@ class ProjectorLoop(Role):
 
     async def run_partition(self, assignment: Assignment) -> None:
         """Project a partition from its checkpoint on, until another generation is live."""
-        self._breaker.check()
-        folding = await self._live_folding(assignment.lease.partition)
-        live = _Live(self._process, folding)
-        applier = self._applier(folding, assignment)
+        applier = await self.applier(assignment)
+        live = _Live(self._process, applier.folding)
         await Follower(self._process, applier, assignment, live.still).run()
+
+    async def applier(self, assignment: Assignment) -> Applier:
+        """Make what brings the live generation up to date with a partition."""
+        self._breaker.check()
+        return self._applier(await self._live_folding(assignment.lease.partition), assignment)
 
     def backlog(self, assignment: Assignment) -> int:
         """Return how many events are committed and not in the view."""
         return self._process.watcher.backlog(assignment)
 
-    async def reached(self) -> int:
-        """Read the sum of the live generation's checkpoints."""
-        return sum((await self._storage.views.checkpoints(await self._live_name())).values())
+    async def offsets(self) -> Mapping[int, int]:
+        """Read the live generation's checkpoints."""
+        return await self._storage.views.checkpoints(await self._live_name())
 
     async def figures(self, held: Collection[int]) -> list[Reading]:
         """Ask how many aggregates are parked."""
@@ -200,6 +203,11 @@ class ReactorLoop(Role):
 
     async def run_partition(self, assignment: Assignment) -> None:
         """React to the events of a partition from the reactor's checkpoint on."""
+        applier = await self.applier(assignment)
+        await Follower(self._process, applier, assignment, _always).run()
+
+    async def applier(self, assignment: Assignment) -> Applier:
+        """Make what has the reactor see a partition."""
         self._breaker.check()
         process = self._process
         await make_sure_of_beginning(process.storage, self._definition)
@@ -220,7 +228,7 @@ class ReactorLoop(Role):
                 to_offset=to,
             )
 
-        applier = Applier(
+        return Applier(
             process.registry,
             process.storage,
             folding,
@@ -230,15 +238,14 @@ class ReactorLoop(Role):
             on_move=moved,
             tracing=process.tracing,
         )
-        await Follower(process, applier, assignment, _always).run()
 
     def backlog(self, assignment: Assignment) -> int:
         """Return how many events are committed that it has not seen."""
         return self._process.watcher.backlog(assignment)
 
-    async def reached(self) -> int:
-        """Read the sum of its checkpoints."""
-        return sum((await self._process.storage.views.checkpoints(self._key)).values())
+    async def offsets(self) -> Mapping[int, int]:
+        """Read its checkpoints."""
+        return await self._process.storage.views.checkpoints(self._key)
 
     async def figures(self, held: Collection[int]) -> list[Reading]:
         """Ask how many aggregates are parked, and how many instances wait."""

@@ -20,7 +20,7 @@ from cqrs_es.runtime.waiting import unless, within
 from cqrs_es.telemetry import metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from cqrs_es.ports.broker import OutgoingEvent
     from cqrs_es.ports.leases import Lease
@@ -51,23 +51,23 @@ class Relay(Role):
         self._service = process.service
         self._meter = process.meter
         self._tracing = process.tracing
-        self._remote = RemoteSender(process)
+        self.remote = RemoteSender(process)
 
     def check(self) -> None:
         """Raise `SettingsError` where another service that gets commands can't be reached."""
-        self._remote.check()
+        self.remote.check()
 
     async def watch(self) -> None:
         """Look when commands to other services are due."""
-        await self._remote.watch()
+        await self.remote.watch()
 
     async def figures(self, held: Collection[int]) -> list[Reading]:
         """Ask how much waits for other services."""
-        return await self._remote.figures(held)
+        return await self.remote.figures(held)
 
     async def run_partition(self, assignment: Assignment) -> None:
         """Publish a partition, and send what it has for other services, until stopped."""
-        sending = asyncio.create_task(self._remote.run(assignment))
+        sending = asyncio.create_task(self.remote.run(assignment))
         try:
             await self._publish_forever(assignment)
         finally:
@@ -98,9 +98,22 @@ class Relay(Role):
         """Return how many events are committed and not published."""
         return self._watcher.backlog(assignment)
 
-    async def reached(self) -> int:
-        """Read the sum of all marks."""
-        return sum((await self._storage.views.checkpoints(RELAY_MARK)).values())
+    async def offsets(self) -> Mapping[int, int]:
+        """Read the marks."""
+        return await self._storage.views.checkpoints(RELAY_MARK)
+
+    async def publish_some(self, partition: int, stored: int) -> int:
+        """Publish the next events beyond a mark; return how many.
+
+        Nobody needs a lease for it: of two who do so at once the later one raises `Conflict`.
+        """
+        info = await self._info.get(QUIET_SECONDS)
+        first = await self._look(partition, stored, info.log_epoch, info)
+        mark = await self._publish_after(partition, first, info.log_epoch)
+        if mark > stored:
+            async with self._storage.views.transaction() as transaction:
+                await transaction.advance(RELAY_MARK, partition, stored, mark)
+        return mark - first
 
     async def _look(self, partition: int, mark: int, epoch: str, info: StoreInfo) -> int:
         """Return the lesser of our mark and what the topic holds: a flushed one is filled again.

@@ -157,6 +157,11 @@ class RemoteSender:
                     self._timetable.nothing_due()
                     await unless(stopping, due.wait())
 
+    async def send_some(self, service: str, partition: int) -> bool:
+        """Send the first commands that a partition has for a service; return whether it had any."""
+        (queue,) = (queue for queue in self._queues if queue.service == service)
+        return await self._send_due(queue, lane_of(service, partition))
+
     async def _send_due(self, queue: RemoteQueue, lane: int) -> bool:
         """Send the first rows that are due, and delete them; return whether there were any."""
         rows = await self._events.due(lane, SENT_AT_ONCE)

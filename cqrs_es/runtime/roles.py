@@ -15,7 +15,7 @@ from cqrs_es import errors
 from cqrs_es.reactor import reactor_role
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from cqrs_es.registry import Registry
     from cqrs_es.runtime.leases import Assignment
@@ -75,9 +75,14 @@ class Role(ABC):
         """Do what is done once for all partitions, for as long as the role is had."""
         return
 
+    async def offsets(self) -> Mapping[int, int] | None:
+        """Read each partition's last offset done with; None for no reader of the log."""
+        return None
+
     async def reached(self) -> int | None:
         """Read the sum of all partitions' offsets done with; None for no reader of the log."""
-        return None
+        offsets = await self.offsets()
+        return None if offsets is None else sum(offsets.values())
 
     async def figures(self, held: Collection[int]) -> list[Reading]:
         """Ask the servers for what only they know: a partition's by its holder, others' by 0's."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from botocore import exceptions as botocore_errors
 
 from cqrs_es import errors
+from cqrs_es.aws import MISCONFIGURED, REFUSALS
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -35,16 +36,6 @@ _CONTENDED: Final = {
     "ThrottlingError",
     "ProvisionedThroughputExceeded",
 }
-_SETTINGS: Final[Mapping[str, str]] = {
-    "AccessDeniedException": "the credentials do not allow this on the table",
-    "ExpiredTokenException": "the credentials have expired",
-    "IncompleteSignature": "the credentials are incomplete",
-    "InvalidClientTokenId": "the credentials are not known",
-    "InvalidSignatureException": "the secret key is wrong",
-    "MissingAuthenticationTokenException": "there are no credentials",
-    "SignatureDoesNotMatch": "the secret key is wrong",
-    "UnrecognizedClientException": "the credentials are not known",
-}
 _UNAVAILABLE: Final = {
     "InternalServerError",
     "LimitExceededException",
@@ -54,16 +45,6 @@ _UNAVAILABLE: Final = {
     "ThrottlingException",
 }
 _TOO_LARGE: Final = ("item size", "size limit", "maximum size", "exceeded the maximum", "4 mb")
-_MISCONFIGURED: Final = (
-    botocore_errors.NoCredentialsError,
-    botocore_errors.PartialCredentialsError,
-    botocore_errors.CredentialRetrievalError,
-    botocore_errors.TokenRetrievalError,
-    botocore_errors.ProfileNotFound,
-    botocore_errors.InvalidRegionError,
-    botocore_errors.NoRegionError,
-    ValueError,  # no endpoint at all
-)
 _SERVER_FAULT: Final = 500
 
 
@@ -74,7 +55,7 @@ def mapped_errors() -> Generator[None]:
         yield
     except botocore_errors.ClientError as exc:
         raise _error_for(exc) from exc
-    except _MISCONFIGURED as exc:
+    except MISCONFIGURED as exc:
         reason = str(exc).rstrip(".")
         message = f"DynamoDB can't be asked: {reason}; check CQRS_ES_STORE_URL and AWS's settings"
         raise errors.SettingsError(message) from exc
@@ -100,9 +81,9 @@ def _error_for(exc: botocore_errors.ClientError) -> errors.CqrsError:
         return ConditionFailed()
     if code in _CONTENDED:
         return Contended()
-    if code in _SETTINGS:
+    if code in REFUSALS:
         where = "check AWS's settings: environment, profile or role"
-        return errors.SettingsError(f"DynamoDB refused: {_SETTINGS[code]} ({code}); {where}")
+        return errors.SettingsError(f"DynamoDB refused: {REFUSALS[code]} ({code}); {where}")
     if code == "ResourceNotFoundException":
         return errors.StoreNotInitialised()
     if code in _UNAVAILABLE or _status(response) >= _SERVER_FAULT:

@@ -12,6 +12,8 @@ from cqrs_es import errors
 from cqrs_es.stores.dynamodb.actions import MAX_SORT_KEY_BYTES, Condition, Key, condition
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from cqrs_es.ports.store import UniqueKey
     from cqrs_es.types import AggregateKey
 
@@ -28,6 +30,7 @@ PRUNABLE: Final = "prunable"
 """The attribute, and the index over it, of outcomes that may be pruned one day."""
 PRUNING_SHARDS: Final = "0123456789abcdef"
 """Their last digit spreads outcomes over the index: one key takes 1,000 writes a second."""
+_HEAD: Final = "head"
 _DIGITS: Final = 20
 _READABLE: Final = 200
 
@@ -49,7 +52,12 @@ def snapshot_key(key: AggregateKey) -> Key:
 
 def head_key(partition: int) -> Key:
     """Return the key of a partition's head."""
-    return Key(f"log/{partition}", "head")
+    return Key(f"log/{partition}", _HEAD)
+
+
+def is_head(keys: Mapping[str, Mapping[str, str]]) -> bool:
+    """Tell whether a key, as a stream's records have it, is that of a head."""
+    return keys["pk"].get("S", "").startswith("log/") and keys["sk"].get("S") == _HEAD
 
 
 def entry_key(partition: int, first: int) -> Key:

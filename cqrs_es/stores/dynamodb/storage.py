@@ -51,6 +51,20 @@ class DynamoStorage(Storage):
         """Always True."""
         return True
 
+    def has_grown(self, record: Mapping[str, Any]) -> bool:
+        """Tell whether a record of the table's stream is of the head of a partition of the log.
+
+        Raises `ConfigurationError` for a record of another table.
+        """
+        source = str(record.get("eventSourceARN"))
+        if f":table/{self._table.name}/stream/" not in source:
+            message = (
+                f"a record of {source}, but the store is the table {self._table.name}: map the"
+                " function to that table's stream, or set CQRS_ES_STORE_URL to the other"
+            )
+            raise errors.ConfigurationError(message)
+        return places.is_head(record["dynamodb"]["Keys"])
+
     async def open(self) -> None:
         """Connect. Raises `StoreUnavailable` when that can't be done now."""
         await self._table.open()

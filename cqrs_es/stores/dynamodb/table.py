@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import random
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
-from aiobotocore.config import AioConfig
-from aiobotocore.session import AioSession
-
 from cqrs_es import errors
+from cqrs_es.aws import CALL_SECONDS, client_for
 from cqrs_es.stores.dynamodb.actions import (
     Condition,
     Key,
@@ -39,12 +36,6 @@ if TYPE_CHECKING:
 A = TypeVar("A")
 T = TypeVar("T")
 
-CONNECT_SECONDS: Final = 5.0
-READ_SECONDS: Final = 10.0
-CALL_SECONDS: Final = 30.0
-"""For a request with the client's own retries, which are for throttling and lost connections."""
-CALL_TRIES: Final = 3
-CONNECTIONS: Final = 50
 PARALLEL: Final = 32
 """Requests at a time for one call of the store."""
 GET_BATCH: Final = 100
@@ -84,8 +75,10 @@ class Table:
         """Make a client, and ask it for something, to know that it can be done."""
         if self._client is not None:
             return
+        target = self._target
+        client = client_for("dynamodb", target.region, target.endpoint)
         with mapped_errors():
-            self._client = await self._opened.enter_async_context(_client_for(self._target))
+            self._client = await self._opened.enter_async_context(client)
         try:
             await self.get(Key("info"))
         except errors.StoreNotInitialised:
@@ -285,24 +278,3 @@ async def side_by_side(work: Callable[[A], Awaitable[T]], items: Iterable[A]) ->
 async def pause(tries: int) -> None:
     """Wait before another try: longer each time, and not as long as anybody else."""
     await asyncio.sleep(PAUSE_SECONDS * min(tries, MAX_TRIES) * random.random())  # noqa: S311 - jitter
-
-
-def _client_for(target: Target) -> Any:
-    session: Any = AioSession()
-    session.register_component("data_loader", _service_models())
-    config = AioConfig(
-        connect_timeout=CONNECT_SECONDS,
-        read_timeout=READ_SECONDS,
-        max_pool_connections=CONNECTIONS,
-        retries={"mode": "standard", "total_max_attempts": CALL_TRIES},
-    )
-    return session.create_client(
-        "dynamodb", region_name=target.region, endpoint_url=target.endpoint, config=config
-    )
-
-
-@functools.cache
-def _service_models() -> Any:
-    """Read the descriptions of AWS's services once: that takes a quarter of a second."""
-    session: Any = AioSession()
-    return session.get_component("data_loader")
