@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cqrs_es.aggregate import Aggregate
+    from cqrs_es.aggregate import BUGS, Aggregate, Retries
     from cqrs_es.errors import CqrsError, DomainError
     from cqrs_es.intents import Elapsed, Intent, Send, cancel, later, send
     from cqrs_es.messages import (
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cqrs_es.view import View
 
 __all__ = [
+    "BUGS",
     "Aggregate",
     "AggregateKey",
     "CommandContext",
@@ -45,6 +46,7 @@ __all__ = [
     "ProcessManager",
     "Reactor",
     "Refused",
+    "Retries",
     "Send",
     "Status",
     "Upcaster",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeAlias, TypeVar
+from typing import ClassVar, Final, Generic, TypeAlias, TypeVar, cast
 
 from cqrs_es import errors
 from cqrs_es.intents import Intent
@@ -117,3 +117,59 @@ class SnapshotEvery:
 
 
 SourceOfTruth: TypeAlias = EventSourced | AggregateSourced | SnapshotEvery
+
+
+# --- Trying again ---------------------------------------------------------------
+
+MOST_WAIT_SECONDS: Final = 3600.0
+Kind: TypeAlias = type[BaseException]
+BUGS: Final[tuple[Kind, ...]] = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    TypeError,
+)
+"""What a handler raises that no later attempt makes right, unless it comes from another system."""
+
+
+class Retries:
+    """After which waits a command is tried again whose handler has raised, by what it raised.
+
+        app = Application("bank", retries=Retries({BUGS: (), ConnectionError: (0.5, 2.0, 10.0)}))
+
+    The seconds before the second, third … attempt, spread by a quarter; after the last one the
+    command fails, at once where there is none. Of several classes that which comes first in
+    the exception's `__mro__` counts. Meanwhile the aggregate's later commands wait, and
+    whoever waits for the outcome. Domain errors are not tried again, nor is anything else
+    that the framework knows to be in vain.
+    """
+
+    def __init__(self, waits: Mapping[Kind | tuple[Kind, ...], Sequence[float]]) -> None:
+        """Raise `DefinitionError` for what are no exception classes, or no seconds."""
+        self._waits: dict[Kind, tuple[float, ...]] = {}
+        for kinds, seconds in waits.items():
+            for kind in kinds if isinstance(kinds, tuple) else (kinds,):
+                self._waits[kind] = _checked(kind, seconds)
+
+    def waits_after(self, exc: BaseException) -> tuple[float, ...] | None:
+        """Return the waits for an exception, None where no class of it is named."""
+        return next((self._waits[kind] for kind in type(exc).__mro__ if kind in self._waits), None)
+
+
+def _checked(kind: object, seconds: object) -> tuple[float, ...]:
+    if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+        message = f"Retries({{{kind!r}: …}}): name exception classes"
+        raise errors.DefinitionError(message)
+    if isinstance(seconds, Iterable):
+        waits = tuple(cast("Iterable[object]", seconds))
+        good = [w for w in waits if isinstance(w, int | float) and 0 <= w <= MOST_WAIT_SECONDS]
+        if len(good) == len(waits):
+            return tuple(good)
+    message = f"Retries({{{kind.__name__}: {seconds!r}}}): give the waits in seconds, () for none"
+    raise errors.DefinitionError(f"{message}, each from 0 to {MOST_WAIT_SECONDS:g}")
+
+
+NO_RETRIES: Final = Retries({})

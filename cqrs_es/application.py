@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from cqrs_es import errors
+from cqrs_es.aggregate import NO_RETRIES, Retries
 from cqrs_es.brokers import broker_for
 from cqrs_es.definitions import (
     define_aggregate,
@@ -68,13 +69,24 @@ OnViewFailure = Callable[[StoredEvent, Exception], None]
 class Application:
     """A service's aggregates, views and projectors, under the service's name."""
 
-    def __init__(self, service: str, *, policy: ExecutionPolicy | None = None) -> None:
-        """Begin an application; of `policy` what is no setting of an operator's holds."""
+    def __init__(
+        self,
+        service: str,
+        *,
+        policy: ExecutionPolicy | None = None,
+        retries: Retries | None = None,
+    ) -> None:
+        """Begin an application; of `policy` what is no setting of an operator's holds.
+
+        `retries` are those of its handlers for what they name, `policy.retry_delays` for all else.
+        """
         if not NAME.fullmatch(service):
             message = f"service name {service!r} must match {NAME.pattern}"
             raise errors.DefinitionError(message)
         self.service = service
         self.policy = policy or ExecutionPolicy()
+        if retries is not None:
+            self.policy = replace(self.policy, retries=retries)
         self.registry = Registry()
         self._opened: OpenApplication | None = None
 
@@ -87,12 +99,14 @@ class Application:
         upcasters: Iterable[Upcaster] = (),
         command_upcasters: Iterable[Upcaster] = (),
         handler_timeout: float | None = None,
+        retries: Retries = NO_RETRIES,
     ) -> None:
         """Register an aggregate.
 
         `services` makes what `handle` is given, for each command anew, from a
         `CommandContext`. `source` is `EventSourced()` unless given. `upcasters` lift its
-        events, `command_upcasters` what older senders send. Raises `DefinitionError`
+        events, `command_upcasters` what older senders send. `retries` go before the
+        application's. Raises `DefinitionError`
         for anything that could not be run or stored.
         """
         factory: ServicesFactory | None = services
@@ -103,6 +117,7 @@ class Application:
             upcasters=upcasters,
             command_upcasters=command_upcasters,
             handler_timeout=handler_timeout,
+            retries=retries,
         )
         if factory is None and needs_services(cls):
             message = f"{cls.__qualname__} needs services: app.aggregate(…, services=…) makes them"
@@ -158,6 +173,7 @@ class Application:
         source: SourceOfTruth | None = None,
         upcasters: Iterable[Upcaster] = (),
         handler_timeout: float | None = None,
+        retries: Retries = NO_RETRIES,
     ) -> None:
         """Register a process manager, and what routes events to its instances."""
         definition = define_process(
@@ -166,6 +182,7 @@ class Application:
             source=source,
             upcasters=upcasters,
             handler_timeout=handler_timeout,
+            retries=retries,
         )
         self.registry.add_aggregate(definition)
         self.registry.add_reactor(define_router(cls, definition))

@@ -19,7 +19,7 @@ import orjson
 from cronsim import CronSim, CronSimError
 
 from cqrs_es import errors
-from cqrs_es.aggregate import Aggregate, EventSourced, SourceOfTruth, Stateful
+from cqrs_es.aggregate import NO_RETRIES, Aggregate, EventSourced, Retries, SourceOfTruth, Stateful
 from cqrs_es.codec import Codec, CommandCodec
 from cqrs_es.intents import Elapsed, Send, check_timer_name
 from cqrs_es.messages import (
@@ -166,6 +166,7 @@ class AggregateDefinition:
     upcasters: UpcasterChain
     command_upcasters: UpcasterChain
     handler_timeout: float | None
+    retries: Retries
     has_keys: bool
     """Whether its aggregates may have unique keys."""
     inputs: ProcessInputs | None = None
@@ -353,6 +354,7 @@ def define_aggregate(
     upcasters: Iterable[Upcaster] = (),
     command_upcasters: Iterable[Upcaster] = (),
     handler_timeout: float | None = None,
+    retries: Retries = NO_RETRIES,
 ) -> AggregateDefinition:
     """Read a class's type arguments and check that it can be run and stored.
 
@@ -368,6 +370,7 @@ def define_aggregate(
         upcasters=upcasters,
         command_upcasters=command_upcasters,
         handler_timeout=handler_timeout,
+        retries=retries,
     )
 
 
@@ -378,6 +381,7 @@ def define_process(
     source: SourceOfTruth | None = None,
     upcasters: Iterable[Upcaster] = (),
     handler_timeout: float | None = None,
+    retries: Retries = NO_RETRIES,
 ) -> AggregateDefinition:
     """Read a process manager's type arguments; `aggregates` are those whose events it hears.
 
@@ -394,6 +398,7 @@ def define_process(
         source=source,
         upcasters=upcasters,
         handler_timeout=handler_timeout,
+        retries=retries,
         inputs=ProcessInputs(aggregates, inputs),
     )
 
@@ -408,6 +413,7 @@ def _define(  # noqa: PLR0913 - what a definition consists of
     upcasters: Iterable[Upcaster],
     command_upcasters: Iterable[Upcaster] = (),
     handler_timeout: float | None,
+    retries: Retries,
     inputs: ProcessInputs | None = None,
 ) -> AggregateDefinition:
     if "aggregate_type" not in cls.__dict__:
@@ -435,6 +441,7 @@ def _define(  # noqa: PLR0913 - what a definition consists of
             command_upcasters, {name: Version.parse(c.version) for name, c in commands.items()}
         ),
         handler_timeout=handler_timeout,
+        retries=retries,
         has_keys=has_keys,
         inputs=inputs,
     )

@@ -2,7 +2,7 @@
 
 How often a failed call is tried again is not among them: the framework tries
 the whole command again, and the idempotency key makes that safe. How often it
-does, `Application("bank", policy=ExecutionPolicy(retry_delays=…))` would say.
+does, `Application("bank", retries=Retries({…}))` would say.
 """
 
 from __future__ import annotations

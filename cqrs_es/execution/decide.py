@@ -22,6 +22,7 @@ import structlog
 from msgspec.structs import replace
 
 from cqrs_es import errors
+from cqrs_es.aggregate import NO_RETRIES
 from cqrs_es.codec import to_json
 from cqrs_es.execution.baselines import Baseline, freeze
 from cqrs_es.execution.causes import ELAPSED, MOST_COMMANDS, Cause, Causes
@@ -169,7 +170,7 @@ class Decider:
                     raise asyncio.CancelledError from exc
                 _take_back_cancellations()
                 submission = replace(submission, failures=submission.failures + 1)
-                delay = self._after_failure(submission, exc)
+                delay = self._after_failure(prepared.definition, submission, exc)
                 if delay is None:
                     return self._failed(
                         submission, "internal_error", _said(exc), detail=text_of(exc)
@@ -185,9 +186,14 @@ class Decider:
             decided if following is None else replace(decided, causes=(*decided.causes, following))
         )
 
-    def _after_failure(self, submission: Submission, exc: BaseException) -> float | None:
+    def _after_failure(
+        self, definition: AggregateDefinition | None, submission: Submission, exc: BaseException
+    ) -> float | None:
         """Record a handler's failure; return the wait before the next try, None for no more."""
-        delay = None if _permanent(exc) else self._policy.retry_delay(submission.failures)
+        own = NO_RETRIES if definition is None else definition.retries
+        delay = None
+        if not _permanent(exc):
+            delay = self._policy.retry_delay(submission.failures, exc, own)
         log.warning(
             "handler failed",
             **ids_of(submission.message),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
+from cqrs_es.aggregate import NO_RETRIES, Retries
 from cqrs_es.execution.retry import with_jitter
 from cqrs_es.messages import CommandMessage
 from cqrs_es.telemetry.metrics import NO_METER, Meter
@@ -24,7 +25,8 @@ class ExecutionPolicy:
     """How commands are batched, timed and retried; times in seconds.
 
     `retry_delays`: the waits before the second, third … attempt at a command
-    whose handler failed unexpectedly; after the last it fails. `patience`: how
+    whose handler failed unexpectedly; after the last it fails. `retries` are those of an
+    application for what it names. `patience`: how
     long to go on trying while the store is away, None for as long as it takes.
     `cache_bytes`: how much memory the states of aggregates used last may take.
     """
@@ -32,16 +34,25 @@ class ExecutionPolicy:
     batch_size: int = 500
     handler_timeout: float = 30.0
     retry_delays: tuple[float, ...] = (0.0, 0.2, 1.0, 5.0)
+    retries: Retries = NO_RETRIES
     patience: float | None = None
     cache_bytes: int = 64 * 1024 * 1024
     max_event_bytes: int = 1024 * 1024
     max_message_bytes: int = MAX_MESSAGE_BYTES
 
-    def retry_delay(self, failures: int) -> float | None:
-        """Return the wait after so many failures, with jitter; None when they are enough."""
-        if failures > len(self.retry_delays):
-            return None
-        return with_jitter(self.retry_delays[failures - 1])
+    def retry_delay(
+        self, failures: int, exc: BaseException, own: Retries = NO_RETRIES
+    ) -> float | None:
+        """Return the wait after so many failures, with jitter; None when they are enough.
+
+        An aggregate's `own` retries go before the application's.
+        """
+        waits = own.waits_after(exc)
+        if waits is None:
+            waits = self.retries.waits_after(exc)
+        if waits is None:
+            waits = self.retry_delays
+        return with_jitter(waits[failures - 1]) if failures <= len(waits) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
