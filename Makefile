@@ -9,6 +9,7 @@ MYSQLD ?= mysqld
 SECONDS_OF_CHAOS ?= 1200
 TRANSFERS ?= 10000
 KILLS ?= 100
+CRASHES ?= 20
 MYSQL_SUITES := tests/contract tests/acceptance tests/integration/test_mysql_store.py \
 	tests/integration/test_server_stores.py
 # What the versions of libraries can break: stores, brokers, codecs, the command line.
@@ -16,7 +17,7 @@ RANGE_SUITES := tests/unit tests/contract tests/acceptance tests/deployment/test
 	tests/integration/test_cli_preparing.py tests/integration/test_cli_inspecting.py \
 	tests/integration/test_amqp_service.py tests/integration/test_tracing.py
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-mysql test-lowest test-newest faults proofs check format schemas \
+.PHONY: help demo test test-mysql test-lowest test-newest crashes faults proofs check format schemas \
 	upgrade secrets clean
 
 help:  ## show what can be made
@@ -45,6 +46,10 @@ test-newest: $(VENV)/.installed  ## run the suites on the newest versions that t
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)/newest
 	$(BIN)/uv pip install --quiet --python $(VENV)/newest --editable ".[dev]"
 	$(VENV)/newest/bin/pytest $(RANGE_SUITES) $(PYTEST_ARGS)
+
+crashes: $(VENV)/.installed  ## kill processes at each instant that matters, 20 times each, on four pairs of servers
+	CI=true CQRS_ES_TEST_CRASHES=$(CRASHES) $(BIN)/pytest tests/faults/test_crash_points.py \
+		--log-cli-level=WARNING $(PYTEST_ARGS)
 
 faults: $(VENV)/.installed  ## an hour of chaos: 20 minutes on each of three pairs of servers
 	CI=true CQRS_ES_TEST_CHAOS_SECONDS=$(SECONDS_OF_CHAOS) $(BIN)/pytest tests/faults/test_chaos.py \

@@ -314,10 +314,14 @@ class Chaos:
         marks: dict[str, dict[int, int]] = defaultdict(dict)
         for row in recorder.rows(self.store_url, "SELECT * FROM checkpoints"):
             marks[row["projector"]][row["log_partition"]] = row["log_offset"]
+        live = {
+            row["projector"]: row["live"]
+            for row in recorder.rows(self.store_url, "SELECT * FROM generations")
+        }
         return all(
             marks[reader].get(partition, 0) >= head
             for partition, head in heads.items()
-            for reader in (RELAY, *(f"{view}__1" for view in VIEWS))
+            for reader in (RELAY, *(f"{view}__{live.get(view, 1)}" for view in VIEWS))
         )
 
     def _all_live(self) -> None:
@@ -381,8 +385,8 @@ class Chaos:
 
 
 @contextmanager
-def chaos(store: str, broker: str, folder: Path, seed: int) -> Generator[Chaos]:
-    """Run a bank with two processes of each role, and its senders."""
+def chaos(store: str, broker: str, folder: Path, seed: int, *, copies: int = 2) -> Generator[Chaos]:
+    """Run a bank with some processes of each role, and its senders."""
     servers = Servers(store, broker, folder)
     servers.start()
     with ExitStack() as stack:
@@ -402,7 +406,7 @@ def chaos(store: str, broker: str, folder: Path, seed: int) -> Generator[Chaos]:
         ]
         if broker == "amqp":
             recorder.bind_queue(made.broker_url, "bank", "subscriber")
-        for role in ROLES * 2:
+        for role in ROLES * copies:
             made.start(role)
         for sender in made.senders:
             sender.start()
