@@ -18,7 +18,7 @@ RANGE_SUITES := tests/unit tests/contract tests/acceptance tests/deployment/test
 	tests/integration/test_amqp_service.py tests/integration/test_tracing.py
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-mysql test-lowest test-newest crashes faults proofs check format schemas \
-	upgrade secrets clean
+	upgrade audit sbom secrets clean
 
 help:  ## show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -87,6 +87,16 @@ upgrade:  ## move constraints.txt to the newest versions, then check and test ev
 	mv $(VENV)/new constraints.txt
 	touch $(VENV)/.installed
 	$(MAKE) check test test-lowest
+
+audit: $(VENV)/.installed  ## look up known weaknesses of the pinned versions; fails where nobody could be asked
+	$(BIN)/uv tool run pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
+
+sbom: $(VENV)/.installed  ## write what an installation consists of to dist/sbom.json (CycloneDX)
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)/shipped
+	$(BIN)/uv pip install --quiet --python $(VENV)/shipped --constraint constraints.txt ".[all]"
+	mkdir -p dist
+	$(BIN)/uv tool run --from cyclonedx-bom cyclonedx-py environment --pyproject pyproject.toml \
+		--output-reproducible --output-file dist/sbom.json $(VENV)/shipped
 
 secrets:  ## random passwords for docker-compose.yml, into secrets/; those that are there stay
 	@deploy/make-secrets
