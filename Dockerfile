@@ -32,7 +32,7 @@ COPY config/__init__.py config/settings.py ./config/
 RUN python -m compileall -q .
 # A number, so that Kubernetes can see that it is not root.
 USER 10001:10001
-EXPOSE 8080
+EXPOSE 8000 8080
 # For processes that run with `--health-port 0.0.0.0:8080`; others switch it off.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/ready', timeout=4)"]

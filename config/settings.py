@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from cqrs_es import errors
 
@@ -16,16 +16,18 @@ from cqrs_es import errors
 class BankSettings:
     """How long the bank waits for the systems it asks, in seconds, and whom its gateway knows.
 
-    `http_tokens` has the name of whoever shows a token.
+    `http_tokens` has the name of whoever shows a token; `http_via` says who decides what comes
+    over HTTP, the gateway itself ("store") or the workers ("queue").
     """
 
     atm_seconds: float = 5.0
     check_seconds: float = 5.0
     http_tokens: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
+    http_via: Literal["store", "queue"] = "store"
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
-        """Read `BANK_ATM_SECONDS`, `BANK_CHECK_SECONDS` and `BANK_HTTP_TOKENS_FILE`.
+        """Read `BANK_ATM_SECONDS`, `BANK_CHECK_SECONDS`, `BANK_HTTP_TOKENS_FILE`, `BANK_HTTP_VIA`.
 
         The file has a name and a token on each line. Raises `SettingsError`.
         """
@@ -33,6 +35,7 @@ class BankSettings:
             atm_seconds=_seconds(environment, "BANK_ATM_SECONDS", cls().atm_seconds),
             check_seconds=_seconds(environment, "BANK_CHECK_SECONDS", cls().check_seconds),
             http_tokens=_tokens(environment.get("BANK_HTTP_TOKENS_FILE")),
+            http_via=_via(environment.get("BANK_HTTP_VIA", "store")),
         )
 
 
@@ -62,3 +65,9 @@ def _tokens(path: str | None) -> Mapping[str, str]:
     if not tokens:
         raise errors.SettingsError(f"BANK_HTTP_TOKENS_FILE: {path!r} has no token")
     return tokens
+
+
+def _via(text: str) -> Literal["store", "queue"]:
+    if text == "store" or text == "queue":  # noqa: PLR1714 - so that type checkers follow
+        return text
+    raise errors.SettingsError(f"BANK_HTTP_VIA must be store or queue, not {text!r}")

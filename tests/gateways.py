@@ -17,6 +17,8 @@ from tests.command_line import Running, running
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping
 
+    from cqrs_es.http import Gateway
+
 SECONDS = 60.0
 JSON = {"Content-Type": "application/json"}
 
@@ -92,6 +94,27 @@ class Served:
         with self.connected() as connection:
             connection.sendall(request)
             return read_all(connection)
+
+
+async def ask_within(gateway: Gateway, method: str, path: str, body: bytes = b"") -> Answer:
+    """Ask a gateway of this process, as a server would."""
+    where, _, query = path.partition("?")
+    headers = [(b"content-type", b"application/json"), (b"prefer", f"wait={SECONDS:.0f}".encode())]
+    scope = {
+        "type": "http", "method": method, "headers": headers,
+        "path": where, "query_string": query.encode(),
+    }
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await gateway(scope, receive, send)
+    fields = {name.decode().lower(): value.decode() for name, value in sent[0]["headers"]}
+    return Answer(sent[0]["status"], fields, b"".join(each.get("body", b"") for each in sent[1:]))
 
 
 def read_all(connection: socket.socket) -> bytes:

@@ -30,4 +30,4 @@ def who(request: Request, action: Action) -> Mapping[str, str]:
 
 
 # Without tokens it serves this machine alone, and everybody there.
-gateway = Gateway(app, authorize=who if settings.http_tokens else None)
+gateway = Gateway(app, authorize=who if settings.http_tokens else None, via=settings.http_via)

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from tests.deployment.image import Image
 
 MAKE_SECRETS = PROJECT / "deploy" / "make-secrets"
-# What a service listens on, and where the image's health check asks.
+# What a service listens on for probes, and where the image's health check asks.
 LISTENS = "0.0.0.0:8080"
 ASKS = "127.0.0.1:8080"
+# What the gateway listens on for everybody else.
+HTTP = ("--host=0.0.0.0", "--port=8000")
 SECRETS = "/run/secrets"
 
 
@@ -44,11 +46,15 @@ def make_secrets(folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """One copy of a service, the port that it serves probes on, and what it says."""
+    """One copy of a service, the port that it serves probes on, and what it says.
+
+    `http_port` is where a gateway serves everybody else.
+    """
 
     service: str
     process: subprocess.Popen[bytes]
     port: int
+    http_port: int
     log: Path
 
 
@@ -122,14 +128,16 @@ class Composition:
         return found
 
     def _start(self, name: str) -> Container:
-        port = free_port()
-        command = [
-            word.replace(LISTENS, f"127.0.0.1:{port}") for word in self.service(name)["command"]
-        ]
+        port, http_port = free_port(), free_port()
+        here = {LISTENS: f"127.0.0.1:{port}"}
+        here |= dict(zip(HTTP, ("--host=127.0.0.1", f"--port={http_port}"), strict=True))
+        command: list[str] = list(self.service(name)["command"])
+        for there, replaced in here.items():
+            command = [word.replace(there, replaced) for word in command]
         log = self.folder / f"{len(self.containers)}-{name}.log"
         words = [*self.image.entrypoint, *command]
         process = self.image.start(words, self.environment(name), output=log)
-        return Container(name, process, port, log)
+        return Container(name, process, port, http_port, log)
 
     def _grace(self, container: Container) -> float:
         return float(self.service(container.service)["stop_grace_period"].removesuffix("s"))

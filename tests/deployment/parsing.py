@@ -30,6 +30,10 @@ FOLLOWERS = {"projector": set(app.registry.projections), "reactor": set(app.regi
 """The names that `--only` may have, by verb."""
 
 
+VERBS = {"serve": "gateway"}
+"""What runs a verb, where it is not called by it."""
+
+
 def followers(calls: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, list[str]]:
     """Return which names calls of these verbs have, sorted, by verb."""
     found = {verb: list[str]() for verb in FOLLOWERS}

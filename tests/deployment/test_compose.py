@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from config.settings import BankSettings
 from cqrs_es.runtime.roles import RELAY, WORKER
 from cqrs_es.settings import Settings
 from tests.bank_data import PROJECT
 from tests.deployment.composition import (
     ASKS,
+    HTTP,
     LISTENS,
     SECRETS,
     bank_services,
@@ -24,7 +26,7 @@ from tests.deployment.composition import (
 )
 from tests.deployment.files import CONFIG, compose
 from tests.deployment.image import in_context
-from tests.deployment.parsing import FOLLOWERS, followers, parse
+from tests.deployment.parsing import FOLLOWERS, VERBS, followers, parse
 
 if TYPE_CHECKING:
     from tests.deployment.files import Document
@@ -45,14 +47,14 @@ def test_the_command_line_takes_the_command(name: str) -> None:
     if SERVICES[name]["command"] == ["--help"]:
         return
     verb, parameters = parse(SERVICES[name]["command"])
-    assert verb in name
+    assert VERBS.get(verb, verb) in name
     assert set(parameters.get("only") or ()) <= FOLLOWERS.get(verb, set())
 
 
 def test_every_role_runs_in_a_container_of_its_own() -> None:
-    """The worker, twice; the relay; each projector and each reactor."""
+    """The worker, twice; the relay; each projector and each reactor; the gateway."""
     calls = [parse(one["command"]) for one in PROCESSES.values()]
-    assert sorted(verb for verb, _ in calls if verb not in FOLLOWERS) == [RELAY, WORKER]
+    assert sorted(verb for verb, _ in calls if verb not in FOLLOWERS) == [RELAY, "serve", WORKER]
     assert all(len(found["only"]) == 1 for verb, found in calls if verb in FOLLOWERS)
     assert followers(calls) == {verb: sorted(names) for verb, names in FOLLOWERS.items()}
     assert SERVICES["worker"]["deploy"]["replicas"] == 2
@@ -101,6 +103,18 @@ def test_the_environment_is_understood(name: str, broker: str, tmp_path: Path) -
 
 def _names(secret: Any) -> tuple[str, str]:
     return (secret, secret) if isinstance(secret, str) else (secret["source"], secret["target"])
+
+
+def test_the_gateway_listens_where_compose_publishes_it() -> None:
+    """On every address of its container, for this machine; those let in are those of the secret."""
+    service = SERVICES["gateway"]
+    _, parameters = parse(service["command"])
+    assert set(HTTP) <= set(service["command"])
+    assert parameters["gateway"] == "worker.http:gateway"
+    assert service["ports"] == [f"127.0.0.1:{parameters['port']}:{parameters['port']}"]
+    assert f"EXPOSE {parameters['port']} " in (PROJECT / "Dockerfile").read_text()
+    assert service["environment"]["BANK_HTTP_TOKENS_FILE"] == f"{SECRETS}/http_tokens"
+    assert "http_tokens" in service["secrets"]
 
 
 # --- How it is kept ----------------------------------------------------------
@@ -181,7 +195,21 @@ def test_secrets_are_random_and_stay(tmp_path: Path) -> None:
 
 
 def _passwords(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in folder.glob("*_password")}
+    made = [*folder.glob("*_password"), *folder.glob("*_token")]
+    return {path.name: path.read_text() for path in made}
+
+
+def test_the_operators_tokens_stay(tmp_path: Path) -> None:
+    """Whoever was added to the file by hand is still let in after `make secrets`."""
+    make_secrets(tmp_path)
+    tokens = tmp_path / "http_tokens"
+    made = BankSettings.from_environment({"BANK_HTTP_TOKENS_FILE": str(tokens)}).http_tokens
+    assert {name: token for token, name in made.items()} == {
+        name: (tmp_path / f"{name}_token").read_text().strip() for name in ("teller", "reader")
+    }
+    tokens.write_text(tokens.read_text() + "auditor secret\n")
+    make_secrets(tmp_path)
+    assert "auditor secret\n" in tokens.read_text()
 
 
 def test_secrets_get_into_no_image_and_no_commit() -> None:

@@ -19,7 +19,7 @@ from tests.deployment.files import (
     manifest_files,
     manifests,
 )
-from tests.deployment.parsing import FOLLOWERS, followers, parse
+from tests.deployment.parsing import FOLLOWERS, VERBS, followers, parse
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,6 +30,10 @@ SETTINGS = DEPLOY / "base" / "settings.env"
 # In a page, in `kubectl exec`, in `docker compose run`.
 CALL = re.compile(r"(?:`cqrs-es|-- cqrs-es|--rm cli) ([a-z][^`\n]*?)(?:`|$)", re.MULTILINE)
 PAGES = ("README.md", "docs/operations.md", "deploy/README.md", "docker-compose.yml")
+GATEWAY_LABELS = {
+    "app.kubernetes.io/name": "bank",
+    "app.kubernetes.io/component": "gateway",
+}
 KUSTOMIZATIONS = sorted(DEPLOY.rglob(KUSTOMIZATION))
 
 
@@ -51,6 +55,12 @@ def environment_of(manifest: Document) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines) | own
 
 
+def routed_seconds(manifest: Document) -> int:
+    """Return how long a pod goes on serving while others learn that it is about to stop."""
+    lifecycle = container_of(manifest).get("lifecycle")
+    return int(lifecycle["preStop"]["exec"]["command"][1]) if lifecycle else 0
+
+
 # --- What runs ---------------------------------------------------------------
 
 
@@ -58,15 +68,15 @@ def environment_of(manifest: Document) -> dict[str, str]:
 def test_the_command_line_takes_the_arguments(name: str) -> None:
     """Every container calls a verb that there is, with options that it has."""
     verb, parameters = parse(container_of(PODS[name])["args"])
-    assert verb in name
+    assert VERBS.get(verb, verb) in name
     assert set(parameters.get("only") or ()) <= FOLLOWERS.get(verb, set())
 
 
 def test_every_role_runs() -> None:
-    """There is a Deployment of the worker, of the relay, of each projector and reactor."""
+    """A Deployment each for worker, relay, every projector and reactor, and the gateway."""
     calls = [parse(container_of(one)["args"]) for one in DEPLOYMENTS.values()]
     assert followers(calls) == {verb: sorted(names) for verb, names in FOLLOWERS.items()}
-    assert {WORKER, RELAY} <= {verb for verb, _ in calls}
+    assert {WORKER, RELAY, "serve"} <= {verb for verb, _ in calls}
 
 
 @pytest.mark.parametrize("name", PODS)
@@ -91,7 +101,7 @@ def test_the_environment_is_understood(
     assert settings.broker_url == example["stringData"]["broker_url"]
     if name in DEPLOYMENTS:
         grace = pod_of(PODS[name])["terminationGracePeriodSeconds"]
-        assert grace >= settings.shutdown_timeout + 5
+        assert grace >= settings.shutdown_timeout + 5 + routed_seconds(PODS[name])
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
@@ -177,14 +187,43 @@ def test_the_monitor_finds_every_process() -> None:
 
 def test_nobody_calls_the_pods_from_outside() -> None:
     """The policy is for every pod, and lets the cluster in where probes are served."""
-    (policy,) = manifests("NetworkPolicy").values()
-    (ingress,) = policy["spec"]["ingress"]
+    policy, gateways = manifests("NetworkPolicy").values()
     chosen = policy["spec"]["podSelector"]["matchLabels"].items()
     for pod in PODS.values():
         assert chosen <= pod["spec"]["template"]["metadata"]["labels"].items()
+    assert policy["spec"]["ingress"] == lets_in("health")
+    assert gateways["spec"]["podSelector"]["matchLabels"] == GATEWAY_LABELS
+    assert gateways["spec"]["ingress"] == lets_in("http")
     for deployment in DEPLOYMENTS.values():
-        names = [{"port": port["name"]} for port in container_of(deployment)["ports"]]
-        assert ingress == {"from": [{"namespaceSelector": {}}], "ports": names}
+        names = {port["name"] for port in container_of(deployment)["ports"]}
+        serves_http = deployment["metadata"]["name"] == "gateway"
+        assert names == ({"http", "health"} if serves_http else {"health"})
+
+
+def lets_in(port: str) -> list[Document]:
+    """Return the rule by which a policy lets everybody within the cluster in at a port."""
+    return [{"from": [{"namespaceSelector": {}}], "ports": [{"port": port}]}]
+
+
+def test_the_service_finds_the_gateway() -> None:
+    """It selects the gateway's pods alone, and routes to what they listen on."""
+    (service,) = manifests("Service").values()
+    assert service["spec"]["selector"] == GATEWAY_LABELS
+    (port,) = service["spec"]["ports"]
+    container = container_of(DEPLOYMENTS["base/gateway.yaml:gateway"])
+    ports = {one["name"]: one["containerPort"] for one in container["ports"]}
+    _, parameters = parse(container["args"])
+    assert ports[port["targetPort"]] == parameters["port"]
+    assert parameters["host"] == "0.0.0.0"  # noqa: S104 - the Service comes from outside
+
+
+def test_tokens_come_from_the_secret() -> None:
+    """Who is let in is in the Secret, by the key that the gateway is told."""
+    environment = environment_of(DEPLOYMENTS["base/gateway.yaml:gateway"])
+    (example,) = documents(DEPLOY / "secret.example.yaml")
+    key = environment["BANK_HTTP_TOKENS_FILE"].rpartition("/")[2]
+    assert len(example["stringData"][key].split()) == 2
+    assert f"--from-file={key}" in (DEPLOY / "README.md").read_text()
 
 
 def test_every_deployment_is_scaled() -> None:

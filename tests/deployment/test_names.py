@@ -44,7 +44,14 @@ def test_every_metric_exists(query: str) -> None:
     """A query names metrics of the catalogue, with labels that they have."""
     assert names_in(query)
     assert names_in(query) <= sample_names() | PROCESS
-    labels = {"job", "instance", "le", *(label for metric in EVERY for label in metric.labels)}
+    # `process` is added by config/prometheus.yml and the PodMonitor.
+    labels = {
+        "job",
+        "instance",
+        "process",
+        "le",
+        *(label for metric in EVERY for label in metric.labels),
+    }
     grouped = re.findall(r"\b(?:by|on|ignoring|without) \(([^)]*)\)", query)
     matched = re.findall(r"(\w+)\s*=~?\"", query)
     used = {label.strip() for group in grouped for label in group.split(",")} | set(matched)

@@ -145,6 +145,7 @@ def test_every_process_is_asked(watched: Prometheus) -> None:
         "projector-account-query": "1",
         "projector-bank-totals": "1",
         "reactor-transfer": "1",
+        "gateway": "1",
     }
 
     def asked() -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tomllib
-from typing import TYPE_CHECKING
+import urllib.error
+import urllib.request
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -49,7 +52,7 @@ def test_the_image_explains_itself(image: Image) -> None:
 
 async def test_every_process_gets_healthy(bank: Composition) -> None:
     """The image's health check finds each of them ready."""
-    assert len(bank.containers) == 6
+    assert len(bank.containers) == 7
     for container in bank.containers:
         await _is_healthy(bank, container)
 
@@ -78,6 +81,24 @@ async def test_a_command_goes_through_to_the_views(bank: Composition) -> None:
     await eventually(everywhere, within_seconds=PATIENCE_SECONDS)
 
 
+async def test_a_command_goes_through_over_http(bank: Composition) -> None:
+    """With a token of the secrets, to a worker, and back; without one nobody is let in."""
+    (gateway,) = [one for one in bank.containers if one.service == "gateway"]
+    await _is_healthy(bank, gateway)
+    here = f"http://127.0.0.1:{gateway.http_port}"
+    path = "/aggregates/account/ACCT-2/OpenAccount"
+    payload = b'{"account_id": "ACCT-2"}'
+    assert asked(here + path, payload)[0] == 401
+    token = (bank.secrets / "reader_token").read_text().strip()
+    assert asked(here + path, payload, token)[0] == 403
+    token = (bank.secrets / "teller_token").read_text().strip()
+    status, outcome = asked(here + path, payload, token)
+    assert (status, outcome["status"]) == (200, "accepted")
+    seen = f"?seen={outcome['partition']}:{outcome['offset']}"
+    status, row = asked(f"{here}/views/account_query/ACCT-2{seen}", None, token)
+    assert (status, row["balance"]) == (200, "0")
+
+
 async def test_it_stops_in_time(bank: Composition) -> None:
     """SIGTERM, as `docker compose stop` sends it: each exits 0 before it would be killed."""
     for container in bank.containers:
@@ -91,3 +112,16 @@ async def _is_healthy(bank: Composition, container: Container) -> None:
         return bank.healthy(container)
 
     await eventually(healthy, within_seconds=PATIENCE_SECONDS)
+
+
+def asked(url: str, payload: bytes | None = None, token: str | None = None) -> tuple[int, Any]:
+    """Ask the gateway; return the status and what it answers."""
+    headers = {"Content-Type": "application/json", "Prefer": f"wait={PATIENCE_SECONDS:.0f}"}
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
+    request = urllib.request.Request(url, payload, headers)  # noqa: S310 - http, on this machine
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS + 20) as answer:  # noqa: S310
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as refused:
+        return refused.code, json.load(refused)

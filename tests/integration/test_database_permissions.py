@@ -15,9 +15,11 @@ from structlog.testing import capture_logs
 
 from cqrs_es import errors
 from cqrs_es.brokers.memory import MemoryBroker
+from cqrs_es.http import Gateway
 from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
 from tests.conftest import run_on
+from tests.gateways import ask_within
 from tests.samples import Add, Counter, Totals
 from tests.servers import CONFIG, psql
 from tests.stores import in_sql, sql_of
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from cqrs_es.ports.storage import Storage
     from cqrs_es.runtime.supervisor import Supervisor
 
-ROLES = ("init", "worker", "relay", "projector", "run", "reader:totals+reader:sums")
+ROLES = ("init", "worker", "relay", "projector", "run", "gateway", "reader:totals+reader:sums")
 EVERY = ("worker", "relay", "projector:totals", "projector:sums")
 PATIENCE = 60.0
 PARTITIONS = 2
@@ -145,6 +147,7 @@ async def test_every_role_can_do_its_work(users: Users, stack: AsyncExitStack) -
                     assert (await worker.execute(Counter, name, Add(1))).accepted
                 await eventually(supervisors[0].idle, within_seconds=PATIENCE)
             assert not [line for line in captured if line["log_level"] in {"error", "critical"}]
+            await ask_by_http(users, running, broker)
             for name in ("totals", "sums"):
                 assert await init.rebuild(name).run() > 1
                 await eventually(supervisors[0].idle, within_seconds=PATIENCE)
@@ -154,6 +157,21 @@ async def test_every_role_can_do_its_work(users: Users, stack: AsyncExitStack) -
     assert len(await sql_of(reader.views).query("SELECT * FROM sums")) == 3
     with pytest.raises(errors.CqrsError):
         await sql_of(reader.views).query("SELECT * FROM events")
+
+
+async def ask_by_http(users: Users, stack: AsyncExitStack, broker: MemoryBroker) -> None:
+    """Have a gateway that may only read send a command to the queue, and read all there is."""
+    opened = await opened_by(users, "gateway", stack, broker)
+    gateway = Gateway(tallying_app(), via="queue", public=True)
+    await stack.enter_async_context(gateway.on(opened))
+    sent = await ask_within(gateway, "POST", "/aggregates/counter/d/Add", b'{"n": 1}')
+    assert sent.status == 200, sent.body
+    outcome = sent.json
+    seen = f"?seen={outcome['partition']}:{outcome['offset']}"
+    outcome_path, events = f"/outcomes/{outcome['command_id']}", "/aggregates/counter/d/events"
+    for path in (outcome_path, f"/views/totals/d{seen}", f"/views/totals{seen}", events):
+        answer = await ask_within(gateway, "GET", path)
+        assert answer.status == 200, answer.body
 
 
 async def opened_store(url: str, stack: AsyncExitStack) -> Storage:
@@ -173,6 +191,7 @@ async def test_a_role_can_do_nothing_else(users: Users, stack: AsyncExitStack) -
         "relay": ["CREATE TABLE mine (n INT)", new_event, "DELETE FROM generations"],
         "projector": ["CREATE TABLE mine (n INT)", "DROP TABLE events", "DROP VIEW totals"],
         "run": ["CREATE TABLE mine (n INT)", "DROP TABLE events", "DROP VIEW totals"],
+        "gateway": ["CREATE TABLE mine (n INT)", new_event, "DELETE FROM totals"],
         "reader": [new_event, "DELETE FROM totals", "SELECT * FROM totals__1"],
     }
     for role, statements in forbidden.items():

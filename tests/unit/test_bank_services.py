@@ -95,6 +95,9 @@ def test_settings_come_from_the_environment() -> None:
     assert BankSettings.from_environment({}) == BankSettings()
     given = {"BANK_ATM_SECONDS": "2.5", "BANK_CHECK_SECONDS": "7"}
     assert BankSettings.from_environment(given) == BankSettings(2.5, 7.0)
+    assert BankSettings.from_environment({"BANK_HTTP_VIA": "queue"}).http_via == "queue"
+    with pytest.raises(errors.SettingsError, match="BANK_HTTP_VIA must be store or queue"):
+        BankSettings.from_environment({"BANK_HTTP_VIA": "Queue"})
 
 
 @pytest.mark.parametrize("text", ["", "soon", "0", "-1", "nan", "inf"])
