@@ -3,7 +3,9 @@
 #   docker build --tag bank .
 #   docker run --rm bank --help
 
-FROM python:3.13-slim-bookworm AS build
+ARG PYTHON=python:3.13-slim-bookworm
+
+FROM ${PYTHON} AS build
 WORKDIR /build
 # Which stores and brokers the image can reach; see pyproject.toml.
 ARG EXTRAS=mysql,postgres,redis,amqp,http,metrics
@@ -14,7 +16,7 @@ RUN python -m pip wheel --quiet --no-cache-dir --no-deps --wheel-dir dist . \
     && /opt/venv/bin/python -m pip install --quiet --no-cache-dir --constraint constraints.txt \
         "$(ls dist/*.whl)[$EXTRAS]"
 
-FROM python:3.13-slim-bookworm
+FROM ${PYTHON}
 LABEL org.opencontainers.image.title="bank" \
       org.opencontainers.image.description="A bank on cqrs-es: commands in, events and views out" \
       org.opencontainers.image.licenses="MIT"

@@ -68,6 +68,8 @@ def _tokens(path: str | None) -> Mapping[str, str]:
 
 
 def _via(text: str) -> Literal["store", "queue"]:
-    if text == "store" or text == "queue":  # noqa: PLR1714 - so that type checkers follow
-        return text
-    raise errors.SettingsError(f"BANK_HTTP_VIA must be store or queue, not {text!r}")
+    match text:
+        case "store" | "queue":
+            return text
+        case _:
+            raise errors.SettingsError(f"BANK_HTTP_VIA must be store or queue, not {text!r}")

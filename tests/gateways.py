@@ -101,8 +101,11 @@ async def ask_within(gateway: Gateway, method: str, path: str, body: bytes = b""
     where, _, query = path.partition("?")
     headers = [(b"content-type", b"application/json"), (b"prefer", f"wait={SECONDS:.0f}".encode())]
     scope = {
-        "type": "http", "method": method, "headers": headers,
-        "path": where, "query_string": query.encode(),
+        "type": "http",
+        "method": method,
+        "headers": headers,
+        "path": where,
+        "query_string": query.encode(),
     }
     sent: list[Any] = []
 
