@@ -8,6 +8,7 @@ see `json_in` and `wire.parse_command`.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import re
 from decimal import Decimal
@@ -15,12 +16,13 @@ from typing import Any, Final, Generic, TypeVar, cast
 
 import msgspec
 import orjson
+from msgspec import inspect as types
 
 from cqrs_es import errors
 from cqrs_es.json_in import strict_check
 from cqrs_es.json_out import Misfit, decimal_text, dumps, in_order, writer
 from cqrs_es.messages import FIRST_VERSION
-from cqrs_es.sum_types import class_of, convert, shown
+from cqrs_es.sum_types import OneOf, class_of, convert, shown
 
 T = TypeVar("T")
 
@@ -63,6 +65,11 @@ class Codec(Generic[T]):
             message = f"{cls.__qualname__} has a field that JSON can't carry: {exc}"
             raise errors.DefinitionError(message) from exc
         self._write = writer(self.info, cls.__qualname__)
+
+    @property
+    def shape(self) -> object:
+        """What the class looks like in JSON, as JSON: another where it has other fields."""
+        return _shape(self._info, ())
 
     def encode(self, value: T) -> bytes:
         """Return the value as a JSON object with every field.
@@ -109,6 +116,62 @@ class Codec(Generic[T]):
         except msgspec.ValidationError as exc:
             raise ValueError(_readable(str(exc))) from exc
         return value
+
+
+def _shape(info: types.Type, around: tuple[type[Any], ...]) -> object:
+    """Say as JSON what a type looks like in JSON; classes by their fields, not by their names."""
+    match info:
+        case types.CustomType() if issubclass(info.cls, OneOf):
+            choices = info.cls.choices.items()
+            named = [[tag, _shape_of(each.shape, each.cls, around)] for tag, each in choices]
+            others = None if info.cls.others is None else types.type_info(info.cls.others)
+            return [sorted(named, key=str), None if others is None else _shape(others, around)]
+        case types.EnumType():
+            return ["enum", sorted(str(member.value) for member in info.cls)]
+        case types.UnionType():
+            return ["union", *sorted((_shape(each, around) for each in info.types), key=str)]
+        case types.DataclassType() | types.StructType() | types.TypedDictType():
+            return _fields_shape(info, info.cls, around)
+        case types.NamedTupleType():
+            return _fields_shape(info, info.cls, around)
+        case _:
+            values = (getattr(info, name) for name in info.__struct_fields__)
+            return [type(info).__name__, *(_part_shape(each, around) for each in values)]
+
+
+def _shape_of(shown_as: Any, cls: type[Any], around: tuple[type[Any], ...]) -> object:
+    if cls in around:
+        return ["itself", len(around) - around.index(cls)]
+    return _shape(types.type_info(shown_as), (*around, cls))
+
+
+def _fields_shape(
+    info: types.DataclassType | types.StructType | types.TypedDictType | types.NamedTupleType,
+    cls: type[Any],
+    around: tuple[type[Any], ...],
+) -> object:
+    if cls in around:
+        return ["itself", len(around) - around.index(cls)]
+    inside = (*around, cls)
+    fields = [
+        [field.encode_name, _shape(field.type, inside), _default_shape(field.default)]
+        for field in info.fields
+    ]
+    return ["object", *sorted(fields, key=str)]
+
+
+def _default_shape(default: object) -> object:
+    """Return a default that is one value for ever: what a factory makes need not be."""
+    known = isinstance(default, str | int | float | Decimal | None)
+    return str(default) if known and not isinstance(default, enum.Enum) else None
+
+
+def _part_shape(part: object, around: tuple[type[Any], ...]) -> object:
+    if isinstance(part, types.Type):
+        return _shape(part, around)
+    if isinstance(part, tuple):
+        return [_part_shape(each, around) for each in cast("tuple[object, ...]", part)]
+    return part.__qualname__ if isinstance(part, type) else None if part is None else str(part)
 
 
 class CommandCodec(Codec[T]):

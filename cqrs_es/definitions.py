@@ -6,6 +6,7 @@ so code can be moved without touching what is stored.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,7 +31,7 @@ from cqrs_es.messages import (
     StoredEvent,
     spec_of,
 )
-from cqrs_es.projector import Projector, check_view_name
+from cqrs_es.projector import FINGERPRINT_DIGITS, Projector, check_view_name, column_names
 from cqrs_es.reactor import ProcessManager, Reactor, Refused, Since
 from cqrs_es.sum_types import class_of, members_of
 from cqrs_es.types import NAME, AggregateKey, JsonObject, Version, shown, text_of, utc_now
@@ -534,6 +535,7 @@ _OF_AGGREGATES: Mapping[str, str] = {
 }
 _OF_VIEWS: Mapping[str, str] = {
     "view_name": "is the name that the class was given as name=",
+    "view_version": "is the version that the class was given as version=",
     "view_id": "says which row an event belongs to",
     "update": "folds an event into the row",
     "delete": "deletes the row",
@@ -559,6 +561,8 @@ class ViewDefinition:
     cls: type[AnyView]
     state: Codec[Any]
     event_classes: frozenset[type[object]]
+    fingerprint: int
+    """By which a generation's rows are known to be those that this code makes."""
 
     @property
     def name(self) -> str:
@@ -575,6 +579,8 @@ class ProjectorDefinition:
 
     cls: type[AnyProjector]
     event_classes: frozenset[type[object]]
+    fingerprint: int
+    """By which a generation's tables are known to be those that this code makes."""
     needed: bool = True
 
     @property
@@ -623,7 +629,9 @@ def define_view(cls: type[AnyView]) -> ViewDefinition:
     """Read a view's type argument; raise `DefinitionError`."""
     _require_name(cls, View, "view_name")
     _check_field_names(cls, _OF_VIEWS)
-    return ViewDefinition(cls, _state_codec(cls), _event_classes(cls, View))
+    state = _state_codec(cls)
+    made = _fingerprint(["view", cls.view_version, state.shape])
+    return ViewDefinition(cls, state, _event_classes(cls, View), made)
 
 
 def define_projector(cls: type[AnyProjector], *, needed: bool = True) -> ProjectorDefinition:
@@ -631,7 +639,28 @@ def define_projector(cls: type[AnyProjector], *, needed: bool = True) -> Project
     _require_name(cls, Projector, "name")
     for table in cls.tables:
         check_view_name(table)
-    return ProjectorDefinition(cls, _event_classes(cls, Projector), needed)
+    _check_indexes(cls)
+    tables = [[name, " ".join(columns.split())] for name, columns in sorted(cls.tables.items())]
+    indexes = [[name, sorted(columns)] for name, columns in sorted(cls.indexes.items()) if columns]
+    made = _fingerprint(["projector", cls.version, tables, indexes])
+    return ProjectorDefinition(cls, _event_classes(cls, Projector), made, needed)
+
+
+def _check_indexes(cls: type[AnyProjector]) -> None:
+    for table, indexes in cls.indexes.items():
+        known = column_names(cls.tables.get(table, ""))
+        for columns in indexes:
+            unknown = [
+                name for name in map(str.strip, columns.split(",")) if name.lower() not in known
+            ]
+            if unknown:
+                message = f"{cls.__qualname__}.indexes: {table} has no column {unknown[0]!r}"
+                raise errors.DefinitionError(f"{message}; name its columns, 'day, branch'")
+
+
+def _fingerprint(of: object) -> int:
+    digest = hashlib.sha256(orjson.dumps(of)).hexdigest()
+    return int(digest[:FINGERPRINT_DIGITS], 16)
 
 
 def _event_classes(cls: type[object], base: type[object]) -> frozenset[type[object]]:

@@ -281,6 +281,14 @@ class ViewLost(CqrsError):
     """A view's table is gone though its checkpoints say that it held rows; rebuild the view."""
 
 
+class ViewMisfit(CqrsError):
+    """A row or table of a view is not as this code makes it; rebuild the view."""
+
+
+class ViewBehind(CqrsError):
+    """No projector has filled the view for this code yet; wait until `status` says so."""
+
+
 class TooManyParked(CqrsError):
     """A view fails on too many aggregates; fix the view, then start its projector again."""
 

@@ -20,13 +20,28 @@ from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome
 from cqrs_es.ports.dead_letters import RECEIVED_AT
 from cqrs_es.ports.store import ScheduledCommand
 from cqrs_es.projection.folding import folding_for
-from cqrs_es.projection.generations import live_name, prepared_live, publish, remove
+from cqrs_es.projection.generations import (
+    Generations,
+    generations_of,
+    prepared,
+    publish,
+    remove,
+    views_behind,
+    views_of,
+)
 from cqrs_es.projection.parking import ParkedRetry, Tracebacks
 from cqrs_es.projection.reacting import ReactorFolding, make_sure_of_beginning
 from cqrs_es.projection.rebuild import Rebuild
 from cqrs_es.projection.replay import replay, stored_stream
 from cqrs_es.projection.seen import wait_until_seen
-from cqrs_es.projector import check_view_name, generation_of
+from cqrs_es.projector import (
+    check_view_name,
+    code_role,
+    generation_of,
+    physical_name,
+    projector_role,
+    role_of,
+)
 from cqrs_es.reactor import reactor_role
 from cqrs_es.runtime.supervisor import Supervisor
 from cqrs_es.runtime.topic import republish
@@ -72,6 +87,23 @@ class Loaded(Generic[A]):
     state: A
     sequence: int
     snapshot: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A generation of a view that the store has; `state` as `cqrs-es views list` explains it.
+
+    `own`: this code projects into it. `code` is its fingerprint in hexadecimal, None where
+    that is not known; `members`, how many processes with that code project.
+    """
+
+    view: str
+    number: int
+    state: str
+    own: bool
+    code: str | None
+    behind: int
+    members: int
 
 
 class OpenApplication:
@@ -124,7 +156,7 @@ class OpenApplication:
         return info
 
     async def _initialise_view(self, definition: ProjectionDefinition) -> None:
-        await prepared_live(self.storage.views, definition)
+        await prepared(self.storage.views, definition)
         await publish(self.storage.views, definition)
 
     def projection(self, name: str) -> ProjectionDefinition:
@@ -374,19 +406,25 @@ class OpenApplication:
     async def view(self, cls: type[V], view_id: str) -> V | None:
         """Read one row of a view, None when there is none."""
         definition = self._view_definition(cls)
-        row = await self.storage.views.get(await self.table(definition.name), view_id)
+        now = await self._generations(definition.name)
+        row = await self.storage.views.get(_table_read(definition, now), view_id)
         if row is None:
             return None
-        view: V = _decoded(definition, row)
+        view: V = _decoded(definition, row, now)
         return view
+
+    async def _generations(self, name: str) -> Generations:
+        return generations_of(await self.storage.views.generations(), name)
 
     async def view_page(
         self, cls: type[V], *, after: str = "", limit: int = 100
     ) -> list[tuple[str, V]]:
         """Read up to `limit` rows of a view with an id above `after`: ids and views, by id."""
         definition = self._view_definition(cls)
-        rows = await self.view_rows(definition.name, after=after, limit=limit)
-        return [(row.view_id, _decoded(definition, row)) for row in rows]
+        now = await self._generations(definition.name)
+        table = _table_read(definition, now)
+        rows = await self.storage.views.page(table, after=after, limit=limit)
+        return [(row.view_id, _decoded(definition, row, now)) for row in rows]
 
     async def view_rows(self, name: str, *, after: str = "", limit: int = 100) -> list[ViewRow]:
         """Read up to `limit` rows of a view with an id above `after`, by id, as JSON."""
@@ -396,16 +434,29 @@ class OpenApplication:
         return await self.storage.views.page(await self.table(name), after=after, limit=limit)
 
     async def table(self, name: str) -> str:
-        """Return the name of the table that holds a view's live generation."""
-        return live_name(await self.storage.views.generations(), name)
+        """Return the name of the table that holds the generation of a view that is read here."""
+        return physical_name(name, await self.generation(name))
+
+    async def generation(self, name: str) -> int:
+        """Return the generation of a view that is read here.
+
+        The one that its projectors keep for this code; until that is filled, the live one.
+        """
+        return _read_here(await self.storage.views.generations(), self.registry, name)
+
+    async def views_behind(self) -> list[str]:
+        """Return the views that no projector has filled for this code yet; see `generation`."""
+        return views_behind(
+            await self.storage.views.generations(), self.registry.projections.values()
+        )
 
     async def wait_for(self, name: str, outcome: Outcome, seconds: float = 10.0) -> None:
         """Wait until a view has seen an outcome's events, to read one's own writes.
 
         Raises `WaitTimeout`, and `ViewFailed` when the aggregate is parked.
         """
-        self.projection(name)
-        await wait_until_seen(self.storage.views, name, outcome, seconds)
+        made = self.projection(name).fingerprint
+        await wait_until_seen(self.storage.views, name, outcome, seconds, made)
 
     def _view_definition(self, cls: type[View[Any]]) -> ViewDefinition:
         definition = self.registry.projections.get(getattr(cls, "view_name", ""))
@@ -433,16 +484,60 @@ class OpenApplication:
             raise errors.ConfigurationError(message)
         return await remove(self.storage.views, name)
 
+    async def generations(self) -> list[Kept]:
+        """Return every generation that the store has of a view, also of views that are no more."""
+        views, heads = self.storage.views, await self.storage.events.heads()
+        noted, tables = await views.generations(), await views.list_tables()
+        roles = [member.role for member in await self.storage.leases.members()]
+        found: list[Kept] = []
+        for name in views_of(noted):
+            now = generations_of(noted, name)
+            own = self.registry.projections.get(name)
+            with_tables = {n for n in range(1, now.last + 1) if _has_table(tables, name, n)}
+            for number in sorted({now.live, *now.made_by, *with_tables}):
+                key = physical_name(name, number)
+                seen = sum((await views.checkpoints(key)).values())
+                made = now.made_by.get(number)
+                role = projector_role(name)
+                leased_as = role if made is None else code_role(role, made)
+                kept = Kept(
+                    view=name,
+                    number=number,
+                    state=now.state(number) if own is not None else "removed",
+                    own=own is not None and now.projected_by(own.fingerprint) == number,
+                    code=role_of(leased_as)[1],
+                    behind=sum(heads.values()) - seen,
+                    members=roles.count(leased_as),
+                )
+                found.append(kept)
+        return found
+
+    async def prune_views(self, *, dry_run: bool = False) -> AsyncIterator[Kept]:
+        """Drop the generations that nobody needs; return each. See `cqrs-es views prune`."""
+        removed: set[str] = set()
+        kept = await self.generations()
+        in_use = {each.view for each in kept if each.members}
+        for each in kept:
+            gone = each.state == "removed" and each.view not in in_use
+            if not gone and (each.state not in {"filled", "filling"} or each.own or each.members):
+                continue
+            if gone and not dry_run and each.view not in removed:
+                removed.add(each.view)
+                await remove(self.storage.views, each.view)
+            elif not gone and not dry_run:
+                await self.rebuild(each.view).drop(each.number)
+            yield each
+
     async def parked(self, name: str | None = None) -> list[ParkedAggregate]:
-        """Return what is parked for a view's live generation, for a reactor, or for all."""
+        """Return what is parked for the view that is read here, for a reactor, or for all."""
         generations = await self.storage.views.generations()
         names = [*self.registry.projections, *map(reactor_role, self.registry.reactors)]
         if name is not None:
             reactor = None if name in self.registry.projections else self._reactor(name)
             names = [reactor_role(reactor.name) if reactor else self.projection(name).name]
-        live = {live_name(generations, name) for name in names}
+        read = {physical_name(n, _read_here(generations, self.registry, n)) for n in names}
         every = await self.storage.views.list_parked()
-        return [marker for marker in every if marker.projector in live]
+        return [marker for marker in every if marker.projector in read]
 
     async def retry_parked(self, name: str, marker: ParkedAggregate) -> bool:
         """Apply a parked aggregate's events to a view or reactor; return whether it caught up.
@@ -490,16 +585,34 @@ class OpenApplication:
                 stopping.set()
 
 
-def _decoded(definition: ViewDefinition, row: ViewRow) -> Any:
+def _has_table(tables: Collection[str], name: str, number: int) -> bool:
+    return physical_name(name, number).lower() in {table.lower() for table in tables}
+
+
+def _read_here(numbers: Mapping[str, int], registry: Registry, name: str) -> int:
+    """Return the generation that is read of a view; of a reactor, the one that it has."""
+    definition = registry.projections.get(name)
+    made = None if definition is None else definition.fingerprint
+    return generations_of(numbers, name).read_by(made)
+
+
+def _decoded(definition: ViewDefinition, row: ViewRow, now: Generations) -> Any:
     try:
         return definition.state.decode(row.payload)
     except ValueError as exc:
         name, cls = definition.name, definition.cls.__qualname__
-        message = (
-            f"row {row.view_id!r} of view {name} does not fit {cls}: {exc}; "
-            f"its class has changed since: `cqrs-es rebuild {name}` makes its rows anew"
-        )
+        message = f"row {row.view_id!r} of view {name} does not fit {cls}: {exc}"
+        if not now.has_filled(definition.fingerprint):
+            message = f"{message}; no projector has filled the view for this code yet"
+            raise errors.ViewBehind(
+                f"{message}: run one with it, and see `cqrs-es status`"
+            ) from exc
+        message = f"{message}; `cqrs-es rebuild {name}` makes its rows anew"
         raise errors.UndecodableRow(message) from exc
+
+
+def _table_read(definition: ViewDefinition, now: Generations) -> str:
+    return physical_name(definition.name, now.read_by(definition.fingerprint))
 
 
 def _with_body(message: CommandMessage, max_bytes: int) -> CommandMessage:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, datetime
 from decimal import Decimal
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeAlias, TypeVar
 from uuid import UUID
 
 from cqrs_es import errors
@@ -63,15 +63,24 @@ class Projector(ABC, Generic[E]):
     generation beside the live ones, so write `self.table("name")`, never the
     name itself. Rows that events of several partitions touch are to be updated
     in ascending key order: that is what keeps projectors from deadlocking.
+
+    `indexes` lists, for a table, the columns of each index that it has beside its
+    key: `{"days": ["month", "month, branch"]}`. When tables or indexes change, the
+    tables are made anew; when only what is in them does, say so:
+    `class Days(Projector[Event], name="days", version="2")`.
     """
 
     name: ClassVar[str]
+    version: ClassVar[str] = ""
     tables: ClassVar[Mapping[str, str]] = {}
+    indexes: ClassVar[Mapping[str, Sequence[str]]] = {}
 
-    def __init_subclass__(cls, *, name: str | None = None) -> None:
+    def __init_subclass__(cls, *, name: str | None = None, version: str | None = None) -> None:
         super().__init_subclass__()
         if name is not None:
             cls.name = check_view_name(name)
+        if version is not None:
+            cls.version = version
 
     def __init__(self, generation: int = 1) -> None:
         self.generation = generation
@@ -100,9 +109,57 @@ def generation_of(key: str) -> int:
     return int(key.rpartition("__")[2])
 
 
+CONSTRAINTS: Final = frozenset({"PRIMARY", "UNIQUE", "CHECK", "CONSTRAINT", "FOREIGN"})
+
+
+def column_definitions(columns: str) -> Iterator[str]:
+    """Cut column definitions at the commas that are in no parentheses."""
+    depth = start = 0
+    for at, character in enumerate(columns):
+        depth += (character == "(") - (character == ")")
+        if character == "," and not depth:
+            yield columns[start:at]
+            start = at + 1
+    yield columns[start:]
+
+
+def column_names(columns: str) -> frozenset[str]:
+    """Return the names of the columns that definitions have, in lower case."""
+    words = (definition.split(maxsplit=1) for definition in column_definitions(columns))
+    names = (found[0] for found in words if found)
+    return frozenset(n.strip('"').lower() for n in names if n.upper() not in CONSTRAINTS)
+
+
 def check_view_name(name: str) -> str:
     """Return a view's or table's name; raise `DefinitionError` for one that is no name."""
     if not VIEW_NAME.fullmatch(name) or "__" in name:
         message = f"view name {name!r} must match {VIEW_NAME.pattern} and have no '__'"
         raise errors.DefinitionError(message)
     return name
+
+
+# --- Roles -------------------------------------------------------------------
+
+FINGERPRINT_DIGITS: Final = 12
+"""In hexadecimal: as many as the name of a role has room for."""
+
+
+def projector_role(name: str) -> str:
+    """Return the role of the projector of a view."""
+    return f"projector:{name}"
+
+
+def code_role(role: str, fingerprint: int) -> str:
+    """Return what those members of a role are called whose code has a fingerprint."""
+    return f"{role}@{fingerprint:0{FINGERPRINT_DIGITS}x}"
+
+
+def role_of(leased_as: str) -> tuple[str, str | None]:
+    """Return a member's role, and the fingerprint of its code in hexadecimal if it has one."""
+    role, _, code = leased_as.partition("@")
+    return role, code or None
+
+
+def is_other_code(leased_as: str, own: str) -> bool:
+    """Tell whether a member has a role, but other code; older processes say nothing of theirs."""
+    return leased_as != own and role_of(leased_as)[0] == role_of(own)[0]

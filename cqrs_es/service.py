@@ -19,7 +19,6 @@ from cqrs_es.definitions import ViewDefinition
 from cqrs_es.execution.executor import CANCELLATION_SECONDS
 from cqrs_es.execution.retry import Retry
 from cqrs_es.program import DONE, FAILED, INTERRUPTED, exit_code, sentence, version
-from cqrs_es.projection.generations import live_name
 from cqrs_es.runtime.feeding import Feeder
 from cqrs_es.runtime.health import Probes, probed
 from cqrs_es.runtime.roles import known_roles
@@ -352,12 +351,10 @@ async def _is_idle(supervisor: Supervisor) -> bool:
 
 async def _count_rows(opened: OpenApplication) -> dict[str, int]:
     """Count the rows of the application's views; those kept by SQL of their own are left out."""
-    views = opened.storage.views
-    generations = await views.generations()
     rows: dict[str, int] = {}
     for name, definition in opened.registry.projections.items():
         if isinstance(definition, ViewDefinition):
-            rows[name] = await views.count(live_name(generations, name))
+            rows[name] = await opened.storage.views.count(await opened.table(name))
     return rows
 
 

@@ -53,6 +53,7 @@ class Settings:
     max_event_bytes: int = 1024 * 1024
     shutdown_timeout: float = 30.0
     health_port: str | None = None
+    wait_for_views: bool = False
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
     remote_urls: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
@@ -234,6 +235,13 @@ def _one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
     return parse
 
 
+def _yes_or_no(text: str) -> bool:
+    if text.lower() not in {"true", "false"}:
+        message = f"must be true or false, not {text!r}"
+        raise ValueError(message)
+    return text.lower() == "true"
+
+
 _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
     "app": _text,
     "store_url": _url,
@@ -249,6 +257,7 @@ _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
     "max_event_bytes": _whole(1024, 64 * 1024 * 1024),
     "shutdown_timeout": _number(0.1, 3600),
     "health_port": address,
+    "wait_for_views": _yes_or_no,
     "log_level": _one_of(get_args(LogLevel)),
     "log_format": _one_of(get_args(LogFormat)),
 }

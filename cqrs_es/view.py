@@ -20,15 +20,20 @@ class View(ABC, Generic[E]):
 
     Subclass as `class Ledger(View[Event], name="ledger")` and make it a
     dataclass whose fields all have defaults: those are a row's first state.
+    Its rows are made anew when its fields change; when only what they mean
+    does, say so: `name="ledger", version="2"`.
     """
 
     view_name: ClassVar[str]
+    view_version: ClassVar[str] = ""
     _deleted = False
 
-    def __init_subclass__(cls, *, name: str | None = None) -> None:
+    def __init_subclass__(cls, *, name: str | None = None, version: str | None = None) -> None:
         super().__init_subclass__()
         if name is not None:
             cls.view_name = check_view_name(name)
+        if version is not None:
+            cls.view_version = version
 
     @classmethod
     def view_id(cls, event: Envelope[E]) -> str | Iterable[str] | None:

@@ -42,9 +42,13 @@ class MortalViews(FaultyViews, SqlTables):
     def sql(self) -> SqlTables:
         return self
 
-    async def create(self, table: str, columns: str) -> None:
+    async def create(self, table: str, columns: str, indexes: Sequence[str] = ()) -> None:
         self._step()
-        await sql_of(self._inner).create(table, columns)
+        await sql_of(self._inner).create(table, columns, indexes)
+
+    async def count_indexes(self, table: str) -> int:
+        self._step()
+        return await sql_of(self._inner).count_indexes(table)
 
     async def columns(self, table: str) -> list[str]:
         self._step()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import orjson
 
 from cqrs_es.application import Application
-from cqrs_es.projection.generations import live_name
+from cqrs_es.projection.generations import live_name, read_generations
 from cqrs_es.projection.replay import stored_log
 from cqrs_es.projector import Projector, SqlSession, SqlValue, generation_of, physical_name
 from tests.samples import Added, Counter, Services, Totals
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cqrs_es import Envelope
     from cqrs_es.opened import OpenApplication
     from cqrs_es.ports.storage import Storage
+    from cqrs_es.ports.views import ViewStore
 
 
 class Sums(Projector[Added], name="sums"):
@@ -87,3 +88,9 @@ async def check_complete(opened: OpenApplication, name: str) -> int:
             held = await held_by(opened.storage, physical_name(name, live))
             assert {str(row[0]) for row in shown} == set(held)
     return live
+
+
+async def numbers_of(views: ViewStore, name: str) -> tuple[int, int | None, int]:
+    """Return which generation is live, which one a rebuild fills, and the last there was."""
+    now = await read_generations(views, name)
+    return now.live, now.building, now.last

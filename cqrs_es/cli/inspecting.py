@@ -24,7 +24,7 @@ from cqrs_es.cli.output import (
     print_text,
 )
 from cqrs_es.program import DONE, FAILED
-from cqrs_es.projector import physical_name
+from cqrs_es.projector import physical_name, role_of
 from cqrs_es.runtime.roles import known_roles
 from cqrs_es.runtime.waiting import unless
 from cqrs_es.types import AggregateKey, lane_of
@@ -69,17 +69,17 @@ async def read_status(opened: OpenApplication) -> dict[str, Any]:
     }
     members = await storage.leases.members()
     numbers = range(opened.process.partitions)
-    vacant = known_roles(opened.registry) - {member.role for member in members}
+    vacant = known_roles(opened.registry) - {role_of(member.role)[0] for member in members}
     return {
         "views": [await _view(opened, name, heads, projected[name]) for name in projected],
         "partitions": _partitions(heads, relayed, projected),
         "members": [
-            {"role": m.role, "owner": m.owner, "fit": m.fit, "expires_at": m.expires_at}
+            _role(m.role) | {"owner": m.owner, "fit": m.fit, "expires_at": m.expires_at}
             for m in members
         ],
         "vacant_roles": sorted(vacant),
         "leases": [
-            {"role": ls.role, "partition": ls.partition, "owner": ls.owner, "epoch": ls.epoch}
+            _role(ls.role) | {"partition": ls.partition, "owner": ls.owner, "epoch": ls.epoch}
             for ls in await storage.leases.held()
         ],
         "dead_letters": await storage.dead_letters.count(),
@@ -90,6 +90,12 @@ async def read_status(opened: OpenApplication) -> dict[str, Any]:
             for name in opened.registry.remotes
         },
     }
+
+
+def _role(leased_as: str) -> dict[str, Any]:
+    """Return a role, and of a projector by which code it has it."""
+    role, code = role_of(leased_as)
+    return {"role": role} if code is None else {"role": role, "code": code}
 
 
 async def _scheduled(opened: OpenApplication, numbers: Collection[int]) -> dict[str, Any]:
@@ -106,14 +112,24 @@ async def _scheduled(opened: OpenApplication, numbers: Collection[int]) -> dict[
 async def _view(
     opened: OpenApplication, name: str, heads: dict[int, int], offsets: dict[int, int]
 ) -> dict[str, Any]:
-    """Say how a view is: `behind` counts events, `building` is a generation being rebuilt."""
+    """Say how a view is: `behind` counts events, `building` is a generation being rebuilt.
+
+    `filling` is one that this code's projectors fill, with how many events of it are seen.
+    """
     from cqrs_es.projection.generations import read_generations
 
-    now = await read_generations(opened.storage.views, name)
+    views = opened.storage.views
+    now, filling = await read_generations(views, name), None
+    definition = opened.registry.projections.get(name)
+    own = None if definition is None else now.projected_by(definition.fingerprint)
+    if own is not None and not now.is_live_or_filled(own):
+        seen = sum((await views.checkpoints(physical_name(name, own))).values())
+        filling = {"generation": own, "done": seen, "total": sum(heads.values())}
     return {
         "view": name,
         "generation": now.live,
         "building": now.building,
+        "filling": filling,
         "behind": sum(heads.values()) - sum(offsets.values()),
         "parked": len(await opened.parked(name)),
     }
@@ -139,7 +155,7 @@ def _print_status(found: dict[str, Any]) -> None:
     """Print the views, then the partitions, then who works; in red what somebody has to see to."""
     columns = ["view", "generation", "rebuilding", "behind", "parked"]
     rows = [
-        [v["view"], v["generation"], v["building"], _late(v["behind"]), _bad(v["parked"])]
+        [v["view"], v["generation"], _filled(v), _late(v["behind"]), _bad(v["parked"])]
         for v in found["views"]
     ]
     print_table(columns, rows)
@@ -162,6 +178,15 @@ def _print_status(found: dict[str, Any]) -> None:
         seconds = f"the first for {each['overdue_seconds']:.0f} s" if each["due"] else None
         rows.append([what, _late(each["due"]), seconds])
     print_table([], rows)
+
+
+def _filled(view: dict[str, Any]) -> object:
+    """Say which generation is being filled, and how much of one that projectors fill."""
+    filling = view["filling"]
+    if filling is None:
+        return view["building"]
+    share = filling["done"] / filling["total"] if filling["total"] else 1.0
+    return f"{filling['generation']} ({share:.0%})"
 
 
 def _late(count: int) -> Coloured | int:
@@ -352,12 +377,11 @@ async def _print_tables(
         raise errors.ConfigurationError(f"{definition.name} has no ids to go on after: use --limit")
     views = opened.storage.views
     from cqrs_es.projection.folding import required
-    from cqrs_es.projection.generations import read_generations
 
     sql = required(views.sql, definition.name)
-    live = (await read_generations(views, definition.name)).live
+    number = await opened.generation(definition.name)
     for name in definition.cls.tables:
-        table = physical_name(name, live)
+        table = physical_name(name, number)
         columns = await sql.columns(table)
         most = "" if page.limit is None else f" LIMIT {page.limit}"
         rows = await sql.query(f"SELECT * FROM {table} ORDER BY 1{most}")  # noqa: S608 - our names

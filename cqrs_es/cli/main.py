@@ -19,6 +19,7 @@ from cqrs_es.cli import (
     schemas,
     sending,
     serving,
+    views,
 )
 from cqrs_es.cli.invocation import Invocation, invocation_of
 from cqrs_es.cli.output import complain, print_text
@@ -90,13 +91,14 @@ for _verb in (
     inspecting.stream,
     inspecting.tail,
     inspecting.outcome,
-    repairing.rebuild,
+    views.rebuild,
     repairing.republish,
 ):
     cli.command()(_verb)
 cli.add_typer(repairing.dead, name="dead")
 cli.add_typer(repairing.parked, name="parked")
 cli.add_typer(repairing.keys, name="keys")
+cli.add_typer(views.views, name="views")
 cli.add_typer(scheduled.scheduled, name="scheduled")
 cli.add_typer(schemas.schema, name="schema")
 

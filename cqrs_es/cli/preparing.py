@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
 import typer
@@ -22,11 +24,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cqrs_es.application import Application
-    from cqrs_es.definitions import AggregateDefinition, Remote
+    from cqrs_es.definitions import AggregateDefinition, ProjectionDefinition, Remote
     from cqrs_es.opened import OpenApplication
     from cqrs_es.ports.broker import Broker, Topology
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.store import StoreInfo
+    from cqrs_es.registry import Registry
 
 SAMPLE: Final = 100
 NewEpoch = Annotated[
@@ -212,24 +215,40 @@ class _Checks:
         return f"schema {info.schema_version}, {info.partitions} partitions"
 
     async def views(self) -> str:
-        """Look at the tables of every view's live generation, and read from them."""
+        """Look at the tables of every view's generation for this code, and read from them.
+
+        Says which views have none: their projectors will fill them anew.
+        """
         if self._storage is None:
             return "not looked at: there is no store yet"
         from cqrs_es.definitions import ViewDefinition
         from cqrs_es.projection.folding import folding_for
-        from cqrs_es.projection.generations import generations_of, require_tables
+        from cqrs_es.projection.generations import generations_of, require_tables, taken_over
 
         views = self._storage.views
-        generations = await views.generations()
+        numbers = await views.generations()
         registry = self._app.registry.suited(sql=views.sql is not None)
+        to_fill: list[ProjectionDefinition] = []
         for name, definition in registry.projections.items():
-            folding = folding_for(definition, generations_of(generations, name).live)
+            now = generations_of(numbers, name)
+            number = await taken_over(views, definition, now)
+            if number is None and name in numbers:
+                to_fill.append(definition)
+                continue
+            folding = folding_for(definition, number or now.live)
             await require_tables(views, folding)
+            if not now.is_live_or_filled(folding.generation):
+                to_fill.append(definition)
             if isinstance(definition, ViewDefinition):
                 await views.page(folding.key, limit=1)
         left_out = ", ".join(registry.left_out)
-        return f"{len(registry.projections)} with their tables" + (
-            f"; left out, as the store has no SQL: {left_out}" if left_out else ""
+        filled = [await self._to_be_filled(registry, numbers, each) for each in to_fill]
+        return "; ".join(
+            [
+                f"{len(registry.projections) - len(to_fill)} with their tables",
+                *filled,
+                *([f"left out, as the store has no SQL: {left_out}"] if left_out else []),
+            ]
         )
 
     async def stored(self, sample: int) -> list[Finding]:
@@ -254,6 +273,18 @@ class _Checks:
                 for each in found
             ),
         ]
+
+    async def _to_be_filled(
+        self, registry: Registry, numbers: Mapping[str, int], definition: ProjectionDefinition
+    ) -> str:
+        """Say that a view will be filled anew, and about how long that takes."""
+        from cqrs_es.projection.rebuild import expected_fill
+
+        assert self._storage is not None  # noqa: S101 - `views` asks
+        events, rate, how = await expected_fill(registry, self._storage, numbers, definition)
+        seconds = timedelta(seconds=math.ceil(events / rate)) if rate else "no time"
+        pace = f" ({events:,} events at {rate:,} a second, {how})" if rate else ""
+        return f"{definition.name} will be filled anew by its projectors in about {seconds}{pace}"
 
     async def keys(self) -> str:
         """Compare what the unique keys were made by with what `keys()` is today."""
@@ -330,6 +361,7 @@ MEANINGS: Final[Mapping[str, str]] = {
     "max_event_bytes": "bytes of an event, at most",
     "shutdown_timeout": "seconds that a process has to stop cleanly",
     "health_port": "[HOST:]PORT for /live, /ready, /metrics, to everybody unless HOST narrows it",
+    "wait_for_views": "true: /ready says no until all views are filled for this code",
     "log_level": "debug, info, warning or error",
     "log_format": "auto (console on a terminal, else JSON), console or json",
 }

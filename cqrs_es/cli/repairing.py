@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import sys
-import time
-from contextlib import ExitStack
-from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import orjson
 import typer
 
 from cqrs_es import errors
-from cqrs_es.cli.invocation import invocation_of, with_application
+from cqrs_es.cli.invocation import with_application
 from cqrs_es.cli.output import (
     JsonFlag,
     complain,
@@ -25,21 +20,17 @@ from cqrs_es.cli.output import (
 )
 from cqrs_es.cloudevents import timestamp
 from cqrs_es.ports.store import HELD_BACK
-from cqrs_es.program import DONE, FAILED, INTERRUPTED, sentence
+from cqrs_es.program import DONE, FAILED, sentence
 from cqrs_es.projector import generation_of, view_of
-from cqrs_es.runtime.waiting import unless
 from cqrs_es.types import AggregateKey
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection, Sequence
+    from collections.abc import AsyncIterator, Collection, Sequence
 
-    from cqrs_es.application import Application
     from cqrs_es.execution.keys import KeysRebuilt
     from cqrs_es.opened import OpenApplication
     from cqrs_es.ports.dead_letters import DeadLetter
     from cqrs_es.ports.views import ParkedAggregate
-    from cqrs_es.projection.rebuild import Rebuild, RebuildProgress
-    from cqrs_es.settings import Settings
 
 
 # --- Dead letters ------------------------------------------------------------
@@ -304,94 +295,6 @@ def _marker_fields(marker: ParkedAggregate) -> dict[str, object]:
     }
 
 
-# --- rebuild -----------------------------------------------------------------
-
-
-SECONDS_BETWEEN_LINES: Final = 1.0
-
-
-def rebuild(
-    context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The view or projector.")],
-    abort: Annotated[
-        bool, typer.Option("--abort", help="Give up a rebuild under way and drop what it filled.")
-    ] = False,
-    switch_to: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Bring generation N up to date and make it live."),
-    ] = None,
-    drop: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Drop generation N, which is not live.")
-    ] = None,
-    remove: Annotated[
-        bool,
-        typer.Option("--remove", help="Drop all of a view or table that the code has no more."),
-    ] = False,
-    json: JsonFlag = False,
-) -> None:
-    """Fill a view anew beside the live one, then switch to it.
-
-    Goes on where an interrupted rebuild stopped. When the view fails on an event, the live
-    one is left as it is. The old generation stays until it is dropped.
-
-    Example: cqrs-es rebuild account_query
-    """
-    if sum([abort, switch_to is not None, drop is not None, remove]) > 1:
-        raise errors.ConfigurationError("give one of --abort, --switch-to, --drop and --remove")
-    if remove:
-        done: dict[str, object] | None = _remove(context, name)
-    else:
-        settings, app = invocation_of(context).load()
-        work = _rebuild(app, settings, name, abort=abort, switch_to=switch_to, drop=drop)
-        done = asyncio.run(work)
-    if done is None:
-        raise typer.Exit(INTERRUPTED)
-    if json:
-        print_json(done)
-    else:
-        print_fields(done)
-
-
-def _remove(context: typer.Context, name: str) -> dict[str, object]:
-    tables = with_application(context, lambda opened: opened.remove_view(name))
-    return {"view": name, "removed": tables}
-
-
-async def _rebuild(
-    app: Application,
-    settings: Settings,
-    name: str,
-    *,
-    abort: bool,
-    switch_to: int | None,
-    drop: int | None,
-) -> dict[str, object] | None:
-    """Do what is asked; return what was done, None when it was interrupted."""
-    from cqrs_es.runtime.stopping import stop_on_signals
-
-    with stop_on_signals() as stopping, ExitStack() as stack:
-        async with app.open(settings, initialise=False, reach_broker=False) as opened:
-            opened.projection(name)
-            rebuild = opened.rebuild(name, _display(name, stack))
-            work = _work(rebuild, abort=abort, switch_to=switch_to, drop=drop)
-            done = await unless(stopping.asked, work)
-    return None if done is None else {"view": name} | done
-
-
-async def _work(
-    rebuild: Rebuild, *, abort: bool, switch_to: int | None, drop: int | None
-) -> dict[str, object]:
-    if abort:
-        return {"dropped": await rebuild.abort()}
-    if drop is not None:
-        await rebuild.drop(drop)
-        return {"dropped": drop}
-    if switch_to is not None:
-        await rebuild.switch_to(switch_to)
-        return {"live": switch_to}
-    return {"live": await rebuild.run()}
-
-
 # --- Unique keys -------------------------------------------------------------
 
 keys = typer.Typer(
@@ -440,73 +343,6 @@ def rebuild_keys(
             print_table(("key", "holder", "other"), [list(each.values()) for each in collisions])
     if collisions:
         raise typer.Exit(FAILED)
-
-
-# --- Progress ----------------------------------------------------------------
-
-
-def _display(name: str, stack: ExitStack) -> Callable[[RebuildProgress], None]:
-    if sys.stderr.isatty():
-        return _bar(name, stack)
-    return _Lines(name).show
-
-
-def _bar(name: str, stack: ExitStack) -> Callable[[RebuildProgress], None]:
-    """Show a bar with the share done, the rate and the time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.completed:,} of {task.total:,} events  {task.fields[pace]}"),
-    )
-    progress = stack.enter_context(Progress(*columns, console=Console(stderr=True, soft_wrap=True)))
-    task = progress.add_task(name, total=1, pace="")
-
-    def show(state: RebuildProgress) -> None:
-        total = max(state.total, 1)
-        done = state.done if state.total else total
-        progress.update(task, completed=done, total=total, pace=_pace(state))
-
-    return show
-
-
-def _pace(state: RebuildProgress) -> str:
-    """Say how fast it goes and how long it takes, once that is known."""
-    left = state.seconds_left
-    if left is None:
-        return ""
-    return f"{state.per_second:,.0f}/s, {timedelta(seconds=round(left))} left"
-
-
-class _Lines:
-    """Writes a log line a second, and one at the end."""
-
-    def __init__(self, name: str) -> None:
-        import structlog
-
-        self._log = structlog.get_logger("cqrs_es.cli")
-        self._name = name
-        self._written = time.monotonic()
-
-    def show(self, state: RebuildProgress) -> None:
-        now = time.monotonic()
-        if now - self._written < SECONDS_BETWEEN_LINES and state.done < state.total:
-            return
-        self._written = now
-        left = state.seconds_left
-        self._log.info(
-            "rebuilding",
-            view=self._name,
-            generation=state.generation,
-            events=state.done,
-            of=state.total,
-            percent=round(100 * state.share, 1),
-            events_per_second=round(state.per_second),
-            seconds_left=None if left is None else round(left, 1),
-        )
 
 
 # --- republish ---------------------------------------------------------------

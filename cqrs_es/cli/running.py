@@ -14,7 +14,8 @@ from cqrs_es import errors
 from cqrs_es.cli.invocation import invocation_of, refuse_memory
 from cqrs_es.cli.output import JsonFlag, complain, print_fields, print_json
 from cqrs_es.program import INTERRUPTED
-from cqrs_es.runtime.roles import RELAY, WORKER, projector_role
+from cqrs_es.projector import projector_role
+from cqrs_es.runtime.roles import RELAY, WORKER
 from cqrs_es.settings import address
 from cqrs_es.telemetry.masking import mask_credentials, printable
 

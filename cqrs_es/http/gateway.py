@@ -357,9 +357,10 @@ class Gateway:
         seen = requests.seen_of(request, opened.process.partitions)
         if seen is None:
             return
-        views, (partition, offset) = opened.storage.views, seen
+        views, made = opened.storage.views, opened.projection(name).fingerprint
+        partition, offset = seen
         try:
-            await wait_until_reached(views, name, partition, offset, requests.wait_seconds(request))
+            await wait_until_reached(views, name, seen, requests.wait_seconds(request), made)
         except errors.WaitTimeout as exc:
             raise Problem(
                 HTTPStatus.SERVICE_UNAVAILABLE, "view_behind", exc.message, headers=RETRY_AFTER
@@ -368,7 +369,7 @@ class Gateway:
             return
         (event,) = await opened.storage.events.read_log(partition, offset - 1, 1)
         try:
-            await refuse_parked(views, name, event.key)
+            await refuse_parked(views, name, event.key, made)
         except errors.ViewFailed as exc:
             detail = f"{name} has parked this aggregate: see `cqrs-es parked list`"
             raise Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "view_parked", detail) from exc

@@ -111,12 +111,15 @@ class ViewTransaction(ABC):
         """Add rows to `outgoing_commands`, under ids that no row or outcome has."""
 
     @abstractmethod
-    async def generations(self) -> dict[str, int]:
-        """Lock and return what `ViewStore.generations` returns; do it before anything else."""
+    async def generations(self, name: str | None = None) -> dict[str, int]:
+        """Lock and return what `ViewStore.generations` returns; do it before anything else.
+
+        With `name`, only what is noted of that view has to stay as it is.
+        """
 
     @abstractmethod
     async def set_generation(self, projector: str, live: int) -> None:
-        """Make a generation live."""
+        """Note a number under a key: under a view's name, which generation is live."""
 
 
 class SqlTables(ABC):
@@ -126,12 +129,19 @@ class SqlTables(ABC):
     """
 
     @abstractmethod
-    async def create(self, table: str, columns: str) -> None:
-        """Create a table unless it is there, with column definitions as `Projector.tables` has."""
+    async def create(self, table: str, columns: str, indexes: Sequence[str] = ()) -> None:
+        """Create a table unless it is there, and its indexes unless they are.
+
+        Column definitions are as `Projector.tables` has them, indexes as `Projector.indexes`.
+        """
 
     @abstractmethod
     async def columns(self, table: str) -> list[str]:
         """Return the names of a table's columns, in order; none where there is no such table."""
+
+    @abstractmethod
+    async def count_indexes(self, table: str) -> int:
+        """Return how many indexes a table has that `create` has made."""
 
     @abstractmethod
     async def publish(self, name: str, table: str) -> None:
@@ -188,7 +198,7 @@ class ViewStore(ABC):
 
     @abstractmethod
     async def generations(self) -> Mapping[str, int]:
-        """Return the live generation of each view and projector."""
+        """Return what is noted of generations; see `projection.generations` for the keys."""
 
     @abstractmethod
     async def list_parked(self, projector: str | None = None) -> list[ParkedAggregate]:

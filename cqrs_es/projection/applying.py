@@ -16,7 +16,7 @@ import structlog
 from cqrs_es import errors
 from cqrs_es.ports.views import ParkedAggregate
 from cqrs_es.projection.folding import NOT_POISON, past_collisions, reason_of, write
-from cqrs_es.projection.generations import generations_of, lost
+from cqrs_es.projection.generations import is_projected, lost
 from cqrs_es.telemetry.tracing import NO_TRACING, Tracing
 
 if TYPE_CHECKING:
@@ -152,14 +152,12 @@ class Applier:
 
     async def _give_up_on(self, event: StoredEvent, exc: Exception) -> None:
         """Park the event's aggregate, or raise: what no view could do is no fault of the event."""
-        missing = await self.folding.missing_tables(self._storage.views)
-        if missing:
-            raise lost(self.folding, missing) from exc
+        await self._require_tables(exc)
         if self._breaker is None:
             self._tell(event, exc)
             raise _view_failed(self.folding.name, event, exc) from exc
         async with self._storage.views.transaction() as transaction:
-            await self._require_live(transaction)
+            await self._require_projected(transaction)
             self._tell(event, exc)
             self._breaker.count(self.folding.name, exc)
             await self._move_checkpoint(transaction, event.offset)
@@ -167,11 +165,21 @@ class Applier:
         self._moved(event.offset)
         self._log_parked(self._breaker, event, exc)
 
-    async def _require_live(self, transaction: ViewTransaction) -> None:
+    async def _require_tables(self, exc: Exception) -> None:
+        """Raise `ViewLost` or `ViewMisfit` where no event could have been applied."""
+        missing = await self.folding.missing_tables(self._storage.views)
+        if missing:
+            raise lost(self.folding, missing) from exc
+        unlike = await self.folding.unlike_tables(self._storage.views)
+        if unlike:
+            name = self.folding.name
+            message = f"the table {' and '.join(unlike)} has other columns than {name} says"
+            raise errors.ViewMisfit(f"{message}: run `cqrs-es rebuild {name}`") from exc
+
+    async def _require_projected(self, transaction: ViewTransaction) -> None:
         """Raise `Conflict` where a rebuild has switched: what is left behind needs no marker."""
-        live = generations_of(await transaction.generations(), self.folding.name).live
-        if live != self.folding.generation:
-            message = f"generation {live} of {self.folding.name} is live now: go on with that one"
+        if not is_projected(await transaction.generations(self.folding.name), self.folding):
+            message = f"another generation of {self.folding.name} is live: go on with that one"
             raise errors.Conflict(message)
 
     def _tell(self, event: StoredEvent, exc: Exception) -> None:

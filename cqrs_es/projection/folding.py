@@ -17,7 +17,7 @@ from cqrs_es import errors
 from cqrs_es.definitions import ProjectorDefinition, ViewDefinition
 from cqrs_es.execution.retry import backoff
 from cqrs_es.ports.views import ViewRow
-from cqrs_es.projector import physical_name
+from cqrs_es.projector import column_names, physical_name
 from cqrs_es.types import shown, storable, text_of
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ log = structlog.get_logger("cqrs_es.projection")
 T = TypeVar("T")
 
 MAX_VIEW_ID_CHARACTERS: Final = 255
+# Of a generation that nobody has signed: enough to know other code by its rows.
+ROWS_LOOKED_AT: Final = 20
 # A batch collides once for each row that another partition inserts first: rarely more than one.
 MOST_COLLISIONS: Final = 5
 # Not the event's fault: the store's, another process's, or the deployment's.
@@ -41,14 +43,22 @@ NOT_POISON: Final = (
     errors.Conflict,
     errors.StoreUnusable,
     errors.NeedsNewerCode,
+    errors.ViewMisfit,
 )
 
 
 class Folding(ABC):
     """One generation of a view or projector, seen as something that events are written to."""
 
-    def __init__(self, name: str, event_classes: frozenset[type[object]], generation: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        event_classes: frozenset[type[object]],
+        generation: int,
+        fingerprint: int | None = None,
+    ) -> None:
         self.name = name
+        self.fingerprint = fingerprint
         self.generation = generation
         self.key = physical_name(name, generation)
         self.event_classes = event_classes
@@ -58,19 +68,49 @@ class Folding(ABC):
     def tables(self) -> Mapping[str, str | None]:
         """The tables' names, without the generation, and their columns: None for rows of JSON."""
 
+    @property
+    def indexes(self) -> Mapping[str, Sequence[str]]:
+        """The columns of each index of a table."""
+        return {}
+
     async def create_tables(self, views: ViewStore) -> None:
         """Create the generation's tables, unless they are there."""
         for name, columns in self.tables.items():
             if columns is None:
                 await views.create_table(self._physical(name))
             else:
-                await required(views.sql, self.name).create(self._physical(name), columns)
+                sql, indexes = required(views.sql, self.name), self.indexes.get(name, ())
+                await sql.create(self._physical(name), columns, indexes)
 
     async def missing_tables(self, views: ViewStore) -> list[str]:
         """Return the names of those of the generation's tables that are not there."""
         there = {table.lower() for table in await views.list_tables()}
         tables = [self._physical(name) for name in self.tables]
         return [table for table in tables if table.lower() not in there]
+
+    async def lacks_indexes(self, views: ViewStore) -> bool:
+        """Tell whether somebody was killed between making a table and its indexes."""
+        return any(
+            [
+                len(indexes) > await required(views.sql, self.name).count_indexes(self._physical(n))
+                for n, indexes in self.indexes.items()
+            ]
+        )
+
+    async def unlike_tables(self, views: ViewStore) -> list[str]:
+        """Return those of the generation's tables that have other columns than they should."""
+        found: list[str] = []
+        for name, columns in self.tables.items():
+            if columns is not None and views.sql is not None:
+                listed = await views.sql.columns(self._physical(name))
+                there = frozenset(column.lower() for column in listed)
+                if there and there != column_names(columns):
+                    found.append(self._physical(name))
+        return found
+
+    async def looks_right(self, views: ViewStore) -> bool:
+        """Tell whether what there is of it could have been made by this code."""
+        return not await self.unlike_tables(views)
 
     async def drop_tables(self, views: ViewStore) -> None:
         """Drop the generation's tables."""
@@ -101,13 +141,25 @@ class ViewFolding(Folding):
     """Folds events into rows of JSON."""
 
     def __init__(self, definition: ViewDefinition, generation: int) -> None:
-        super().__init__(definition.name, definition.event_classes, generation)
+        made = definition.fingerprint
+        super().__init__(definition.name, definition.event_classes, generation, made)
         self._definition = definition
 
     @property
     def tables(self) -> Mapping[str, str | None]:
         """The one table of rows, called like the view."""
         return {self.name: None}
+
+    async def looks_right(self, views: ViewStore) -> bool:
+        """Tell whether its first rows are as this code would store them."""
+        if await self.missing_tables(views):
+            return True
+        try:
+            for row in await views.page(self.key, limit=ROWS_LOOKED_AT):
+                self._definition.state.decode_exactly(row.payload)
+        except ValueError:
+            return False
+        return True
 
     async def fold(self, events: Sequence[Envelope[Any]], transaction: ViewTransaction) -> None:
         """Load every row that the events touch, update them in order, save what changed."""
@@ -141,7 +193,12 @@ class _Rows:
         row = self._stored.get(view_id)
         if row is None:
             return self._definition.cls()
-        view: AnyView = self._definition.state.decode(row.payload)
+        try:
+            view: AnyView = self._definition.state.decode(row.payload)
+        except ValueError as exc:
+            name, cls = self._definition.name, self._definition.cls.__qualname__
+            message = f"row {view_id!r} of {name} is not as {cls} makes it: {exc}"
+            raise errors.ViewMisfit(f"{message}; run `cqrs-es rebuild {name}`") from exc
         return view
 
     async def write(self, table: str, transaction: ViewTransaction) -> None:
@@ -165,14 +222,21 @@ class SqlFolding(Folding):
     """Hands events to a projector that writes its own tables."""
 
     def __init__(self, definition: ProjectorDefinition, generation: int) -> None:
-        super().__init__(definition.name, definition.event_classes, generation)
+        made = definition.fingerprint
+        super().__init__(definition.name, definition.event_classes, generation, made)
         self._tables = definition.cls.tables
+        self._indexes = definition.cls.indexes
         self._projector = definition.cls(generation)
 
     @property
     def tables(self) -> Mapping[str, str | None]:
         """The projector's tables."""
         return self._tables
+
+    @property
+    def indexes(self) -> Mapping[str, Sequence[str]]:
+        """The projector's indexes."""
+        return self._indexes
 
     async def fold(self, events: Sequence[Envelope[Any]], transaction: ViewTransaction) -> None:
         """Call the projector once with all events."""

@@ -25,18 +25,21 @@ import structlog
 from cqrs_es import errors
 from cqrs_es.execution.retry import Retry
 from cqrs_es.projection.applying import READ_LIMIT, Applier
-from cqrs_es.projection.folding import NOT_POISON, folding_for, write
+from cqrs_es.projection.folding import NOT_POISON, folding_for, relevant, write
 from cqrs_es.projection.generations import (
+    FIRST,
     begin_building,
     generations_of,
     give_up,
     make_live,
     make_sure_of_tables,
+    note_filled,
     publish,
+    publish_if_needed,
     read_generations,
     retire,
 )
-from cqrs_es.projector import physical_name
+from cqrs_es.projector import code_role, physical_name, projector_role
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,6 +57,9 @@ T = TypeVar("T")
 
 # Partitions filled side by side.
 PARALLEL: Final = 8
+# Events that tell how long a fill may take: to read, and to have been filled with.
+SAMPLE: Final = 1000
+ENOUGH_EVENTS: Final = 1000
 # Events behind the log at which the switch is tried, which applies what the live
 # generation is ahead. Waiting for none would never end while commands keep arriving.
 CLOSE_ENOUGH: Final = 100
@@ -61,6 +67,8 @@ CLOSE_ENOUGH: Final = 100
 MOST_EVENTS: Final = 500
 # An error that filling does not repeat was a collision with another process, which is rare.
 MOST_REFUSALS: Final = 5
+# Switches that a projector attempts before it goes on projecting.
+MOST_TRIES: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,42 @@ class RebuildProgress:
         return (self.total - self.done) / self.per_second if self.per_second else None
 
 
+async def expected_fill(
+    registry: Registry,
+    storage: Storage,
+    numbers: Mapping[str, int],
+    definition: ProjectionDefinition,
+) -> tuple[int, int, str]:
+    """Return how many events a fill would apply, how many a second, and how that is known.
+
+    From a fill of this view before, else of the slowest other; else from reading some
+    events as a fill does, but for what it writes.
+    """
+    heads = await storage.events.heads()
+    events = sum(heads.values())
+    rates = {name: _noted_rate(numbers, name) for name in registry.projections}
+    if rates[definition.name]:
+        return events, rates[definition.name], "as when it was last filled"
+    others = {name: rate for name, rate in rates.items() if rate}
+    if others:
+        slowest = min(others, key=lambda name: others[name])
+        return events, others[slowest], f"as when {slowest} was filled"
+    folding = folding_for(definition, FIRST)
+    partition = max(heads, key=lambda number: heads[number])
+    began = time.monotonic()
+    sample = await storage.events.read_log(partition, 0, SAMPLE)
+    for event in sample:
+        relevant(registry, folding, event)
+    seconds = max(time.monotonic() - began, 1e-6)
+    return events, round(len(sample) / seconds), "measured by reading, writes come on top"
+
+
+def _noted_rate(numbers: Mapping[str, int], name: str) -> int:
+    """Return at what rate a view was filled the last time that somebody knows."""
+    filled = generations_of(numbers, name).filled
+    return next((filled[number] for number in sorted(filled, reverse=True) if filled[number]), 0)
+
+
 class Rebuild:
     """Fills another generation of one view from the log, then makes it live.
 
@@ -109,6 +153,7 @@ class Rebuild:
         self._heads: dict[int, int] = {}
         self._building = False
         self._began: tuple[float, int] | None = None
+        self._rate = 0.0
 
     @property
     def _name(self) -> str:
@@ -122,7 +167,9 @@ class Rebuild:
         is untouched, and a later run goes on from there. Raises `NotFound` when
         somebody gives the rebuild up meanwhile.
         """
-        number = await self._patiently(lambda: begin_building(self._storage.views, self._name))
+        number = await self._patiently(
+            lambda: begin_building(self._storage.views, self._definition)
+        )
         self._building = True
         await self._bring_up(number)
         return number
@@ -133,6 +180,10 @@ class Rebuild:
         if number not in {now.live, now.building} and not await self._holds_anything(number):
             message = f"{self._name} has no generation {number}; live is {now.live}"
             raise errors.NotFound(message)
+        made = self._definition.fingerprint
+        if now.made_by.get(number, made) != made:
+            message = f"generation {number} of {self._name} is other code's: deploy that code"
+            raise errors.ConfigurationError(f"{message}, its projectors bring it up to date")
         self._building = number == now.building
         await self._bring_up(number)
 
@@ -152,14 +203,45 @@ class Rebuild:
     async def drop(self, number: int) -> None:
         """Drop a generation, or what is left of it.
 
-        Raises `ConfigurationError` for one that is live or being built.
+        Raises `ConfigurationError` for one that is live, being built, or that
+        processes project into.
         """
+        await self._require_unused(number)
         await retire(self._storage.views, self._name, number)
         await self._drop_tables(number)
+
+    async def _require_unused(self, number: int) -> None:
+        now = await read_generations(self._storage.views, self._name)
+        made = now.made_by.get(number)
+        if made is None or now.projected_by(made) != number:
+            return
+        role = code_role(projector_role(self._name), made)
+        if owners := [m.owner for m in await self._storage.leases.members(role)]:
+            message = f"{', '.join(owners)} projects into generation {number} of {self._name}"
+            raise errors.ConfigurationError(f"{message}: stop that first")
 
     async def _drop_tables(self, number: int) -> None:
         await publish(self._storage.views, self._definition)  # names must not show what goes
         await folding_for(self._definition, number).drop_tables(self._storage.views)
+
+    async def promote(self, folding: Folding, *, live: bool, rate: int) -> bool:
+        """Bring a generation that projectors fill into use; return False where that takes longer.
+
+        `live`: for all. Else for those who read generations of this code, whose
+        rate of filling it was.
+        """
+        self._building = True
+        switch = Switch(self._registry, self._storage, folding, building=True, live=live)
+        for _ in range(MOST_TRIES):
+            await self._fill(folding)
+            if await self._attempt(switch, rate):
+                break
+        else:
+            return False
+        said = "generation live" if live else "generation filled"
+        log.info(said, view=self._name, generation=folding.generation)
+        await publish_if_needed(self._storage.views, self._definition)
+        return True
 
     # --- Filling and switching -----------------------------------------------
 
@@ -175,13 +257,14 @@ class Rebuild:
         switch = Switch(self._registry, self._storage, folding, building=self._building)
         while True:
             await self._fill(folding)
-            if await self._attempt(switch):
+            enough = sum(self._at.values()) - (self._began or (0, 0))[1] >= ENOUGH_EVENTS
+            if await self._attempt(switch, round(self._rate) if enough else 0):
                 return
 
-    async def _attempt(self, switch: Switch) -> bool:
+    async def _attempt(self, switch: Switch, rate: int) -> bool:
         """Attempt a switch; what is too much for one transaction is to be less the next time."""
         try:
-            return await switch.attempt(self._at)
+            return await switch.attempt(self._at, rate=rate)
         except errors.TooLarge:
             if not self._close_enough:
                 raise
@@ -263,12 +346,12 @@ class Rebuild:
         return await retry.wait_out(work)
 
     def _report(self, folding: Folding) -> None:
-        if self._on_progress is None:
-            return
         now, done, total = time.monotonic(), sum(self._at.values()), sum(self._heads.values())
         began, first = self._began = self._began or (now, done)
-        rate = (done - first) / (now - began) if now > began else 0.0
-        self._on_progress(RebuildProgress(folding.generation, done, total, max(0.0, rate)))
+        self._rate = max(0.0, (done - first) / (now - began)) if now > began else 0.0
+        if self._on_progress is not None:
+            progress = RebuildProgress(folding.generation, done, total, self._rate)
+            self._on_progress(progress)
 
 
 # --- Switching ---------------------------------------------------------------
@@ -278,25 +361,36 @@ class Switch:
     """Attempts, one after the other, to make one generation live."""
 
     def __init__(
-        self, registry: Registry, storage: Storage, folding: Folding, *, building: bool
+        self,
+        registry: Registry,
+        storage: Storage,
+        folding: Folding,
+        *,
+        building: bool,
+        live: bool = True,
     ) -> None:
-        """Switch to a generation that a rebuild fills, or (not `building`) to an older one."""
+        """Switch to a generation that is being filled, or (not `building`) to an older one.
+
+        Not `live`: only those who read generations of this code are to have it.
+        """
         self._registry = registry
         self._storage = storage
         self._folding = folding
         self._building = building
+        self._live = live
         self._refusals = 0
 
-    async def attempt(self, filled: Mapping[int, int]) -> bool:
+    async def attempt(self, filled: Mapping[int, int], *, rate: int = 0) -> bool:
         """Make the generation live; return False where it has to be filled further first.
 
-        `filled` says how far it was. Raises `NotFound` when it was given up or
-        dropped meanwhile, `TooLarge` where the store can't take what is left at
-        once, and what the view raises when it does so every time.
+        `filled` says how far it was, `rate` at how many events a second. Raises
+        `NotFound` when it was given up or dropped meanwhile, `TooLarge` where the
+        store can't take what is left at once, and what the view raises when it does
+        so every time.
         """
         try:
             async with self._storage.views.transaction() as transaction:
-                return await self._change(transaction, filled)
+                return await self._change(transaction, filled, rate)
         except (errors.RolledBack, errors.Conflict):
             return False
         except (errors.NotFound, errors.TooLarge, *NOT_POISON):
@@ -309,9 +403,11 @@ class Switch:
                 raise
             return False
 
-    async def _change(self, transaction: ViewTransaction, filled: Mapping[int, int]) -> bool:
+    async def _change(
+        self, transaction: ViewTransaction, filled: Mapping[int, int], rate: int
+    ) -> bool:
         name, number = self._folding.name, self._folding.generation
-        now = generations_of(await transaction.generations(), name)
+        now = generations_of(await transaction.generations(name), name)
         partitions = sorted(await self._storage.events.heads())
         live = await _lock(transaction, physical_name(name, now.live), partitions)
         here = await _lock(transaction, self._folding.key, partitions)
@@ -324,7 +420,10 @@ class Switch:
                 return False
             for partition, (after, to) in behind.items():
                 await self._apply(transaction, partition, after, to)
-        await make_live(transaction, name, number)
+        if number not in now.filled:
+            await note_filled(transaction, name, number, rate)
+        if self._live:
+            await make_live(transaction, name, number)
         return True
 
     async def _apply(
@@ -346,8 +445,8 @@ async def _lock(transaction: ViewTransaction, key: str, partitions: list[int]) -
 
 
 def require_building(now: Generations, folding: Folding) -> None:
-    """Raise `NotFound` unless a generation is being built, or live already."""
-    if folding.generation not in {now.live, now.building}:
+    """Raise `NotFound` where a generation that was begun is dropped."""
+    if folding.generation not in now.made_by:
         message = f"generation {folding.generation} of {folding.name} was given up meanwhile"
         raise errors.NotFound(message)
 

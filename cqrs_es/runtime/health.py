@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from cqrs_es import errors
 from cqrs_es.program import version
+from cqrs_es.projection.generations import views_behind
 from cqrs_es.runtime.leases import ROUNDS_PER_LEASE
 from cqrs_es.runtime.roles import WORKER
 from cqrs_es.runtime.sampling import Sampler
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger("cqrs_es.runtime")
 
 TICK_SECONDS: Final = 0.25
+VIEWS_SECONDS: Final = 1.0
 # For so long a blocked event loop is told of afterwards: longer than most probes are apart.
 REMEMBERED_SECONDS: Final = 15.0
 
@@ -42,7 +45,9 @@ REMEMBERED_SECONDS: Final = 15.0
 class Health:
     """Knows why a process is not ready, from its start to its end.
 
-    `waiting_for` is what keeps the application from being open, until `follow`.
+    `waiting_for` is what keeps the application from being open, until `follow`;
+    `views_behind`, which views are to be filled for this code yet, where that is
+    waited for: None before anybody has looked.
     """
 
     def __init__(self, settings: Settings, registry: Registry, stopping: asyncio.Event) -> None:
@@ -55,6 +60,7 @@ class Health:
         self._lag = 0.0
         self._lagged_at = 0.0
         self.waiting_for = "starting"
+        self.views_behind: list[str] | None = None if settings.wait_for_views else []
 
     def _patience_with(self, role: str) -> float:
         """Return for how long a role may not move: a worker's handlers may take their time."""
@@ -94,6 +100,9 @@ class Health:
         yield from self._supervisor.troubles
         yield from (f"{role} has not joined yet" for role in self._supervisor.absent)
         yield from self._stalls.reasons
+        if self.views_behind is None:
+            yield "view_behind: not looked at yet"
+        yield from (f"view_behind: {name} is not filled yet" for name in self.views_behind or ())
 
     def live(self, _accept: str) -> Answer:
         """Answer `/live`: that this is answered at all is what it says."""
@@ -191,7 +200,18 @@ class Probes:
             return
         self._supervisor, self._sampler = supervisor, Sampler(process, supervisor)
         self.health.follow(supervisor)
-        await self._sampler.run()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._sampler.run())
+            group.create_task(self._wait_for_views(process))
+
+    async def _wait_for_views(self, process: Process) -> None:
+        """Look which views are behind until none is: filled once, they are so for good."""
+        definitions = process.registry.projections.values()
+        while self.health.views_behind != []:
+            with suppress(errors.CqrsError):
+                numbers = await process.generations.get(VIEWS_SECONDS)
+                self.health.views_behind = views_behind(numbers, definitions)
+            await asyncio.sleep(VIEWS_SECONDS)
 
     def _readings(self) -> Iterator[Reading]:
         yield Reading(metrics.INFO, 1.0, self._info)

@@ -28,6 +28,15 @@ ROUNDS_PER_LEASE: Final = 4
 # A lease is given up this part of its length after it was last renewed.
 SAFE_PART_OF_LEASE: Final = 0.8
 
+# What no waiting ends: somebody has to mend the code, the view or the log.
+_STUCK: Final = (
+    errors.TooManyParked,
+    errors.BrokenLog,
+    errors.ViewFailed,
+    errors.ViewLost,
+    errors.ViewMisfit,
+)
+
 PartitionRunner: TypeAlias = "Callable[[Assignment], Awaitable[None]]"
 
 
@@ -53,7 +62,8 @@ class Assignment:
     and notes how far it is: `position`, the last offset that a reader of the log
     is done with (None until it knows), or how many commands a worker has settled;
     `in_hand`, how many it has taken and not settled. `suspects` counts the due rows that
-    a holder that died may have had in hand, None until somebody asks.
+    a holder that died may have had in hand, None until somebody asks. `filling`: it
+    fills a view anew.
     """
 
     lease: Lease
@@ -63,6 +73,7 @@ class Assignment:
     position: int | None = None
     in_hand: int = 0
     suspects: int | None = None
+    filling: bool = False
 
     def reached(self, offset: int) -> None:
         """Note an offset as done with: progress."""
@@ -82,6 +93,8 @@ class Membership:
     owner: str
     partitions: int
     lease_seconds: float
+    leased_as: str = ""
+    """What the role is called in the store, where that is not its name."""
 
 
 class Rounds:
@@ -154,6 +167,7 @@ class LeaseKeeper:
         self._clock = clock
         self._run_partition = run_partition
         self._role, self._owner = membership.role, membership.owner
+        self._leased_as = membership.leased_as or membership.role
         self._partitions = membership.partitions
         self._seconds = membership.lease_seconds
         self._meter = meter
@@ -297,7 +311,7 @@ class LeaseKeeper:
     async def _round(self) -> None:
         started = self._clock.monotonic()
         seconds = 0.0 if self._draining else self._seconds
-        part = Part(self._role, self.unfit is None, seconds, tuple(self._running))
+        part = Part(self._leased_as, self.unfit is None, seconds, tuple(self._running))
         standing = await self._rounds.take_part(part)
         self._lose_all_but(standing.kept)
         self.renewed_at = started
@@ -319,11 +333,13 @@ class LeaseKeeper:
                 self._lose(running)
 
     async def _take(self, most: int) -> None:
-        taken = {lease.partition for lease in await self._leases.held(self._role)}
+        taken = {lease.partition for lease in await self._leases.held(self._leased_as)}
         free = [number for number in range(self._partitions) if number not in taken]
         if not free:
             return
-        leases = await self._leases.acquire(self._role, self._owner, free[:most], self._seconds)
+        leases = await self._leases.acquire(
+            self._leased_as, self._owner, free[:most], self._seconds
+        )
         for lease in leases:
             self._start(lease)
 
@@ -365,7 +381,7 @@ class LeaseKeeper:
         running.trouble = f"{self._role} on partition {partition}: {reason}"
         if isinstance(exc, errors.NeedsNewerCode):
             self.unfit = running.trouble
-        if isinstance(exc, errors.TooManyParked | errors.BrokenLog):
+        if isinstance(exc, _STUCK):
             self.stuck = exc
         expected = isinstance(exc, errors.Unavailable | errors.NeedsNewerCode | errors.Conflict)
         log.warning(
@@ -379,7 +395,7 @@ class LeaseKeeper:
     async def _release(self, running: Assignment) -> None:
         partition = running.lease.partition
         try:
-            await self._leases.release(self._role, self._owner, [partition])
+            await self._leases.release(self._leased_as, self._owner, [partition])
         except errors.CqrsError as exc:
             log.warning("lease not released", role=self._role, error=exc.message)
         self._forget(running)
@@ -406,7 +422,7 @@ class LeaseKeeper:
 
     async def _leave(self) -> None:
         try:
-            await self._leases.leave(self._role, self._owner)
+            await self._leases.leave(self._leased_as, self._owner)
         except errors.CqrsError as exc:
             log.warning("membership not ended", role=self._role, error=exc.message)
 

@@ -13,15 +13,19 @@ from cqrs_es.ports.store import HELD_BACK
 from cqrs_es.projection.applying import READ_LIMIT, Applier
 from cqrs_es.projection.generations import (
     FIRST,
-    live_name,
-    prepared_live,
+    Generations,
+    generations_of,
+    note_filled,
+    prepared,
     publish_if_needed,
+    read_generations,
 )
 from cqrs_es.projection.parking import ParkingBreaker
 from cqrs_es.projection.reacting import ReactorFolding, make_sure_of_beginning
-from cqrs_es.projector import physical_name
+from cqrs_es.projection.rebuild import ENOUGH_EVENTS, Rebuild
+from cqrs_es.projector import code_role, is_other_code, physical_name, projector_role
 from cqrs_es.reactor import reactor_role
-from cqrs_es.runtime.roles import LagMetrics, Role, projector_role
+from cqrs_es.runtime.roles import LagMetrics, Role
 from cqrs_es.runtime.topic import topic_within_log
 from cqrs_es.runtime.waiting import unless, within
 from cqrs_es.telemetry import metrics
@@ -111,7 +115,12 @@ class Follower:
 
 
 class ProjectorLoop(Role):
-    """Projects partitions into the live generation of one view."""
+    """Projects partitions into the generation of one view that this code keeps.
+
+    That is the live one, if it is as this code makes it, else one beside it, which is
+    filled from the beginning of the log; see `projection.generations`. The members
+    of the role are told apart by their code: each version shares out all partitions.
+    """
 
     def __init__(self, process: Process, definition: ProjectionDefinition) -> None:
         self._process = process
@@ -119,46 +128,67 @@ class ProjectorLoop(Role):
         self._definition = definition
         self._breaker = ParkingBreaker(process.clock)
         self.name = projector_role(definition.name)
+        self.leased_as = code_role(self.name, definition.fingerprint)
         self.lag = LagMetrics(
             metrics.PROJECTOR_LAG_EVENTS, metrics.PROJECTOR_LAG_SECONDS, (definition.name,)
         )
 
     async def run_partition(self, assignment: Assignment) -> None:
-        """Project a partition from its checkpoint on, until another generation is live."""
+        """Project a partition from its checkpoint on, until that is another generation's task."""
         applier = await self.applier(assignment)
-        live = _Live(self._process, applier.folding)
-        await Follower(self._process, applier, assignment, live.still).run()
+        promotion = self._promotion(applier.folding) if assignment.lease.partition == 0 else None
+        current = _Current(self._process, applier.folding, assignment, promotion)
+        await Follower(self._process, applier, assignment, current.still).run()
+
+    def _promotion(self, folding: Folding) -> Promotion:
+        return Promotion(self._process, self._definition, folding, self)
+
+    async def other_code(self) -> bool:
+        """Tell whether a process with other code projects the view too."""
+        members = await self._storage.leases.members()
+        return any(is_other_code(member.role, self.leased_as) for member in members)
+
+    async def settled(self) -> bool:
+        """Tell whether the generation of this code is live, as it is to be."""
+        now = await read_generations(self._storage.views, self._definition.name)
+        own = now.projected_by(self._definition.fingerprint)
+        return own == now.live or (own in now.filled and await self.other_code())
 
     async def applier(self, assignment: Assignment) -> Applier:
-        """Make what brings the live generation up to date with a partition."""
+        """Make what brings the generation of this code up to date with a partition."""
         self._breaker.check()
-        return self._applier(await self._live_folding(assignment.lease.partition), assignment)
+        folding = await self._prepared(assignment.lease.partition)
+        now = await read_generations(self._storage.views, self._definition.name)
+        assignment.filling = not now.is_live_or_filled(folding.generation)
+        return self._applier(folding, assignment)
 
     def backlog(self, assignment: Assignment) -> int:
         """Return how many events are committed and not in the view."""
         return self._process.watcher.backlog(assignment)
 
     async def offsets(self) -> Mapping[int, int]:
-        """Read the live generation's checkpoints."""
-        return await self._storage.views.checkpoints(await self._live_name())
+        """Read the checkpoints of the generation that this code projects into."""
+        return await self._storage.views.checkpoints(await self._key())
 
     async def figures(self, held: Collection[int]) -> list[Reading]:
         """Ask how many aggregates are parked."""
         if 0 not in held:
             return []
-        parked = await self._storage.views.list_parked(await self._live_name())
+        parked = await self._storage.views.list_parked(await self._key())
         return [Reading(metrics.PARKED_AGGREGATES, len(parked), (self._definition.name,))]
 
-    async def _live_name(self) -> str:
-        return live_name(await self._storage.views.generations(), self._definition.name)
+    async def _key(self) -> str:
+        now = await read_generations(self._storage.views, self._definition.name)
+        own = now.projected_by(self._definition.fingerprint)
+        return physical_name(self._definition.name, own or now.last + 1)
 
-    async def _live_folding(self, partition: int) -> Folding:
-        """Return the live generation, its tables made sure of.
+    async def _prepared(self, partition: int) -> Folding:
+        """Return the generation to project into, its tables made sure of.
 
         Whoever has the first partition also sees to the names: a switch may
         have been cut short before it did.
         """
-        folding = await prepared_live(self._storage.views, self._definition)
+        folding = await prepared(self._storage.views, self._definition)
         if partition == 0:
             await publish_if_needed(self._storage.views, self._definition)
         return folding
@@ -181,7 +211,8 @@ class ProjectorLoop(Role):
             self._storage,
             folding,
             assignment.lease.partition,
-            breaker=self._breaker,
+            # Filled like a rebuild: an event that it fails on ends that, and parks nothing.
+            breaker=None if assignment.filling else self._breaker,
             on_failure=self._process.on_view_failure,
             on_move=moved,
             tracing=self._process.tracing,
@@ -265,23 +296,96 @@ async def _always() -> bool:
     return True
 
 
-class _Live:
-    """Whether a generation is still the live one: looked up now and then."""
+class _Current:
+    """Whether a generation is still the one to project into, as it was: looked up now and then."""
 
-    def __init__(self, process: Process, folding: Folding) -> None:
+    def __init__(
+        self,
+        process: Process,
+        folding: Folding,
+        assignment: Assignment,
+        promotion: Promotion | None,
+    ) -> None:
         self._generations = process.generations
         self._folding = folding
-        self._clock = process.clock
-        self._looked_at = self._clock.monotonic()
+        self._filling = assignment.filling
+        self._promotion = promotion
+        self._looked_at = -GENERATION_SECONDS
         self._still = True
 
     async def still(self) -> bool:
-        now = self._clock.monotonic()
+        # Not the clock of the process, which stands still in tests of a domain.
+        now = asyncio.get_running_loop().time()
         if self._still and now - self._looked_at >= GENERATION_SECONDS:
-            self._looked_at = now
-            numbers = await self._generations.get(GENERATION_SECONDS)
-            self._still = live_name(numbers, self._folding.name) == self._folding.key
+            first, self._looked_at = self._looked_at < 0, now
+            # At first not what others have read before this generation was begun.
+            numbers = await self._generations.get(0.0 if first else GENERATION_SECONDS)
+            seen = generations_of(numbers, self._folding.name)
+            if self._promotion is not None and await self._promotion.look(seen):
+                self._still = False  # which may have moved the checkpoint
+                return False
+            number = seen.projected_by(self._folding.fingerprint)
+            filling = not seen.is_live_or_filled(self._folding.generation)
+            self._still = number == self._folding.generation and filling == self._filling
         return self._still
+
+
+class Promotion:
+    """Sees to it that a filled generation is read, and then live: the holder of partition 0 does.
+
+    Those who read generations of this code have it once it has caught up with the
+    log. It is live, so that everybody has it, once no other code projects the view.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        definition: ProjectionDefinition,
+        folding: Folding,
+        loop: ProjectorLoop,
+    ) -> None:
+        self._process = process
+        self._storage = process.storage
+        self._definition = definition
+        self._folding = folding
+        self._loop = loop
+        self._began: tuple[float, int] | None = None
+        self._heads: Mapping[int, int] | None = None
+
+    async def look(self, now: Generations) -> bool:
+        """Do what is due; return whether that may have moved checkpoints."""
+        name, number = self._folding.name, self._folding.generation
+        if number == now.live and number in now.filled:
+            return False
+        if number != now.projected_by(self._folding.fingerprint):
+            return False
+        at = await self._storage.views.checkpoints(self._folding.key)
+        rate = self._rate(sum(at.values()))
+        before, self._heads = self._heads, await self._storage.events.heads()
+        if not _has_seen(at, self._heads) and not _has_seen(at, before):
+            return False  # however much comes in, what was there a look ago is to be seen
+        if number == now.live:
+            async with self._storage.views.transaction() as transaction:
+                if number in generations_of(await transaction.generations(name), name).made_by:
+                    await note_filled(transaction, name, number, rate)
+            return False
+        live = not await self._loop.other_code()
+        if number in now.filled and not live:
+            return False
+        rebuild = Rebuild(self._process.registry, self._storage, self._definition)
+        return await rebuild.promote(self._folding, live=live, rate=rate)
+
+    def _rate(self, done: int) -> int:
+        """Return how many events a second it was filled with, 0 for too few to be a measure."""
+        time = asyncio.get_running_loop().time()
+        began, first = self._began = self._began or (time, done)
+        measured = done - first >= ENOUGH_EVENTS
+        return round((done - first) / (time - began)) if measured else 0
+
+
+def _has_seen(at: Mapping[int, int], heads: Mapping[int, int] | None) -> bool:
+    """Tell whether checkpoints are at heads of the log or beyond; None is none known."""
+    return heads is not None and all(at.get(p, 0) >= head for p, head in heads.items())
 
 
 def _of_epoch(arrived: Sequence[TopicEvent], epoch: str) -> list[StoredEvent]:

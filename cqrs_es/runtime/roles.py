@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from cqrs_es import errors
+from cqrs_es.projector import projector_role
 from cqrs_es.reactor import reactor_role
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Position:
     partition: int
     offset: int | None
     backlog: int
+    filling: bool = False
+    """Whether a view is filled anew there, which is no lag."""
 
 
 class Role(ABC):
@@ -60,6 +63,8 @@ class Role(ABC):
     """
 
     name: str
+    leased_as: str = ""
+    """What its members and leases are called in the store, where that is not its name."""
     lag: LagMetrics | None = None
     handled: int = 0
 
@@ -79,6 +84,10 @@ class Role(ABC):
         """Read each partition's last offset done with; None for no reader of the log."""
         return None
 
+    async def settled(self) -> bool:
+        """Tell whether nothing is left to be done once all is done with."""
+        return True
+
     async def reached(self) -> int | None:
         """Read the sum of all partitions' offsets done with; None for no reader of the log."""
         offsets = await self.offsets()
@@ -88,11 +97,6 @@ class Role(ABC):
         """Ask the servers for what only they know: a partition's by its holder, others' by 0's."""
         del held
         return []
-
-
-def projector_role(name: str) -> str:
-    """Return the role of the projector of a view."""
-    return f"projector:{name}"
 
 
 def known_roles(registry: Registry) -> frozenset[str]:

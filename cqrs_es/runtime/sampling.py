@@ -65,7 +65,9 @@ class Sampler:
         self._readers = [
             position
             for position in self._supervisor.positions()
-            if roles[position.role].lag is not None and position.offset is not None
+            if roles[position.role].lag is not None
+            and position.offset is not None
+            and not position.filling
         ]
         asked = [_tried(roles[name].figures(partitions)) for name, partitions in held.items()]
         answers = await asyncio.gather(*asked, _tried(self._find_oldest()))

@@ -117,6 +117,7 @@ class Supervisor:
                 assignment.lease.partition,
                 assignment.position,
                 self._roles[keeper.role].backlog(assignment),
+                assignment.filling,
             )
             for keeper in self._keepers
             for assignment in keeper.assignments
@@ -155,6 +156,7 @@ class Supervisor:
             owner=process.owner,
             partitions=process.partitions,
             lease_seconds=process.settings.lease_seconds,
+            leased_as=role.leased_as,
         )
         leases = process.storage.leases
         return LeaseKeeper(
@@ -175,7 +177,7 @@ class Supervisor:
         """
         events = self._process.storage.events
         before = await events.heads()
-        if await self.lag():
+        if await self.lag() or not all([await role.settled() for role in self._roles.values()]):
             return False
         if self._executor.pending or sum((await self._process.broker.queue_depth()).values()):
             return False

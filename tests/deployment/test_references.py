@@ -146,6 +146,7 @@ def test_the_contract_has_every_setting_with_its_default() -> None:
     for field in own:
         if field.default is not None:
             default = str(field.default).removesuffix(".0")
+            default = default.lower() if isinstance(field.default, bool) else default
             assert told[field.name.upper()].strip("`") == default
 
 

@@ -50,7 +50,7 @@ ROLES = [
 def test_status(bank: Here) -> None:
     """Heads, marks and checkpoints are strings; nobody works on an embedded store at rest."""
     views = [
-        {"view": name, "generation": 1, "building": None, "behind": 0, "parked": 0}
+        {"view": name, "generation": 1, "building": None, "filling": None, "behind": 0, "parked": 0}
         for name in FOLLOWERS
     ]
     assert bank.done("status", "--json").json == {

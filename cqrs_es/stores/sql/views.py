@@ -9,8 +9,14 @@ from cqrs_es import errors
 from cqrs_es.ports.views import NO_CHANGES, SqlSession, SqlTables, ViewStore, ViewTransaction
 from cqrs_es.stores.sql import checkpoints, scheduled
 from cqrs_es.stores.sql.dialect import marks
-from cqrs_es.stores.sql.migrations import VIEW_COLUMNS, CreateTable
-from cqrs_es.stores.sql.own import own_columns, own_values, upserting
+from cqrs_es.stores.sql.migrations import VIEW_COLUMNS, AddIndex, CreateTable
+from cqrs_es.stores.sql.own import (
+    is_own_index,
+    own_columns,
+    own_index,
+    own_values,
+    upserting,
+)
 from cqrs_es.stores.sql.rows import marker_of, marker_row, view_row_of
 from cqrs_es.stores.sql.session import DuplicateKey, chunks
 from cqrs_es.stores.sql.tables import GENERATIONS, PARKED, view_table
@@ -60,10 +66,22 @@ class SqlViews(ViewStore, SqlTables):
         async with self._database.migration() as session:
             await CreateTable(table, VIEW_COLUMNS).apply(session)
 
-    async def create(self, table: str, columns: str) -> None:
-        """Create a table of a projector's own unless it is there."""
+    async def create(self, table: str, columns: str, indexes: Sequence[str] = ()) -> None:
+        """Create a table of a projector's own unless it is there, and its indexes."""
         async with self._database.migration() as session:
             await CreateTable(table, own_columns(session.dialect, columns)).apply(session)
+            physical = session.dialect.folded(table)
+            for number, of in enumerate(indexes, start=1):
+                await AddIndex(physical, own_index(physical, number), of).apply(session)
+
+    async def count_indexes(self, table: str) -> int:
+        """Return how many indexes a table has that `create` has made."""
+        listed = await self._database.read(
+            lambda session: session.fetch(
+                session.dialect.list_indexes, (session.dialect.folded(table),)
+            )
+        )
+        return sum(is_own_index(name) for (name,) in listed)
 
     async def columns(self, table: str) -> list[str]:
         """Return the names of a table's columns, in order; none where there is no such table."""
@@ -135,7 +153,7 @@ class SqlViews(ViewStore, SqlTables):
         return await self._database.read(lambda session: checkpoints.all_of(session, projector))
 
     async def generations(self) -> Mapping[str, int]:
-        """Return the live generation of each view and projector."""
+        """Return what is noted of generations."""
         return dict(await self._database.read(lambda session: session.fetch(_GENERATIONS)))
 
     async def list_parked(self, projector: str | None = None) -> list[ParkedAggregate]:
@@ -238,7 +256,8 @@ class _SqlTransaction(ViewTransaction, SqlSession):
     async def schedule(self, commands: Sequence[ScheduledCommand]) -> None:
         await scheduled.add(self._session, commands)
 
-    async def generations(self) -> dict[str, int]:
+    async def generations(self, name: str | None = None) -> dict[str, int]:
+        del name  # one lock for all: whoever waits for it looks at what is there then
         return dict(await self._session.fetch(_GENERATIONS, lock=True))
 
     async def set_generation(self, projector: str, live: int) -> None:
