@@ -17,8 +17,8 @@ RANGE_SUITES := tests/unit tests/contract tests/acceptance tests/deployment/test
 	tests/integration/test_cli_preparing.py tests/integration/test_cli_inspecting.py \
 	tests/integration/test_amqp_service.py tests/integration/test_tracing.py
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-mysql test-lowest test-newest crashes faults proofs containers check \
-	format schemas upgrade audit sbom secrets clean
+.PHONY: help demo test test-mysql test-lowest test-newest crashes faults deploys proofs containers \
+	check format schemas upgrade audit sbom secrets clean
 
 help:  ## show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -66,6 +66,10 @@ proofs: $(VENV)/.installed  ## what events cause, at size: transfers under kills
 containers: $(VENV)/.installed  ## build the images, run the compose file with a Docker engine, and kill some of it
 	deploy/containers/build-stand-ins
 	CI=true CQRS_ES_TEST_CONTAINERS=1 $(BIN)/pytest tests/deployment/test_containers.py -s $(PYTEST_ARGS)
+
+deploys: $(VENV)/.installed  ## minutes of rolling deploys of changed views, on two pairs of servers
+	CI=true CQRS_ES_TEST_DEPLOYS=1 $(BIN)/pytest tests/faults/test_deploys.py \
+		--log-cli-level=WARNING $(PYTEST_ARGS)
 
 check: $(VENV)/.installed  ## style, types, layers; the files of the deployment
 	$(BIN)/ruff check

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import types
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,19 +13,19 @@ import orjson
 import pytest
 
 from cqrs_es import Envelope, View, errors
-from cqrs_es.application import Application
 from cqrs_es.cli.preparing import check_everything
 from cqrs_es.definitions import define_projector, define_view
 from cqrs_es.projection.generations import read_generations
 from cqrs_es.projection.replay import stored_log
-from cqrs_es.projector import Projector, SqlSession, SqlValue
+from cqrs_es.projector import Projector
 from cqrs_es.runtime.health import Probes
 from cqrs_es.runtime.waiting import cancelled
 from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
 from tests.faulty import FaultyStorage
-from tests.samples import Add, AddEach, Added, Counter, Services
+from tests.samples import Add, AddEach, Added, Counter
 from tests.stores import on_sql, sql_of
+from tests.versions import NewDays, NewTally, OldDays, OldTally, version
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
@@ -39,72 +39,6 @@ if TYPE_CHECKING:
 PARTITIONS = 2
 NAMES = "abcd"
 LONG = 60.0
-
-
-@dataclass
-class OldTally(View[Added], name="tally"):
-    total: int = 0
-
-    def update(self, event: Envelope[Added]) -> None:
-        self.total += event.data.n
-
-
-@dataclass
-class NewTally(View[Added], name="tally"):
-    """Its total is no number any more, and it has one thing more."""
-
-    bad: ClassVar[str] = ""
-
-    total: str = "0"
-    numbers: list[int] = field(default_factory=list[int])
-
-    def update(self, event: Envelope[Added]) -> None:
-        if event.aggregate_id == type(self).bad:
-            message = "can't"
-            raise RuntimeError(message)
-        self.total = str(int(self.total) + event.data.n)
-        self.numbers.append(event.data.n)
-
-
-class OldDays(Projector[Added], name="days"):
-    tables: ClassVar[Mapping[str, str]] = {
-        "days": "counter VARCHAR(40) NOT NULL PRIMARY KEY, total BIGINT NOT NULL"
-    }
-
-    async def project(self, events: Sequence[Envelope[Added]], sql: SqlSession) -> None:
-        for event in events:
-            row: dict[str, SqlValue] = {"counter": event.aggregate_id, "total": event.data.n}
-            await sql.upsert(
-                self.table("days"), ["counter"], [row], {"total": "old.total + new.total"}
-            )
-
-
-class NewDays(Projector[Added], name="days"):
-    """Its table has another column, and an index."""
-
-    tables: ClassVar[Mapping[str, str]] = {
-        "days": "counter VARCHAR(40) NOT NULL PRIMARY KEY, amount BIGINT NOT NULL,"
-        " events BIGINT NOT NULL"
-    }
-    indexes: ClassVar[Mapping[str, Sequence[str]]] = {"days": ["events", "events, amount"]}
-
-    async def project(self, events: Sequence[Envelope[Added]], sql: SqlSession) -> None:
-        added = {"amount": "old.amount + new.amount", "events": "old.events + new.events"}
-        for event in events:
-            counter, amount = event.aggregate_id, event.data.n
-            row: dict[str, SqlValue] = {"counter": counter, "amount": amount, "events": 1}
-            await sql.upsert(self.table("days"), ["counter"], [row], added)
-
-
-def version(*views: type[View[Any] | Projector[Any]]) -> Application:
-    app = Application("tests")
-    app.aggregate(Counter, services=lambda _: Services())
-    for view in views:
-        if issubclass(view, View):
-            app.view(view)
-        else:
-            app.projector(view)
-    return app
 
 
 OLD, NEW = (OldTally, OldDays), (NewTally, NewDays)

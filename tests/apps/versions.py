@@ -1,0 +1,11 @@
+"""A service in two versions, by `VERSION`: a JSON view and a projector's table change, a view
+goes, another comes.
+"""
+
+from __future__ import annotations
+
+import os
+
+from tests.versions import NEW, OLD, version
+
+app = version(*(NEW if os.environ.get("VERSION") == "new" else OLD))
