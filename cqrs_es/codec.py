@@ -69,7 +69,7 @@ class Codec(Generic[T]):
     @property
     def shape(self) -> object:
         """What the class looks like in JSON, as JSON: another where it has other fields."""
-        return _shape(self._info, ())
+        return _shape(self.info, ())
 
     def encode(self, value: T) -> bytes:
         """Return the value as a JSON object with every field.

@@ -26,6 +26,7 @@ from cqrs_es.projection.generations import (
     prepared,
     publish,
     remove,
+    require_tables,
     views_behind,
     views_of,
 )
@@ -52,7 +53,7 @@ from cqrs_es.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Awaitable, Callable, Collection
     from datetime import datetime
 
     from cqrs_es.aggregate import Aggregate, Stateful
@@ -76,6 +77,7 @@ log = structlog.get_logger("cqrs_es.application")
 
 C = TypeVar("C")
 E = TypeVar("E")
+R = TypeVar("R")
 A = TypeVar("A", bound="Stateful[Any]")
 V = TypeVar("V", bound="View[Any]")
 
@@ -407,7 +409,7 @@ class OpenApplication:
         """Read one row of a view, None when there is none."""
         definition = self._view_definition(cls)
         now = await self._generations(definition.name)
-        row = await self.storage.views.get(_table_read(definition, now), view_id)
+        row = await self._read(definition, now, lambda of: self.storage.views.get(of, view_id))
         if row is None:
             return None
         view: V = _decoded(definition, row, now)
@@ -422,16 +424,46 @@ class OpenApplication:
         """Read up to `limit` rows of a view with an id above `after`: ids and views, by id."""
         definition = self._view_definition(cls)
         now = await self._generations(definition.name)
-        table = _table_read(definition, now)
-        rows = await self.storage.views.page(table, after=after, limit=limit)
+        rows = await self._read(
+            definition, now, lambda of: self.storage.views.page(of, after=after, limit=limit)
+        )
         return [(row.view_id, _decoded(definition, row, now)) for row in rows]
 
     async def view_rows(self, name: str, *, after: str = "", limit: int = 100) -> list[ViewRow]:
         """Read up to `limit` rows of a view with an id above `after`, by id, as JSON."""
-        if not isinstance(self.projection(name), ViewDefinition):
+        definition = self._of_json(name)
+        return await self._read(
+            definition,
+            await self._generations(name),
+            lambda of: self.storage.views.page(of, after=after, limit=limit),
+        )
+
+    async def view_row(self, name: str, view_id: str) -> ViewRow | None:
+        """Read one row of a view as JSON, None when there is none."""
+        definition, now = self._of_json(name), await self._generations(name)
+        return await self._read(definition, now, lambda of: self.storage.views.get(of, view_id))
+
+    def _of_json(self, name: str) -> ViewDefinition:
+        definition = self.projection(name)
+        if not isinstance(definition, ViewDefinition):
             message = f"{name} is a projector: its rows are in tables of its own, read by SQL"
             raise errors.ConfigurationError(message)
-        return await self.storage.views.page(await self.table(name), after=after, limit=limit)
+        return definition
+
+    async def _read(
+        self, definition: ViewDefinition, now: Generations, read: Callable[[str], Awaitable[R]]
+    ) -> R:
+        """Read a table of a view; raise `ViewBehind` where nobody has made any yet."""
+        number = now.read_by(definition.fingerprint)
+        try:
+            return await read(physical_name(definition.name, number))
+        except errors.StoreError as exc:
+            try:
+                await require_tables(self.storage.views, folding_for(definition, number))
+            except errors.StoreNotInitialised as missing:
+                message = f"{missing.message}, or one of its projectors"
+                raise errors.ViewBehind(message) from exc
+            raise
 
     async def table(self, name: str) -> str:
         """Return the name of the table that holds the generation of a view that is read here."""
@@ -609,10 +641,6 @@ def _decoded(definition: ViewDefinition, row: ViewRow, now: Generations) -> Any:
             ) from exc
         message = f"{message}; `cqrs-es rebuild {name}` makes its rows anew"
         raise errors.UndecodableRow(message) from exc
-
-
-def _table_read(definition: ViewDefinition, now: Generations) -> str:
-    return physical_name(definition.name, now.read_by(definition.fingerprint))
 
 
 def _with_body(message: CommandMessage, max_bytes: int) -> CommandMessage:

@@ -18,7 +18,8 @@ from cqrs_es import errors, wire
 from cqrs_es.definitions import ViewDefinition
 from cqrs_es.execution.baselines import first_page, replayed
 from cqrs_es.execution.causes import ELAPSED
-from cqrs_es.projection.generations import live_name
+from cqrs_es.projection.generations import generations_of, taken_over
+from cqrs_es.projector import physical_name
 from cqrs_es.types import AggregateKey, text_of
 
 if TYPE_CHECKING:
@@ -195,10 +196,14 @@ class Examination:
     # --- Rows of views -------------------------------------------------------
 
     async def _views(self) -> None:
-        generations = await self._storage.views.generations()
-        for definition in self._registry.projections.values():
-            if isinstance(definition, ViewDefinition) and definition.name in generations:
-                await self._view(definition, live_name(generations, definition.name))
+        """Look at what this code reads; where there is nothing of its own, it is filled anew."""
+        views = self._storage.views
+        numbers = await views.generations()
+        for name, definition in self._registry.projections.items():
+            if isinstance(definition, ViewDefinition) and name in numbers:
+                number = await taken_over(views, definition, generations_of(numbers, name))
+                if number is not None:
+                    await self._view(definition, physical_name(name, number))
 
     async def _view(self, definition: ViewDefinition, table: str) -> None:
         limit = PAGE if self._sample == 0 else self._sample

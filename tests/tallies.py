@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import orjson
 
 from cqrs_es.application import Application
-from cqrs_es.projection.generations import live_name, read_generations
+from cqrs_es.projection.generations import read_generations
 from cqrs_es.projection.replay import stored_log
 from cqrs_es.projector import Projector, SqlSession, SqlValue, generation_of, physical_name
 from tests.samples import Added, Counter, Services, Totals
@@ -71,7 +71,7 @@ async def fold_for(storage: Storage, key: str) -> Tally[str]:
 
 async def check_live(opened: OpenApplication, name: str) -> int:
     """Check that the live generation holds the log up to its checkpoints; return its number."""
-    key = live_name(await opened.storage.views.generations(), name)
+    key = physical_name(name, (await read_generations(opened.storage.views, name)).live)
     assert await held_by(opened.storage, key) == await fold_for(opened.storage, key)
     return generation_of(key)
 

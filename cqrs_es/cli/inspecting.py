@@ -326,7 +326,7 @@ async def _read_row(opened: OpenApplication, name: str, view_id: str) -> ViewRow
     if isinstance(opened.projection(name), ProjectorDefinition):
         message = f"{name} has rows of its own columns, not ids: leave the id out"
         raise errors.ConfigurationError(message)
-    row = await opened.storage.views.get(await opened.table(name), view_id)
+    row = await opened.view_row(name, view_id)
     if row is None:
         raise errors.NotFound(f"view {name} has no row {view_id!r}; is its projector behind?")
     return row

@@ -322,8 +322,7 @@ class Gateway:
         self._view(name)
         requests.checked_id(view_id, "the row's id")
         await self._wait_for_view(request, name)
-        opened = self.opened
-        row = await opened.storage.views.get(await opened.table(name), view_id)
+        row = await self.opened.view_row(name, view_id)
         if row is None:
             raise not_found("unknown_id", f"{name} has no such row")
         headers = _tagged(row.version)

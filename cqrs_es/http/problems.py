@@ -108,7 +108,12 @@ def of_error(exc: Exception) -> Problem:
             return exc
         case errors.InvalidMessage():
             return bad_request("invalid_message", exc.message)
-        case errors.Unavailable() | errors.Withdrawn() | errors.NeedsNewerCode():
+        case (
+            errors.Unavailable()
+            | errors.Withdrawn()
+            | errors.NeedsNewerCode()
+            | errors.ViewBehind()
+        ):
             log.warning("request not served", error=exc.message)
             detail = errors.default_message(type(exc))
             return Problem(HTTPStatus.SERVICE_UNAVAILABLE, code, detail, headers=RETRY_AFTER)

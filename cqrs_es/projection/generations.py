@@ -111,11 +111,6 @@ def _numbered(numbers: Mapping[str, int], prefix: str) -> dict[int, int]:
     return {int(number): n for number, n in found.items()}
 
 
-def live_name(numbers: Mapping[str, int], name: str) -> str:
-    """Return the table and checkpoint key of a view's live generation."""
-    return physical_name(name, numbers.get(name, FIRST))
-
-
 def is_projected(numbers: Mapping[str, int], folding: Folding) -> bool:
     """Tell whether a generation is the one that its code projects into; a reactor has but one."""
     if folding.fingerprint is None:

@@ -127,6 +127,7 @@ class ProjectorLoop(Role):
         self._storage = process.storage
         self._definition = definition
         self._breaker = ParkingBreaker(process.clock)
+        self._promoting: Promotion | None = None
         self.name = projector_role(definition.name)
         self.leased_as = code_role(self.name, definition.fingerprint)
         self.lag = LagMetrics(
@@ -141,7 +142,15 @@ class ProjectorLoop(Role):
         await Follower(self._process, applier, assignment, current.still).run()
 
     def _promotion(self, folding: Folding) -> Promotion:
-        return Promotion(self._process, self._definition, folding, self)
+        if self._promoting is None or self._promoting.folding.key != folding.key:
+            self._promoting = Promotion(self._process, self._definition, folding, self)
+        return self._promoting
+
+    async def promote(self) -> int:
+        """Bring a generation into use that is filled, without a lease; return whether it was."""
+        folding = await self._prepared(0)
+        now = await read_generations(self._storage.views, self._definition.name)
+        return int(await self._promotion(folding).look(now))
 
     async def other_code(self) -> bool:
         """Tell whether a process with other code projects the view too."""
@@ -153,6 +162,11 @@ class ProjectorLoop(Role):
         now = await read_generations(self._storage.views, self._definition.name)
         own = now.projected_by(self._definition.fingerprint)
         return own == now.live or (own in now.filled and await self.other_code())
+
+    async def promoted(self) -> bool:
+        """Tell whether it is also noted as filled: nothing is left for `promote` to do."""
+        now = await read_generations(self._storage.views, self._definition.name)
+        return now.has_filled(self._definition.fingerprint) and await self.settled()
 
     async def applier(self, assignment: Assignment) -> Applier:
         """Make what brings the generation of this code up to date with a partition."""
@@ -347,19 +361,19 @@ class Promotion:
         self._process = process
         self._storage = process.storage
         self._definition = definition
-        self._folding = folding
+        self.folding = folding
         self._loop = loop
         self._began: tuple[float, int] | None = None
         self._heads: Mapping[int, int] | None = None
 
     async def look(self, now: Generations) -> bool:
         """Do what is due; return whether that may have moved checkpoints."""
-        name, number = self._folding.name, self._folding.generation
+        name, number = self.folding.name, self.folding.generation
         if number == now.live and number in now.filled:
             return False
-        if number != now.projected_by(self._folding.fingerprint):
+        if number != now.projected_by(self.folding.fingerprint):
             return False
-        at = await self._storage.views.checkpoints(self._folding.key)
+        at = await self._storage.views.checkpoints(self.folding.key)
         rate = self._rate(sum(at.values()))
         before, self._heads = self._heads, await self._storage.events.heads()
         if not _has_seen(at, self._heads) and not _has_seen(at, before):
@@ -373,7 +387,7 @@ class Promotion:
         if number in now.filled and not live:
             return False
         rebuild = Rebuild(self._process.registry, self._storage, self._definition)
-        return await rebuild.promote(self._folding, live=live, rate=rate)
+        return await rebuild.promote(self.folding, live=live, rate=rate)
 
     def _rate(self, done: int) -> int:
         """Return how many events a second it was filled with, 0 for too few to be a measure."""

@@ -147,6 +147,9 @@ class Pump:
                 offset = reached.get(number, 0)
                 if process.watcher.head(number) != offset:
                     works[f"{reader.name} {number}"] = partial(self._read, reader, number, offset)
+        for reader in self._followers:
+            if isinstance(reader, ProjectorLoop) and not await reader.promoted():
+                works[f"{reader.name} promotion"] = reader.promote
         late = [number for number, seconds in due.items() if seconds <= 0]
         for number in lanes.keys() & late:
             works[" ".join(map(str, lanes[number]))] = partial(self._send, *lanes[number])

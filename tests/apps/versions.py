@@ -1,6 +1,4 @@
-"""A service in two versions, by `VERSION`: a JSON view and a projector's table change, a view
-goes, another comes.
-"""
+"""A service in two versions, by `VERSION`: views change, one goes, another comes."""
 
 from __future__ import annotations
 

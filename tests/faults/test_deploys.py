@@ -1,7 +1,7 @@
 """A rolling deploy of changed views, and back again: processes of both versions, under load.
 
-`make deploys` runs it on servers too, role by role in several orders; without that
-`CQRS_ES_TEST_DEPLOYS` it is SQLite alone, where a process has every role.
+`make deploys` runs it: on SQLite, where a process has every role, and on servers role by role in
+several orders. `tests/integration/test_view_versions.py` has the same in one process.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 LONG = 120.0
 NAMES = [f"counter-{number}" for number in range(12)]
 HISTORY = 1500
-ON_SERVERS = pytest.mark.skipif(
-    not os.environ.get("CQRS_ES_TEST_DEPLOYS"), reason="minutes on servers: make deploys"
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("CQRS_ES_TEST_DEPLOYS"), reason="minutes of processes: make deploys"
 )
 READERS: dict[str, tuple[type[Any], ...]] = {
     "old": (OldTally, Leaving),
@@ -195,7 +195,6 @@ async def test_a_rolling_deploy_and_back_on_sqlite(tmp_path: Path) -> None:
         await roll(made, (("run",),), "process")
 
 
-@ON_SERVERS
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("store", "broker"), [("mysql_url", "amqp_url"), ("postgres_url", "redis_url")]
@@ -204,8 +203,8 @@ async def test_a_rolling_deploy_and_back_on_servers(
     store: str, broker: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """The same with a process for each role, in different orders."""
-    urls = [request.getfixturevalue(name) for name in (store, broker)]
+    urls: list[str] = [request.getfixturevalue(name) for name in (store, broker)]
     settings = {"VERSION": "old", "CQRS_ES_PARTITIONS": "4"}
-    with service("tests.apps.versions:app", *urls, tmp_path, **settings) as made:
+    with service("tests.apps.versions:app", urls[0], urls[1], tmp_path, **settings) as made:
         orders = (("projector", "worker", "relay"), ("worker", "relay", "projector"))
         await roll(made, orders, "queue")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 VERBS = [
     "run", "worker", "relay", "projector", "reactor", "serve", "init", "check", "settings",
     "send", "status", "view", "stream", "tail", "outcome", "rebuild", "republish", "dead",
-    "parked", "keys", "scheduled", "schema",
+    "parked", "keys", "views", "scheduled", "schema",
 ]  # fmt: skip
 
 

@@ -1,8 +1,12 @@
-"""A view whose code changes while processes of both versions run, and after that."""
+"""A view whose code changes while processes of both versions run, and after that.
+
+Each test on one or two kinds of store; on every one by `make deploys`.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import types
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,14 +21,15 @@ from cqrs_es.cli.preparing import check_everything
 from cqrs_es.definitions import define_projector, define_view
 from cqrs_es.projection.generations import read_generations
 from cqrs_es.projection.replay import stored_log
-from cqrs_es.projector import Projector
+from cqrs_es.runtime.consumer import CommandWorker
 from cqrs_es.runtime.health import Probes
 from cqrs_es.runtime.waiting import cancelled
+from cqrs_es.serverless.pump import Pump
 from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
 from tests.faulty import FaultyStorage
 from tests.samples import Add, AddEach, Added, Counter
-from tests.stores import on_sql, sql_of
+from tests.stores import SQL_STORES, STORES, sql_of
 from tests.versions import NewDays, NewTally, OldDays, OldTally, version
 from tests.waiting import eventually
 
@@ -35,13 +40,20 @@ if TYPE_CHECKING:
     from cqrs_es.opened import OpenApplication
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.views import ViewStore
+    from cqrs_es.projector import Projector
 
 PARTITIONS = 2
 NAMES = "abcd"
 LONG = 60.0
+EVERY_STORE = bool(os.environ.get("CQRS_ES_TEST_DEPLOYS"))
 
 
 OLD, NEW = (OldTally, OldDays), (NewTally, NewDays)
+
+
+def on(*stores: str, of: tuple[str, ...] = SQL_STORES) -> pytest.MarkDecorator:
+    """Run a test on some kinds of stores, or on every one that it may run on."""
+    return pytest.mark.parametrize("store_url", of if EVERY_STORE else stores, indirect=True)
 
 
 @asynccontextmanager
@@ -49,7 +61,8 @@ async def process(
     url: str, *views: type[View[Any] | Projector[Any]], storage: Storage | None = None
 ) -> AsyncGenerator[OpenApplication]:
     """Open an application as a process with code of its own does; `storage` is in memory."""
-    settings = Settings(store_url=url, partitions=PARTITIONS, lease_seconds=2)
+    seconds = 20 if url.startswith("dynamodb") else 2  # moto has one thread
+    settings = Settings(store_url=url, partitions=PARTITIONS, lease_seconds=seconds)
     async with version(*views).open(settings, storage=storage, initialise=True) as opened:
         yield opened
 
@@ -105,7 +118,7 @@ async def add(opened: OpenApplication, times: int = 25) -> None:
 # --- One version after the other ---------------------------------------------
 
 
-@on_sql
+@on("mysql")
 async def test_new_code_fills_a_generation_of_its_own_and_old_code_finds_its_own_again(
     store_url: str,
 ) -> None:
@@ -131,6 +144,7 @@ async def test_new_code_fills_a_generation_of_its_own_and_old_code_finds_its_own
             assert await sql_of(opened.storage.views).count_indexes("days__2") == 2
 
 
+@on("sqlite", of=STORES)
 async def test_a_json_view_on_every_store(store_url: str) -> None:
     """The same without SQL: the old rows stay, and the new ones are read once they are filled."""
     async with stored(store_url) as storage, process(store_url, OldTally, storage=storage) as old:
@@ -148,6 +162,7 @@ async def test_a_json_view_on_every_store(store_url: str) -> None:
             assert await tallied(old, OldTally) == await expected(old)
 
 
+@on("memory", of=STORES)
 async def test_a_version_says_that_rows_mean_something_else(store_url: str) -> None:
     """The same row type, but a version: the rows are made anew."""
 
@@ -204,7 +219,7 @@ def test_what_is_another_fingerprint() -> None:
 # --- Both at once ------------------------------------------------------------
 
 
-@on_sql
+@on("postgres")
 async def test_two_versions_side_by_side(store_url: str) -> None:
     """Each keeps and reads its own; the new one is live when the last old one has left."""
     async with (
@@ -233,7 +248,7 @@ async def test_two_versions_side_by_side(store_url: str) -> None:
             assert await new.storage.views.list_parked() == []
 
 
-@on_sql
+@on("sqlite")
 async def test_readers_keep_their_view_while_versions_change(store_url: str) -> None:
     """A reader of either version sees its rows at any moment, and never fewer than before."""
 
@@ -283,10 +298,27 @@ async def test_readers_keep_their_view_while_versions_change(store_url: str) -> 
         assert await old.storage.views.list_parked() == []
 
 
+@on("dynamodb", of=STORES)
+async def test_a_pump_fills_and_promotes_too(store_url: str) -> None:
+    """Where nothing runs unless it is invoked."""
+
+    async def pump(opened: OpenApplication) -> None:
+        assert (await Pump(opened.process, CommandWorker(opened.process)).run(LONG)).idle
+
+    async with stored(store_url) as storage:
+        for code in (OldTally, NewTally, OldTally):
+            async with process(store_url, code, storage=storage) as opened:
+                await opened.execute(Counter, "a", AddEach([1, 2]))
+                await pump(opened)
+                assert await opened.views_behind() == []
+                assert [k.state for k in await opened.generations() if k.own] == ["live"]
+                assert await tallied(opened, code) == await expected(opened)
+
+
 # --- What goes wrong ---------------------------------------------------------
 
 
-@on_sql
+@on("sqlite")
 async def test_a_fill_that_fails_on_an_old_event(store_url: str) -> None:
     """The old generation stays live, nothing is parked, and the reason names the event."""
     async with (
@@ -317,7 +349,7 @@ async def test_a_fill_that_fails_on_an_old_event(store_url: str) -> None:
             NewTally.bad = ""
 
 
-@on_sql
+@on("sqlite")
 async def test_a_store_without_room_while_a_view_is_filled(store_url: str) -> None:
     """It is waited for; the old generation stays live meanwhile."""
     inner = storage_for(store_url)
@@ -342,7 +374,7 @@ async def test_a_store_without_room_while_a_view_is_filled(store_url: str) -> No
     await inner.close()
 
 
-@on_sql
+@on("postgres")
 async def test_a_row_that_does_not_fit_parks_nothing(store_url: str) -> None:
     """Somebody has changed rows or a table: the projector says so, and stops there."""
     async with (
@@ -370,7 +402,7 @@ async def test_a_row_that_does_not_fit_parks_nothing(store_url: str) -> None:
         assert await old.storage.views.list_parked() == []
 
 
-@on_sql
+@on("sqlite")
 async def test_a_store_of_before_there_were_fingerprints(store_url: str) -> None:
     """What is live is taken over by the code that it is of, and is left alone by other code."""
     for views, number in ((OLD, 1), (NEW, 2)):
@@ -421,7 +453,7 @@ async def test_ready_waits_for_views_where_that_is_asked_for(tmp_path: Path, ask
         await cancelled(following)
 
 
-@on_sql
+@on("memory")
 async def test_generations_are_listed_and_pruned(store_url: str) -> None:
     """What is live, of this code, or in use stays; what is no more goes with all its tables."""
 
