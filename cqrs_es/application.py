@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from cqrs_es.aggregate import Aggregate, SourceOfTruth
-    from cqrs_es.definitions import ServicesFactory
+    from cqrs_es.definitions import Kept, ServicesFactory
     from cqrs_es.intents import Send
     from cqrs_es.messages import CommandContext
     from cqrs_es.ports.broker import Broker
@@ -90,7 +90,7 @@ class Application:
         self.registry = Registry()
         self._opened: OpenApplication | None = None
 
-    def aggregate(
+    def aggregate(  # noqa: PLR0913 - one argument for each thing that may be said of it
         self,
         cls: type[Aggregate[C, E, S]],
         *,
@@ -100,13 +100,16 @@ class Application:
         command_upcasters: Iterable[Upcaster] = (),
         handler_timeout: float | None = None,
         retries: Retries = NO_RETRIES,
+        outcomes: Kept = "for a time",
     ) -> None:
         """Register an aggregate.
 
         `services` makes what `handle` is given, for each command anew, from a
         `CommandContext`. `source` is `EventSourced()` unless given. `upcasters` lift its
         events, `command_upcasters` what older senders send. `retries` go before the
-        application's. Raises `DefinitionError`
+        application's. A command id is known for CQRS_ES_OUTCOME_RETENTION_DAYS, or with
+        `outcomes="for ever"` always, of what is decided from then on; it costs a row for each
+        command. Raises `DefinitionError`
         for anything that could not be run or stored.
         """
         factory: ServicesFactory | None = services
@@ -118,6 +121,7 @@ class Application:
             command_upcasters=command_upcasters,
             handler_timeout=handler_timeout,
             retries=retries,
+            outcomes=outcomes,
         )
         if factory is None and needs_services(cls):
             message = f"{cls.__qualname__} needs services: app.aggregate(…, services=…) makes them"
@@ -155,7 +159,8 @@ class Application:
 
         `url` is that of its broker, or an environment variable that has it. The relay sends
         what `send("billing:account", …)` asks for: at least once, and its id makes that once
-        there; in order for each aggregate that sends. What becomes of it is not heard.
+        there, for as long as that service keeps outcomes; in order for each aggregate that
+        sends. What becomes of it is not heard.
         Raises `DefinitionError`.
         """
         self.registry.add_remote(define_remote(service, url))

@@ -25,7 +25,8 @@ class CommandOptions(TypedDict, total=False):
     """What may be said about a command beside what it is."""
 
     command_id: str | None
-    """A UUID; one is made unless given. Sent again with it, a command is done once."""
+    """A UUID; one is made unless given. Sent again with it, a command is done once, for as long
+    as the service keeps outcomes: 30 days, or what CQRS_ES_OUTCOME_RETENTION_DAYS says."""
     metadata: Mapping[str, str]
     """Goes with the command into its events."""
     expected_sequence: int | None

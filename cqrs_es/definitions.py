@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from types import NoneType
-from typing import Any, Final, TypeAlias, TypeVar, cast
+from typing import Any, Final, Literal, TypeAlias, TypeVar, cast, get_args
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import orjson
@@ -44,6 +44,8 @@ AnyAggregate: TypeAlias = Aggregate[Any, Any, Any] | ProcessManager[Any, Any]
 AnyStateful: TypeAlias = Stateful[Any]
 AnyView: TypeAlias = View[Any]
 AnyProjector: TypeAlias = Projector[Any]
+Kept: TypeAlias = Literal["for a time", "for ever"]
+"""How long the outcomes of an aggregate's commands are: for OUTCOME_RETENTION_DAYS, or always."""
 ServicesFactory: TypeAlias = Callable[[CommandContext], Any]
 
 
@@ -171,6 +173,7 @@ class AggregateDefinition:
     has_keys: bool
     """Whether its aggregates may have unique keys."""
     inputs: ProcessInputs | None = None
+    outcomes: Kept = "for a time"
 
     def takes(self, message_type: str) -> bool:
         """Tell whether a message of this type can be for it."""
@@ -347,7 +350,7 @@ def undecodable(event: StoredEvent, reason: str) -> errors.UndecodableRow:
     )
 
 
-def define_aggregate(
+def define_aggregate(  # noqa: PLR0913 - what a definition consists of
     cls: type[Aggregate[Any, Any, Any]],
     *,
     services: ServicesFactory | None = None,
@@ -356,6 +359,7 @@ def define_aggregate(
     command_upcasters: Iterable[Upcaster] = (),
     handler_timeout: float | None = None,
     retries: Retries = NO_RETRIES,
+    outcomes: Kept = "for a time",
 ) -> AggregateDefinition:
     """Read a class's type arguments and check that it can be run and stored.
 
@@ -372,6 +376,7 @@ def define_aggregate(
         command_upcasters=command_upcasters,
         handler_timeout=handler_timeout,
         retries=retries,
+        outcomes=outcomes,
     )
 
 
@@ -416,6 +421,7 @@ def _define(  # noqa: PLR0913 - what a definition consists of
     handler_timeout: float | None,
     retries: Retries,
     inputs: ProcessInputs | None = None,
+    outcomes: Kept = "for a time",
 ) -> AggregateDefinition:
     if "aggregate_type" not in cls.__dict__:
         base = "Aggregate" if inputs is None else "ProcessManager"
@@ -426,6 +432,9 @@ def _define(  # noqa: PLR0913 - what a definition consists of
     if has_keys and len(cls.aggregate_type) > MAX_TYPE_WITH_KEYS:
         most = MAX_TYPE_WITH_KEYS
         message = f"{cls.__qualname__} has unique keys: its type may have {most} characters at most"
+        raise errors.DefinitionError(message)
+    if outcomes not in get_args(Kept):
+        message = f"{cls.__qualname__}: outcomes={outcomes!r}; give one of {get_args(Kept)}"
         raise errors.DefinitionError(message)
     events = [_define_event(event_class) for event_class in _members(event_types)]
     by_name = _unique({definition.spec.name: definition for definition in events}, events, cls)
@@ -445,6 +454,7 @@ def _define(  # noqa: PLR0913 - what a definition consists of
         retries=retries,
         has_keys=has_keys,
         inputs=inputs,
+        outcomes=outcomes,
     )
 
 

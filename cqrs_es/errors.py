@@ -130,6 +130,18 @@ class InvalidCommand(CqrsError):
     """The command's payload does not fit its type; correct the named field."""
 
 
+class IdReused(CqrsError):
+    """The command id was used for another command; whoever makes the ids gave one out twice."""
+
+    def __init__(self, command_id: str) -> None:
+        self.command_id = command_id
+        message = (
+            f"command id {command_id} was used for a command with another content: nothing"
+            " was done. Send a new command by a new id, and the same command by its own"
+        )
+        super().__init__(message)
+
+
 class NotFound(CqrsError):
     """There is nothing by that name; check the spelling and the type."""
 

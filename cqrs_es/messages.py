@@ -269,6 +269,23 @@ class Outcome:
         raise errors.CommandFailed(error.code, error.message)
 
 
+def id_reused(message: CommandMessage) -> Outcome:
+    """Make the outcome of a command whose id belongs to another; it is never stored."""
+    reason = "this command id was used for a command with another content; send a new id"
+    return Outcome(
+        command_id=message.id,
+        status=Status.REJECTED,
+        aggregate_type=message.aggregate_type,
+        aggregate_id=message.aggregate_id,
+        error=OutcomeError("id_reused", reason),
+    )
+
+
+def is_reused(outcome: Outcome) -> bool:
+    """Tell whether the command's id was that of another one."""
+    return outcome.error is not None and outcome.error.code == "id_reused"
+
+
 # --- Events ------------------------------------------------------------------
 
 

@@ -192,7 +192,8 @@ class OpenApplication:
         """Execute a command and return its outcome, on the path that messages take.
 
         With a `command_id` of your own, executing again gives the same outcome,
-        marked `duplicate`. Raises `InvalidMessage` for an id or metadata that
+        marked `duplicate`, for as long as outcomes are kept (CQRS_ES_OUTCOME_RETENTION_DAYS, or
+        `outcomes="for ever"` of the aggregate). Raises `InvalidMessage` for an id or metadata that
         no message may have, `StoreUnavailable` when the store stays away.
         """
         self.registry.aggregate_of(cls)
@@ -245,7 +246,8 @@ class OpenApplication:
     ) -> str:
         """Have a command decided by the workers at a moment; return its id, once it is stored.
 
-        With a `command_id` of your own, scheduling again changes nothing. Raises
+        With a `command_id` of your own, scheduling again changes nothing, for as long as the
+        command waits and then its outcome is kept. Raises
         `InvalidMessage` for what no message may hold and for a moment without a time zone,
         more than a day ago or ten years ahead.
         """

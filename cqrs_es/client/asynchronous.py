@@ -16,6 +16,7 @@ from cqrs_es.client.sending import Replies, Sender, outgoing
 from cqrs_es.client.subscription import Begin, Subscription, subscription_to
 from cqrs_es.commands import AggregateName, CommandOptions, Payload, new_command
 from cqrs_es.execution.retry import Retry
+from cqrs_es.messages import is_reused
 from cqrs_es.ports.storage import check_service
 from cqrs_es.projection.seen import wait_until_seen
 from cqrs_es.runtime.waiting import Home
@@ -164,7 +165,8 @@ class Client:
         """Enqueue commands in order and return their ids; nothing is sent unless all are valid.
 
         After `BrokerUnavailable` any of them may have arrived: send the same
-        messages again, what arrives twice is done once.
+        messages again, what arrives twice is done once, within the service's
+        CQRS_ES_OUTCOME_RETENTION_DAYS.
         """
         return await self._send(list(messages))
 
@@ -202,8 +204,9 @@ class Client:
         """Send one command and wait for its outcome.
 
         Arguments are those of `new_command`. Raises as `send` does, and
-        `WaitTimeout` without an outcome in time. An outcome marked `duplicate`
-        may be that of this very call.
+        `WaitTimeout` without an outcome in time, and `IdReused` where `command_id` was that of
+        another command. An outcome marked `duplicate` may be that of this very call. An id is
+        known for as long as the service keeps outcomes: its CQRS_ES_OUTCOME_RETENTION_DAYS.
         """
         self._opened()
         message = new_command(
@@ -212,12 +215,15 @@ class Client:
         sent = self._outgoing(message)
         try:
             async with asyncio.timeout(timeout):
-                return await self._replied(message, sent, timeout / 2)
+                outcome = await self._replied(message, sent, timeout / 2)
         except TimeoutError:
             stored = await self._stored(sent.command_id, message.content_hash())
             if stored is None:
                 raise errors.WaitTimeout(_no_outcome(sent.command_id, timeout)) from None
             return stored
+        if is_reused(outcome):
+            raise errors.IdReused(outcome.command_id)
+        return outcome
 
     async def _replied(
         self, message: CommandMessage, sent: OutgoingCommand, patience: float

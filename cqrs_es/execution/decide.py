@@ -131,6 +131,8 @@ class Decider:
                 commands=tuple(commands),
                 snapshot=None if lineage is None else lineage.snapshot,
                 moves=None if lineage is None else lineage.moves,
+                keeps_outcomes=prepared.definition is not None
+                and prepared.definition.outcomes == "for ever",
             ),
             baseline=None if lineage is None else lineage.baseline,
             size=sum(len(event.payload) + ROW_BYTES for each in commands for event in each.events),

@@ -18,20 +18,23 @@ from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import structlog
 from msgspec import structs
 
 from cqrs_es import errors
 from cqrs_es.execution.policy import MAX_APPEND_BYTES
-from cqrs_es.messages import Outcome, OutcomeError, Status
+from cqrs_es.execution.report import ids_of
+from cqrs_es.messages import Outcome, Status, id_reused, is_reused
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
     from cqrs_es.execution.report import Reporter
     from cqrs_es.execution.stages import Answer, Decided, Submission
-    from cqrs_es.messages import CommandMessage
     from cqrs_es.ports.store import StoredOutcome
     from cqrs_es.types import AggregateKey
+
+log = structlog.get_logger("cqrs_es.execution")
 
 
 class Inbox:
@@ -181,7 +184,7 @@ class Inbox:
         """
         first, *followers = self._forget(submission)
         self._resolve(first, outcome)
-        if outcome.error is not None and outcome.error.code == "id_reused":
+        if is_reused(outcome):
             for follower in followers:
                 self.add(follower)
             return
@@ -243,19 +246,10 @@ def known_outcome(submission: Submission, stored: StoredOutcome | None) -> Outco
     if stored is None:
         return None
     if stored.content_hash != submission.content_hash:
+        if submission.scheduled is not None:
+            # Its row goes, and nobody waits for this answer.
+            log.error("command id reused: not decided", **ids_of(submission.message))
         return id_reused(submission.message)
     if submission.retrying and stored.outcome.status is Status.FAILED:
         return None
     return replace(stored.outcome, duplicate=not submission.uncertain)
-
-
-def id_reused(message: CommandMessage) -> Outcome:
-    """Make the outcome of a command whose id belongs to another; it is never stored."""
-    reason = "this command id was used for a command with another content; send a new id"
-    return Outcome(
-        command_id=message.id,
-        status=Status.REJECTED,
-        aggregate_type=message.aggregate_type,
-        aggregate_id=message.aggregate_id,
-        error=OutcomeError("id_reused", reason),
-    )

@@ -33,7 +33,7 @@ from cqrs_es.http.problems import (
     too_large,
 )
 from cqrs_es.http.requests import Action
-from cqrs_es.messages import CommandMessage
+from cqrs_es.messages import CommandMessage, id_reused
 from cqrs_es.ports.store import LoadRequest
 from cqrs_es.projection.seen import refuse_parked, wait_until_reached
 from cqrs_es.schema import asyncapi, openapi
@@ -297,6 +297,8 @@ class Gateway:
             )
         except errors.WaitTimeout:
             return None
+        except errors.IdReused:
+            return id_reused(message)
 
     async def _outcome(self, request: Request, command_id: str) -> Response:
         await self._authorized(request, Action(kind="outcome", command_id=command_id))

@@ -94,10 +94,14 @@ def page_size(requests: int) -> int:
 
 
 class StoredOutcome(msgspec.Struct, frozen=True):
-    """The outcome that a command id has, and the hash of the content it was given for."""
+    """The outcome that a command id has, and the hash of the content it was given for.
+
+    One that is to be `kept` for ever is not pruned; only of one to be written, not as read.
+    """
 
     outcome: Outcome
     content_hash: str
+    kept: bool = False
 
 
 class ScheduledCommand(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,6 +143,8 @@ class ScheduledCommand(msgspec.Struct, frozen=True, kw_only=True):
 SECRET_BYTES: Final = 32
 HELD_BACK: Final = "$held_back"
 """Under this name, as a projector's, those are parked whose rows are held back."""
+FOR_EVER: Final = datetime(9999, 12, 31, tzinfo=UTC)
+"""As which moment an outcome is recorded that is never pruned, by code of any age."""
 IMMEDIATELY: Final = datetime(1970, 1, 1, tzinfo=UTC)
 """When a command is due that is to be decided at once: before any clock's time."""
 
@@ -197,7 +203,7 @@ class Chain(msgspec.Struct, frozen=True, kw_only=True):
     `base_sequence` is the aggregate's sequence that the first decision was made
     on, None when the aggregate was not looked at (there is then no version to
     check and no event to write). `snapshot` replaces number `snapshot.number - 1`.
-    A chain without commands only moves keys.
+    A chain without commands only moves keys. `keeps_outcomes`: they are never pruned.
     """
 
     key: AggregateKey
@@ -206,6 +212,7 @@ class Chain(msgspec.Struct, frozen=True, kw_only=True):
     commands: tuple[DecidedCommand, ...]
     snapshot: Snapshot | None = None
     moves: KeyMoves | None = None
+    keeps_outcomes: bool = False
 
 
 class Committed(msgspec.Struct, frozen=True):
@@ -276,7 +283,10 @@ class EventStore(ABC):
 
     @abstractmethod
     async def prune_outcomes(self, before: datetime, limit: int) -> int:
-        """Delete at most `limit` outcomes recorded before a moment, not failed; return how many."""
+        """Delete at most `limit` outcomes recorded before a moment; return how many.
+
+        Not those that failed, nor those that are kept for ever.
+        """
 
     @abstractmethod
     async def find_attempts(self, command_ids: Collection[str]) -> dict[str, int]:

@@ -26,6 +26,7 @@ import structlog
 
 from cqrs_es import errors, wire
 from cqrs_es.execution.retry import Retry
+from cqrs_es.messages import is_reused
 from cqrs_es.ports.broker import OutgoingReply
 from cqrs_es.ports.dead_letters import RECEIVED_AT, DeadLetter
 from cqrs_es.ports.store import IMMEDIATELY, ScheduledCommand
@@ -614,5 +615,4 @@ def _with_received_at(delivery: Delivery) -> Mapping[str, str]:
 
 def _is_new(outcome: Outcome) -> bool:
     """Whether an outcome was committed for the command that got it, attempts deleted with it."""
-    reused = outcome.error is not None and outcome.error.code == "id_reused"
-    return not (outcome.duplicate or reused)
+    return not (outcome.duplicate or is_reused(outcome))

@@ -296,7 +296,7 @@ class _Draft:
     def _add_command(self, chain: Chain, command: DecidedCommand, sequence: int) -> Outcome:
         self._add_events(chain, command, sequence)
         outcome = self._completed(chain, command)
-        self._add_outcome(StoredOutcome(outcome, command.content_hash))
+        self._add_outcome(StoredOutcome(outcome, command.content_hash, chain.keeps_outcomes))
         self._add_cares(chain, command)
         if command.scheduled or command.causes or command.cancels:
             self._add_causes(chain, command)

@@ -170,6 +170,7 @@ def chain(
     base: int | None,
     *commands: DecidedCommand,
     snapshot: Snapshot | None = None,
+    keeps_outcomes: bool = False,
 ) -> Chain:
     """Put decided commands together, one upon the other."""
     return Chain(
@@ -178,6 +179,7 @@ def chain(
         base_sequence=base,
         commands=commands,
         snapshot=snapshot,
+        keeps_outcomes=keeps_outcomes,
     )
 
 

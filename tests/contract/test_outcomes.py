@@ -101,6 +101,20 @@ async def test_pruning_spares_a_retried_outcome(storage: Storage) -> None:
     assert await storage.events.prune_outcomes(LATER - timedelta(days=30), 10) == 0
 
 
+async def test_pruning_leaves_what_is_kept_for_ever(storage: Storage) -> None:
+    """Whatever its age, retried ones too; and others of the same age go."""
+    retried = new_command_id()
+    long_ago = LATER - timedelta(days=9999)
+    kept = [accepted(KEY, None), refused(KEY, None), failed(KEY, command_id=retried)]
+    await storage.events.append([chain(KEY, None, *kept, keeps_outcomes=True)], long_ago)
+    again = accepted(KEY, None, command_id=retried, replaces_failed=True)
+    await storage.events.append([chain(KEY, None, again, keeps_outcomes=True)], long_ago)
+    await _record(storage, 40, *(accepted(KEY, None) for _ in range(3)))
+    assert await storage.events.prune_outcomes(LATER + timedelta(days=9999), 100) == 3
+    ids = {command.outcome.command_id for command in kept}
+    assert (await storage.events.find_outcomes(ids)).keys() == ids
+
+
 # --- Attempts ----------------------------------------------------------------
 
 

@@ -309,6 +309,16 @@ async def test_an_id_has_one_outcome(client: Client) -> None:
     assert (again.sequence, again.duplicate) == (2, True)
 
 
+async def test_an_id_of_another_command_is_an_error(client: Client) -> None:
+    """Whoever makes the ids has a fault: no outcome that might be passed over."""
+    await client.execute(BankAccount, "A1", OpenAccount("A1"))
+    command_id = new_command_id()
+    await client.execute(BankAccount, "A1", DepositMoney(Decimal(5)), command_id=command_id)
+    with pytest.raises(errors.IdReused, match="another content") as caught:
+        await client.execute(BankAccount, "A1", DepositMoney(Decimal(6)), command_id=command_id)
+    assert caught.value.command_id == command_id
+
+
 async def test_many_wait_at_once(client: Client) -> None:
     """All commands of a client share an inbox, and each gets its own outcome."""
     accounts = [f"A{number}" for number in range(50)]

@@ -6,7 +6,8 @@ import asyncio
 import os
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,8 +15,20 @@ from cqrs_es import CommandContext, Envelope, View, errors
 from cqrs_es.application import Application, ExecutionPolicy, execution_policy
 from cqrs_es.client import Client
 from cqrs_es.settings import Settings
+from cqrs_es.testing import TestApp
+from cqrs_es.types import new_command_id
 from tests.contract.brokers import PARTITIONS, SERVICE, serving
-from tests.samples import Add, Added, AddThenCrash, Counter, Services, Totals, counting_app
+from tests.samples import (
+    Add,
+    Added,
+    AddThenCrash,
+    Commit,
+    Counter,
+    Services,
+    T,
+    Totals,
+    counting_app,
+)
 from tests.stores import on_sql
 from tests.tallies import tallying_app
 
@@ -106,6 +119,28 @@ async def test_a_client_in_another_event_loop(name: str, request: pytest.Fixture
 
 
 # --- Policies -----------------------------------------------------------------
+
+
+async def test_ids_of_one_aggregate_type_are_known_for_ever() -> None:
+    """Those of another are forgotten when their time has passed."""
+    app = Application("tests")
+    app.aggregate(Counter, services=lambda _: Services(), outcomes="for ever")
+    app.aggregate(T)
+    async with TestApp(app) as t:
+        kept, gone = new_command_id(), new_command_id()
+        await t.send(Counter, "a", Add(1), command_id=kept)
+        await t.send(T, "a", Commit(["Done"]), command_id=gone)
+        events, later = t.opened.storage.events, t.clock.now() + timedelta(days=1)
+        assert await events.prune_outcomes(later, 100) == 1
+        assert (await t.send(Counter, "a", Add(1), command_id=kept)).duplicate
+        assert not (await t.send(T, "a", Commit(["Done"]), command_id=gone)).duplicate
+
+
+def test_how_long_outcomes_are_kept_is_one_of_two() -> None:
+    """Anything else is refused when it is registered."""
+    forever: Any = "forever"
+    with pytest.raises(errors.DefinitionError, match="for ever"):
+        Application("tests").aggregate(Counter, services=lambda _: Services(), outcomes=forever)
 
 
 async def test_an_applications_own_policy() -> None:

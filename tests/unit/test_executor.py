@@ -17,7 +17,7 @@ from cqrs_es.codec import to_json
 from cqrs_es.execution.executor import Executor
 from cqrs_es.execution.policy import ExecutionPolicy
 from cqrs_es.messages import CommandMessage, Outcome, Status, spec_of
-from cqrs_es.ports.store import PAGE_LIMIT, LoadRequest
+from cqrs_es.ports.store import IMMEDIATELY, PAGE_LIMIT, LoadRequest, ScheduledCommand
 from cqrs_es.stores import storage_for
 from cqrs_es.testing import FakeClock
 from cqrs_es.types import AggregateKey, new_command_id
@@ -268,6 +268,20 @@ async def test_one_id_for_two_contents_at_once(rig: Rig) -> None:
     codes = [outcome.error and outcome.error.code for outcome in outcomes]
     assert codes == [None, "id_reused", "id_reused"]
     assert (await rig.numbers("A"), await rig.numbers("B")) == ([1], [])
+
+
+async def test_a_reused_id_of_a_row_is_an_error_in_the_log(rig: Rig) -> None:
+    """Nobody waits for its answer, and its row goes: so an operator is told."""
+    command_id = new_command_id()
+    await answered([rig.submit("A", Add(1), command_id=command_id)])
+    other = message("A", Add(2), command_id)
+    row = ScheduledCommand.of(other, IMMEDIATELY, PARTITIONS)
+    with structlog.testing.capture_logs() as logs:
+        (outcome,) = await answered([rig.executor.submit(other, scheduled=row)])
+    assert outcome.error is not None
+    assert outcome.error.code == "id_reused"
+    (told,) = [line for line in logs if line["log_level"] == "error"]
+    assert (told["event"], told["command_id"]) == ("command id reused: not decided", command_id)
 
 
 # --- Conflicts ---------------------------------------------------------------

@@ -92,7 +92,7 @@ def snapshot_of(fields: Mapping[str, Any]) -> Snapshot:
 
 
 def outcome_fields(stored: StoredOutcome, recorded_at: datetime) -> dict[str, Value]:
-    """Write an outcome; one that failed is in no index to prune it by."""
+    """Write an outcome; one that failed, or is kept, is in no index to prune it by."""
     outcome = stored.outcome
     fields: dict[str, Value] = {
         "command_id": outcome.command_id,
@@ -101,7 +101,7 @@ def outcome_fields(stored: StoredOutcome, recorded_at: datetime) -> dict[str, Va
         "outcome_status": outcome.status.value,
         "recorded_at": moment_text(recorded_at),
     }
-    if outcome.status is not Status.FAILED:
+    if outcome.status is not Status.FAILED and not stored.kept:
         fields[places.PRUNABLE] = outcome.command_id[-1]
     return fields
 

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from cqrs_es import errors
 from cqrs_es.messages import Status
 from cqrs_es.ports.store import (
+    FOR_EVER,
     Chain,
     ChainResult,
     EventStore,
@@ -112,7 +113,8 @@ class MemoryEvents(EventStore):
             self._log[event.partition].append(event)
             self._streams.setdefault(event.key, []).append(event)
         for stored in (*plan.inserted_outcomes, *plan.replaced_outcomes):
-            self._outcomes[stored.outcome.command_id] = _OutcomeRow(stored, recorded_at)
+            at = FOR_EVER if stored.kept else recorded_at
+            self._outcomes[stored.outcome.command_id] = _OutcomeRow(stored, at)
         for snapshot in (*plan.inserted_snapshots, *plan.replaced_snapshots):
             self._snapshots[snapshot.key] = snapshot
         for command_id in plan.settled_attempts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from cqrs_es.ports.store import FOR_EVER
 from cqrs_es.stores.sql.dialect import marks
 from cqrs_es.stores.sql.rows import outcome_of, outcome_row
 from cqrs_es.stores.sql.session import chunks
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from cqrs_es.ports.store import StoredOutcome
+    from cqrs_es.stores.sql.dialect import Dialect, Parameter
     from cqrs_es.stores.sql.session import Session
 
 _FIND: Final = "SELECT command_id, request_hash, outcome FROM command_outcomes WHERE command_id IN "
@@ -37,15 +39,20 @@ async def find(session: Session, command_ids: Sequence[str]) -> dict[str, Stored
 async def insert(session: Session, stored: Sequence[StoredOutcome], at: datetime) -> None:
     """Add outcomes of commands that have none."""
     dialect = session.dialect
-    recorded_at = dialect.to_time(at)
-    await session.write(dialect.insert(OUTCOMES), [outcome_row(s, recorded_at) for s in stored])
+    await session.write(dialect.insert(OUTCOMES), _rows(dialect, stored, at))
 
 
 async def replace(session: Session, stored: Sequence[StoredOutcome], at: datetime) -> None:
     """Write outcomes over those that failed."""
     dialect = session.dialect
-    recorded_at = dialect.to_time(at)
-    await session.write(dialect.upsert(OUTCOMES), [outcome_row(s, recorded_at) for s in stored])
+    await session.write(dialect.upsert(OUTCOMES), _rows(dialect, stored, at))
+
+
+def _rows(
+    dialect: Dialect, stored: Sequence[StoredOutcome], at: datetime
+) -> list[tuple[Parameter, ...]]:
+    recorded_at, for_ever = dialect.to_time(at), dialect.to_time(FOR_EVER)
+    return [outcome_row(each, for_ever if each.kept else recorded_at) for each in stored]
 
 
 async def prune(session: Session, before: datetime, limit: int) -> int:
