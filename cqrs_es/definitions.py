@@ -268,13 +268,7 @@ class AggregateDefinition:
     def _typed_raw(self, raw: RawEvent, event: StoredEvent) -> object:
         definition = self.events.get(raw.type)
         if definition is None or raw.version > definition.version:
-            known = "unknown" if definition is None else f"known up to {definition.version}"
-            raise errors.UnknownEvent(
-                f"event {event.key}/{event.sequence} is {raw.type} {raw.version}, {known} here: "
-                "newer code wrote it; deploy that code",
-                type=event.event_type,
-                sequence=event.sequence,
-            )
+            raise unknown_event(event, raw, definition)
         return _typed(definition, event, raw.payload)
 
 
@@ -338,6 +332,19 @@ def _typed(definition: EventDefinition, event: StoredEvent, payload: object) -> 
         return definition.codec.convert(payload)
     except ValueError as exc:
         raise undecodable(event, str(exc)) from exc
+
+
+def unknown_event(
+    event: StoredEvent, raw: RawEvent, definition: EventDefinition | None
+) -> errors.UnknownEvent:
+    """Make the error for a stored event of a type or version that the code does not know."""
+    known = "unknown" if definition is None else f"known up to {definition.version}"
+    return errors.UnknownEvent(
+        f"event {event.key}/{event.sequence} is {raw.type} {raw.version}, {known} here: "
+        "newer code wrote it; deploy that code",
+        type=event.event_type,
+        sequence=event.sequence,
+    )
 
 
 def undecodable(event: StoredEvent, reason: str) -> errors.UndecodableRow:
@@ -436,7 +443,7 @@ def _define(  # noqa: PLR0913 - what a definition consists of
     if outcomes not in get_args(Kept):
         message = f"{cls.__qualname__}: outcomes={outcomes!r}; give one of {get_args(Kept)}"
         raise errors.DefinitionError(message)
-    events = [_define_event(event_class) for event_class in _members(event_types)]
+    events = [define_event(event_class) for event_class in _members(event_types)]
     by_name = _unique({definition.spec.name: definition for definition in events}, events, cls)
     return AggregateDefinition(
         cls=cls,
@@ -470,7 +477,8 @@ def _no_services(_: CommandContext) -> None:
     """Make the services of an aggregate that needs none."""
 
 
-def _define_event(cls: type[object]) -> EventDefinition:
+def define_event(cls: type[object]) -> EventDefinition:
+    """Read an event class; raise `DefinitionError` for any other."""
     spec = _spec_of_kind(cls, "event")
     return EventDefinition(spec, Version.parse(spec.version), Codec(cls))
 

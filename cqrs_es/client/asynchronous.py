@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Self, Unpack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
 
 import structlog
 
@@ -13,7 +13,7 @@ from cqrs_es import errors
 from cqrs_es.brokers import broker_for
 from cqrs_es.client.following import EventSource
 from cqrs_es.client.sending import Replies, Sender, outgoing
-from cqrs_es.client.subscription import Begin, Subscription, subscription_to
+from cqrs_es.client.subscription import Begin, Reading, Subscription, Types, subscription_to
 from cqrs_es.commands import AggregateName, CommandOptions, Payload, new_command
 from cqrs_es.execution.retry import Retry
 from cqrs_es.messages import is_reused
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from cqrs_es.messages import CommandMessage, Outcome
     from cqrs_es.ports.broker import Broker, OutgoingCommand
     from cqrs_es.ports.storage import Storage
+    from cqrs_es.upcasting import Upcaster
 
+D = TypeVar("D")
 log = structlog.get_logger("cqrs_es.client")
 
 
@@ -293,6 +295,26 @@ class Client:
 
     # --- Events --------------------------------------------------------------
 
+    @overload
+    def subscribe(
+        self,
+        name: str,
+        *,
+        from_: Begin = "start",
+        cursor: Cursor | None = None,
+        types: Collection[str] | None = None,
+        upcasters: Iterable[Upcaster] = (),
+    ) -> AbstractAsyncContextManager[Subscription[dict[str, Any]]]: ...
+    @overload
+    def subscribe(
+        self,
+        name: str,
+        *,
+        from_: Begin = "start",
+        cursor: Cursor | None = None,
+        types: Collection[type[D]],
+        upcasters: Iterable[Upcaster] = (),
+    ) -> AbstractAsyncContextManager[Subscription[D]]: ...
     @asynccontextmanager
     async def subscribe(
         self,
@@ -300,8 +322,9 @@ class Client:
         *,
         from_: Begin = "start",
         cursor: Cursor | None = None,
-        types: Collection[str] | None = None,
-    ) -> AsyncGenerator[Subscription]:
+        types: Types = None,
+        upcasters: Iterable[Upcaster] = (),
+    ) -> AsyncGenerator[Subscription[Any]]:
         """Lend a subscription to the service's events; `name` is what its log lines call it.
 
             async with client.subscribe("reports", cursor=FileCursor("reports.json")) as events:
@@ -309,12 +332,14 @@ class Client:
                     ...
 
         It begins where `cursor` is; without one, or when that is new, at the
-        `start` or the `end` of the log. `types` leaves out other events.
+        `start` or the `end` of the log. `types` leaves out other events: names, whose events have
+        JSON as `data`, or classes, whose events are made of it. `upcasters` are those of the
+        service, or of your own: `types` means what they lift to.
         Raises `EventsGone` for the start without a store, on RabbitMQ.
         """
-        wanted = None if types is None else frozenset([types] if isinstance(types, str) else types)
+        reading = Reading(types, upcasters)
         subscription = await subscription_to(
-            name, self._opened(), begin=from_, cursor=cursor, types=wanted
+            name, self._opened(), begin=from_, cursor=cursor, reading=reading
         )
         try:
             yield subscription

@@ -5,21 +5,30 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, Self, TypeAlias, TypeVar
 
 import msgspec
 import orjson
 
 from cqrs_es import errors, registry
 from cqrs_es.client.following import Follower
+from cqrs_es.definitions import define_event, undecodable, unknown_event
 from cqrs_es.messages import Envelope, StoredEvent
+from cqrs_es.types import Version
+from cqrs_es.upcasting import RawEvent, UpcasterChain
 
 if TYPE_CHECKING:
     from cqrs_es.client.following import EventSource
+    from cqrs_es.definitions import EventDefinition
+    from cqrs_es.types import JsonObject
+    from cqrs_es.upcasting import Upcaster
 
+D = TypeVar("D")
+Types: TypeAlias = "Collection[str] | Collection[type[Any]] | None"
 Event: TypeAlias = Envelope[dict[str, Any]]
 Begin: TypeAlias = Literal["start", "end"]
 
@@ -31,7 +40,7 @@ _NO_START: Final = (
 )
 
 
-class Subscription:
+class Subscription(Generic[D]):
     """A service's events, one after another, as `Client.subscribe` lends it.
 
     An event counts as handled when the next one is asked for, or the block
@@ -39,13 +48,13 @@ class Subscription:
     more is at hand, else every second, and at the end.
     """
 
-    def __init__(
-        self, follower: Follower, progress: Progress, types: frozenset[str] | None
-    ) -> None:
+    def __init__(self, follower: Follower, progress: Progress, reading: Reading) -> None:
         self._follower = follower
         self._progress = progress
-        self._types = types
+        self._reading = reading
         self._in_hand: StoredEvent | None = None
+        # What is left of the event in hand, where an upcaster has split it.
+        self._parts: deque[Envelope[D]] = deque()
 
     @property
     def log_epoch(self) -> str | None:
@@ -63,35 +72,41 @@ class Subscription:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Event:
+    async def __anext__(self) -> Envelope[D]:
         """Wait for the next event; there is always one more.
 
         Safe to cancel. Raises `EventsGone` where some can no longer be had,
-        `BrokenLog` where the store has lost some.
+        `BrokenLog` where the store has lost some; `UnknownEvent` for one that newer code
+        wrote than the class that was named, `UndecodableRow` for one that fits no class or
+        breaks its upcaster. Such an event comes again until it is read.
         """
-        self.finish()
-        await self._progress.save_if_due()
-        while (event := self._next_wanted()) is None:
-            await self._progress.save()
-            await self._follower.get_more()
-            self._progress.follow(self._follower.epoch)
-        return registry.envelope_of(event, orjson.loads(event.payload))
+        if not self._parts:
+            self.finish()
+            await self._progress.save_if_due()
+            while not self._take_next():
+                await self._progress.save()
+                await self._follower.get_more()
+                self._progress.follow(self._follower.epoch)
+        return self._parts.popleft()
 
     def finish(self) -> None:
-        """Count the event in hand as handled."""
+        """Count the event in hand as handled, if all of it was asked for."""
         event, self._in_hand = self._in_hand, None
-        if event is not None:
+        if event is not None and not self._parts:
             self._progress.note(event)
 
-    def _next_wanted(self) -> StoredEvent | None:
+    def _take_next(self) -> bool:
+        """Take the next event that is wanted in hand; return whether there was one."""
         ready = self._follower.ready
         while ready:
+            parts = self._reading.read(ready[0])
             event = ready.popleft()
-            if self._types is None or event.event_type in self._types:
+            if parts:
                 self._in_hand = event
-                return event
+                self._parts.extend(parts)
+                return True
             self._progress.note(event)
-        return None
+        return False
 
     async def close(self) -> None:
         """Save how far it got, and unsubscribe."""
@@ -99,6 +114,59 @@ class Subscription:
             await self._progress.save()
         finally:
             await self._follower.close()
+
+
+class Reading:
+    """What a subscriber wants to see of a stored event, and as what."""
+
+    def __init__(self, types: Types, upcasters: Iterable[Upcaster]) -> None:
+        """Raise `DefinitionError` for classes that are no events, or upcasters that end nowhere."""
+        given: list[str | type[object]] = [types] if isinstance(types, str) else [*(types or ())]
+        found = [define_event(each) for each in given if not isinstance(each, str)]
+        self._classes = {definition.spec.name: definition for definition in found}
+        self._wanted: frozenset[str] | None = None
+        if types is not None:
+            names = [each for each in given if isinstance(each, str)]
+            self._wanted = frozenset([*self._classes, *names])
+        current = {name: definition.version for name, definition in self._classes.items()}
+        self._chain = UpcasterChain(upcasters, current)
+
+    def read(self, event: StoredEvent) -> list[Envelope[Any]]:
+        """Return what an event means today: itself, its parts, or nothing that is wanted."""
+        if not self._chain.applies(event.event_type):
+            if not self._wants(event.event_type):
+                return []
+            data: Any = orjson.loads(event.payload)
+            if (known := self._classes.get(event.event_type)) is not None:
+                version = Version.parse(event.event_version)
+                data = self._data(known, RawEvent(event.event_type, version, data), event)
+            return [registry.envelope_of(event, data)]
+        try:
+            payload: JsonObject = orjson.loads(event.payload)
+            raw = RawEvent.of(event.event_type, event.event_version, payload)
+            parts = self._chain.upcast(raw)
+        except Exception as exc:
+            raise undecodable(event, f"upcasting failed: {exc}") from exc
+        return [self._envelope(part, event) for part in parts if self._wants(part.type)]
+
+    def _wants(self, event_type: str) -> bool:
+        return self._wanted is None or event_type in self._wanted
+
+    def _envelope(self, raw: RawEvent, event: StoredEvent) -> Envelope[Any]:
+        known = self._classes.get(raw.type)
+        data: object = raw.payload if known is None else self._data(known, raw, event)
+        version = str(raw.version) if known is None else known.spec.version
+        envelope = registry.envelope_of(event, data)
+        return replace(envelope, event_type=raw.type, event_version=version)
+
+    @staticmethod
+    def _data(known: EventDefinition, raw: RawEvent, event: StoredEvent) -> object:
+        if raw.version > known.version:
+            raise unknown_event(event, raw, known)
+        try:
+            return known.codec.convert(raw.payload)
+        except ValueError as exc:
+            raise undecodable(event, str(exc)) from exc
 
 
 class Progress:
@@ -151,8 +219,8 @@ async def subscription_to(
     *,
     begin: Begin,
     cursor: Cursor | None,
-    types: frozenset[str] | None,
-) -> Subscription:
+    reading: Reading,
+) -> Subscription[Any]:
     """Make a subscription that begins where its cursor is; at `begin` if that is new.
 
     In another epoch of the log than the cursor's it begins with the first event.
@@ -171,7 +239,7 @@ async def subscription_to(
         reached = await _first(source, "start")
     follower = Follower(name, source, epoch, reached)
     await follower.open()
-    return Subscription(follower, Progress(cursor, epoch, reached), types)
+    return Subscription(follower, Progress(cursor, epoch, reached), reading)
 
 
 async def _first(source: EventSource, begin: Begin) -> dict[int, int | None]:

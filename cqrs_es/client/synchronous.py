@@ -7,8 +7,8 @@ import concurrent.futures
 import os
 import threading
 from collections.abc import Collection, Coroutine, Generator, Iterable
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack, overload
 
 from cqrs_es import errors
 from cqrs_es.client.asynchronous import Client
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from datetime import datetime
     from types import TracebackType
 
-    from cqrs_es.client.subscription import Begin, Cursor, Event, Subscription
+    from cqrs_es.client.subscription import Begin, Cursor, Subscription
     from cqrs_es.commands import AggregateName, CommandOptions, Payload
-    from cqrs_es.messages import CommandMessage, Outcome
+    from cqrs_es.messages import CommandMessage, Envelope, Outcome
+    from cqrs_es.upcasting import Upcaster
 
+D = TypeVar("D")
 T = TypeVar("T")
 
 
@@ -69,10 +71,10 @@ class Bridge:
         await self._loop.shutdown_default_executor()
 
 
-class SyncSubscription:
+class SyncSubscription(Generic[D]):
     """A `Subscription` to be read by one thread."""
 
-    def __init__(self, bridge: Bridge, subscription: Subscription) -> None:
+    def __init__(self, bridge: Bridge, subscription: Subscription[D]) -> None:
         self._bridge = bridge
         self._subscription = subscription
 
@@ -84,7 +86,7 @@ class SyncSubscription:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Event:
+    def __next__(self) -> Envelope[D]:
         """Wait for the next event; there is always one more."""
         return self._bridge.run(self._subscription.__anext__())
 
@@ -207,7 +209,7 @@ class SyncClient:
         """Wait until a view has seen an outcome's events; see `Client.wait_for_view`."""
         self._run(self._client.wait_for_view(name, outcome, seconds))
 
-    @contextmanager
+    @overload
     def subscribe(
         self,
         name: str,
@@ -215,10 +217,33 @@ class SyncClient:
         from_: Begin = "start",
         cursor: Cursor | None = None,
         types: Collection[str] | None = None,
-    ) -> Generator[SyncSubscription]:
+        upcasters: Iterable[Upcaster] = (),
+    ) -> AbstractContextManager[SyncSubscription[dict[str, Any]]]: ...
+    @overload
+    def subscribe(
+        self,
+        name: str,
+        *,
+        from_: Begin = "start",
+        cursor: Cursor | None = None,
+        types: Collection[type[D]],
+        upcasters: Iterable[Upcaster] = (),
+    ) -> AbstractContextManager[SyncSubscription[D]]: ...
+    @contextmanager
+    def subscribe(
+        self,
+        name: str,
+        *,
+        from_: Begin = "start",
+        cursor: Cursor | None = None,
+        types: Any = None,
+        upcasters: Iterable[Upcaster] = (),
+    ) -> Generator[SyncSubscription[Any]]:
         """Lend a subscription to the service's events; see `Client.subscribe`."""
         bridge = self._opened()
-        lending = self._client.subscribe(name, from_=from_, cursor=cursor, types=types)
+        lending = self._client.subscribe(
+            name, from_=from_, cursor=cursor, types=types, upcasters=upcasters
+        )
         subscription = bridge.run(lending.__aenter__())
         try:
             yield SyncSubscription(bridge, subscription)

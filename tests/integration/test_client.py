@@ -108,7 +108,7 @@ async def client(bank: Bank, stack: AsyncExitStack) -> Client:
     return await bank.client(stack)
 
 
-async def take(events: Subscription, count: int) -> list[Event]:
+async def take(events: Subscription[dict[str, Any]], count: int) -> list[Event]:
     """Take so many events."""
     async with asyncio.timeout(20):
         return [await anext(events) for _ in range(count)]

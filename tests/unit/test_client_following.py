@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
@@ -91,7 +91,7 @@ def queues() -> Queues:
 @asynccontextmanager
 async def subscribed(
     queues: MemoryBroker, cursor: Cursor | None = None, from_: Literal["start", "end"] = "start"
-) -> AsyncGenerator[Subscription]:
+) -> AsyncGenerator[Subscription[dict[str, Any]]]:
     """Subscribe; to queues, which have no start, as one who has handled nothing so far."""
     if cursor is None and isinstance(queues, Queues):
         cursor = Remembered(Position(EPOCH, {0: 0}))
@@ -102,7 +102,7 @@ async def subscribed(
         yield events
 
 
-async def offsets(events: Subscription, count: int) -> list[int]:
+async def offsets(events: Subscription[dict[str, Any]], count: int) -> list[int]:
     async with asyncio.timeout(5):
         return [(await anext(events)).offset for _ in range(count)]
 
