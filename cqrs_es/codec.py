@@ -22,7 +22,7 @@ from cqrs_es import errors
 from cqrs_es.json_in import strict_check
 from cqrs_es.json_out import Misfit, decimal_text, dumps, in_order, writer
 from cqrs_es.messages import FIRST_VERSION
-from cqrs_es.sum_types import OneOf, class_of, convert, shown
+from cqrs_es.sum_types import OneOf, class_of, convert, decoder, shown
 
 T = TypeVar("T")
 
@@ -65,6 +65,7 @@ class Codec(Generic[T]):
             message = f"{cls.__qualname__} has a field that JSON can't carry: {exc}"
             raise errors.DefinitionError(message) from exc
         self._write = writer(self.info, cls.__qualname__)
+        self._read = decoder(self._shown)
 
     @property
     def shape(self) -> object:
@@ -85,8 +86,15 @@ class Codec(Generic[T]):
             raise errors.NotStorable(message) from exc
 
     def decode(self, payload: bytes) -> T:
-        """Read a JSON object; raise `ValueError` naming the field that does not fit."""
-        return self.convert(orjson.loads(payload))
+        """Read a JSON object; raise `ValueError` naming the field that does not fit.
+
+        In one pass, in C; where that finds something wrong, in two, which say what it is.
+        """
+        try:
+            value: T = self._read(payload)
+        except (msgspec.MsgspecError, ValueError):
+            return self.convert(orjson.loads(payload))
+        return value
 
     def read_back(self, payload: bytes) -> T:
         """Decode what `encode` has just written; raise `NotStorable` where that can't be done."""
@@ -181,6 +189,10 @@ class CommandCodec(Codec[T]):
         super().__init__(cls)
         self.version = version
         self._check = strict_check(self.info)
+
+    def decode(self, payload: bytes) -> T:
+        """Read a JSON object; raise `InvalidCommand` naming the field and the reason."""
+        return self.convert(orjson.loads(payload))
 
     def convert(self, payload: object) -> T:
         """Give parsed JSON its type; raise `InvalidCommand` naming the field and the reason."""

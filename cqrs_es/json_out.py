@@ -155,8 +155,8 @@ class _Forms:
                 if field.default is not dataclasses.MISSING:
                     self._defaults.append((cls, field.name, forms[field.name], field.default))
         return [
-            (field.name, field.encode_name, forms[field.name].plain, forms[field.name].write)
-            for field in fields
+            (f.name, f.encode_name, forms[f.name].plain, forms[f.name].write, f".{f.name}")
+            for f in fields
         ]
 
     def _one_of(self, one_of: type[OneOf], where: str) -> Form:
@@ -208,8 +208,9 @@ def _check_struct(info: types.StructType) -> None:
 
 # --- What is made of others --------------------------------------------------
 
-# A field's name, its name in JSON, the classes that need no writing, and what writes the others.
-_Field: TypeAlias = tuple[str, str, frozenset[type], Write]
+# A field's name, its name in JSON, the classes that need no writing, what writes the others, and
+# the field as a step of a path.
+_Field: TypeAlias = tuple[str, str, frozenset[type], Write, str]
 
 
 def _at(step: str, write: Write, value: object) -> object:
@@ -242,9 +243,15 @@ def _refused(value: object, classes: Iterable[type]) -> Misfit:
 def _write_fields(fields: Sequence[_Field]) -> Write:
     def write(value: object) -> dict[str, object]:
         written: dict[str, object] = {}
-        for name, key, plain, write_field in fields:
+        for name, key, plain, write_field, step in fields:
             item = getattr(value, name)
-            written[key] = item if type(item) in plain else _at(f".{name}", write_field, item)
+            if type(item) in plain:
+                written[key] = item
+                continue
+            try:  # `_at` written out: this is run for each field of each event and state
+                written[key] = write_field(item)
+            except Misfit as exc:
+                raise exc.within(step) from None
         return written
 
     return write

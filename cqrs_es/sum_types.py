@@ -72,6 +72,11 @@ def convert(value: object, shown: Any) -> Any:
     return msgspec.convert(value, shown, str_keys=True, dec_hook=_read)
 
 
+def decoder(shown: Any) -> Callable[[bytes], Any]:
+    """Return what does the same to JSON as bytes; it raises other errors, and in other words."""
+    return msgspec.json.Decoder(shown, dec_hook=_read).decode
+
+
 def _read(kind: Any, value: object) -> Any:
     one_of: type[OneOf] = kind
     try:
