@@ -205,8 +205,9 @@ class OpenApplication:
             metadata=metadata,
             expected_sequence=expected_sequence,
         )
-        received_at = self.process.clock.now() if command_id is None else None
-        return await self.submit(message, received_at=received_at)
+        fresh = command_id is None
+        received_at = self.process.clock.now() if fresh else None
+        return await self.submit(message, received_at=received_at, fresh=fresh)
 
     async def submit(
         self,
@@ -216,6 +217,7 @@ class OpenApplication:
         untrusted: bool = False,
         dropped: bool = False,
         received_at: datetime | None = None,
+        fresh: bool = False,
     ) -> Outcome:
         """Execute a command message; with `retrying`, also one whose outcome is `failed`.
 
@@ -229,6 +231,7 @@ class OpenApplication:
             untrusted=untrusted,
             dropped=dropped,
             received_at=received_at,
+            fresh=fresh,
             span=span,
         )
         return await asyncio.shield(answer)

