@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import aiomysql
 
@@ -13,9 +13,10 @@ from cqrs_es.stores.mysql.dialect import literal, own_reader, to_format
 from cqrs_es.stores.mysql.failures import mapped_errors
 from cqrs_es.stores.sql.dialect import utc_moment
 from cqrs_es.stores.sql.pool import CLOSE_SECONDS, ServerSession
+from cqrs_es.stores.sql.session import Query, Work, asked_together
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
     from contextlib import AbstractContextManager
     from datetime import datetime
 
@@ -27,6 +28,8 @@ STATEMENT_BYTES: Final = 1_000_000
 HEADROOM_BYTES: Final = 1_024
 """What a packet has to hold besides the statement, generously."""
 
+_Done: TypeAlias = "tuple[int, list[Row]]"
+
 
 class MysqlSession(ServerSession):
     """A connection while somebody has it to itself."""
@@ -36,6 +39,10 @@ class MysqlSession(ServerSession):
         self._connection = connection
         self.max_packet = STATEMENT_BYTES
         self._dialect: Dialect | None = None
+        # A transaction begins with its first statement; what is written last goes with its end.
+        self._beginning: list[bytes] = []
+        self._writing_last = False
+        self._last: list[bytes] = []
 
     @property
     def dialect(self) -> Dialect:
@@ -59,17 +66,35 @@ class MysqlSession(ServerSession):
 
     async def execute(self, sql: str, parameters: Sequence[Parameter] = ()) -> int:
         """Run a statement; return how many rows it matched."""
-        count, _ = await self._run(self._text(sql, parameters))
-        return count
+        return await self._change(self._text(sql, parameters))
 
     async def write(self, statement: RowStatement, rows: Sequence[Sequence[Parameter]]) -> None:
         """Run a statement for many rows at a time."""
         for text in self._multi_row(statement, rows):
-            await self._run(text)
+            await self._change(text)
 
     async def now(self) -> datetime:
         """Return the server's time."""
         return utc_moment((await self.fetch("SELECT UTC_TIMESTAMP(6)"))[0][0])
+
+    async def read_locked(self, lock: Query, works: Sequence[Work[Any]]) -> list[Any]:
+        """Lock rows and do works that only read: statements of one packet run one by one."""
+
+        async def ask(queries: list[Query]) -> list[list[Row]]:
+            done = await self._run_all([self._text(*query) for query in queries])
+            return [rows for _, rows in done]
+
+        locking: Work[Any] = lambda session: session.fetch(*lock, lock=True)  # noqa: E731
+        return await asked_together([locking, *works], self.dialect, ask)
+
+    @contextlib.contextmanager
+    def writing_last(self) -> Generator[None]:
+        """Send what is written in a block with the commit."""
+        self._writing_last = True
+        try:
+            yield
+        finally:
+            self._writing_last = False
 
     # --- The connection ---
 
@@ -80,18 +105,23 @@ class MysqlSession(ServerSession):
         return closed
 
     async def begin(self) -> None:
-        """Begin a transaction, at the isolation that the session was given."""
-        await self.execute("START TRANSACTION")
+        """Begin a transaction with the next statement, at the isolation of the session."""
+        self._beginning = [b"START TRANSACTION"]
 
     async def commit(self) -> None:
-        """Commit it."""
-        await self.execute("COMMIT")
+        """Commit it, with what was to be written last."""
+        last, self._last = self._last, []
+        if last or not self._beginning:
+            await self._run_all([*last, b"COMMIT"])
+        self._beginning = []
 
     async def rollback(self) -> None:
-        """Roll back where that can still be said."""
-        if self.usable:
+        """Roll back where there is something, and where that can still be said."""
+        self._last = []
+        if self.usable and not self._beginning:
             with contextlib.suppress(errors.Unavailable):
                 await self.execute("ROLLBACK")
+        self._beginning = []
 
     async def disconnect(self) -> None:
         """Close the connection as the protocol has it, or cut it where that takes long."""
@@ -109,15 +139,39 @@ class MysqlSession(ServerSession):
 
     # --- Statements ---
 
-    async def _run(self, text: bytes) -> tuple[int, list[Row]]:
-        self._check_length(text)
-        async with self._answering(), self._connection.cursor() as cursor:
-            count: int = await cursor.execute(text)
-            rows: Sequence[Row] = await cursor.fetchall()
-            readers = [own_reader(column) for column in cursor.description or ()]
-        if any(readers):
-            return count, [_read(row, readers) for row in rows]
-        return count, list(rows)
+    async def _change(self, text: bytes) -> int:
+        if self._writing_last:
+            self._check_length(text)
+            self._last.append(text)
+            return 0
+        return (await self._run(text))[0]
+
+    async def _run(self, text: bytes) -> _Done:
+        return (await self._run_all([text]))[0]
+
+    async def _run_all(self, texts: Sequence[bytes]) -> list[_Done]:
+        """Run statements one after the other, in as few packets as they fit into."""
+        beginning, self._beginning = self._beginning, []
+        done: list[_Done] = []
+        for packet in self._packets([*beginning, *texts]):
+            async with self._answering(), self._connection.cursor() as cursor:
+                done.append(await _done(cursor, await cursor.execute(packet)))
+                while await cursor.nextset():
+                    done.append(await _done(cursor, cursor.rowcount))
+        return done[len(beginning) :]
+
+    def _packets(self, texts: Sequence[bytes]) -> Iterator[bytes]:
+        """Put statements together; aiomysql has the server take several at a time."""
+        some: list[bytes] = []
+        size = 0
+        for text in texts:
+            self._check_length(text)
+            if some and size + len(text) > self.max_packet:
+                yield b";".join(some)
+                some, size = [], 0
+            some.append(text)
+            size += len(text) + 1
+        yield b";".join(some)
 
     def _mapped_errors(self) -> AbstractContextManager[None]:
         return mapped_errors()
@@ -152,6 +206,15 @@ class MysqlSession(ServerSession):
                 " yield fewer or smaller events"
             )
             raise errors.TooLarge(message)
+
+
+async def _done(cursor: Any, count: int) -> _Done:
+    """Return what a statement did: how many rows it matched, and those that it found."""
+    rows: Sequence[Row] = await cursor.fetchall()
+    readers = [own_reader(column) for column in cursor.description or ()]
+    if any(readers):
+        return count, [_read(row, readers) for row in rows]
+    return count, list(rows)
 
 
 def _read(row: Row, readers: Sequence[Callable[[Any], object] | None]) -> Row:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
 from cqrs_es.stores.sql.dialect import Dialect
 
 if TYPE_CHECKING:
-    from datetime import datetime
+    from cqrs_es.stores.sql.dialect import Parameter
 
 # A string, a quoted name or a comment, in which ? is no placeholder.
 _LITERAL: Final = r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|/\*.*?\*/|--[^\n]*"""
@@ -76,6 +77,33 @@ POSTGRES: Final = Dialect(
         WHERE indisprimary AND indrelid = to_regclass(?)
         ORDER BY array_position(indkey::int2[], attnum)""",
 )
+
+
+def literal(value: Parameter) -> str:
+    r"""Return a value of the framework's own as SQL, whatever `standard_conforming_strings` is.
+
+    Outside of E'…' a backslash might mean one thing or another, and there is none.
+    """
+    if isinstance(value, str):
+        text = value.replace("'", "''")
+        return "E'" + text.replace("\\", "\\\\") + "'" if "\\" in text else f"'{text}'"
+    if value is None:
+        return "NULL"
+    if isinstance(value, datetime):
+        return f"'{value.isoformat()}'::timestamptz"
+    if isinstance(value, bytes):
+        return f"decode('{value.hex()}', 'hex')"
+    if isinstance(value, int):
+        return str(int(value))
+    message = f"no literal for a {type(value).__name__}"
+    raise TypeError(message)
+
+
+@functools.lru_cache(maxsize=1024)
+def to_format(sql: str) -> str:
+    """Turn `?` placeholders into `%s`, leaving strings, quoted names and comments alone."""
+    escaped = _TOKEN.sub(lambda token: token["literal"] or "\0", sql).replace("%", "%%")
+    return escaped.replace("\0", "%s")
 
 
 @functools.lru_cache(maxsize=1024)

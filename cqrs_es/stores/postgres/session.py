@@ -9,17 +9,18 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
+import orjson
 
 from cqrs_es import errors
-from cqrs_es.stores.postgres.dialect import POSTGRES, numbered
+from cqrs_es.stores.postgres.dialect import POSTGRES, literal, numbered, to_format
 from cqrs_es.stores.postgres.failures import mapped_errors
 from cqrs_es.stores.sql.dialect import utc_moment
 from cqrs_es.stores.sql.own import own_text
 from cqrs_es.stores.sql.pool import CLOSE_SECONDS, ServerSession
-from cqrs_es.stores.sql.session import chunks
+from cqrs_es.stores.sql.session import Query, Work, asked_together, chunks
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from cqrs_es.stores.sql.dialect import Dialect, Parameter, RowStatement
@@ -32,6 +33,10 @@ class PostgresSession(ServerSession):
     def __init__(self, connection: Any) -> None:
         super().__init__()
         self._connection = connection
+        # A transaction begins with its first statement; what is written last goes with its end.
+        self._begins = False
+        self._writing_last = False
+        self._last: list[str] = []
         self._types: dict[str, list[str]] = {}
 
     async def prepare(self, settings: Mapping[str, str]) -> None:
@@ -65,6 +70,7 @@ class PostgresSession(ServerSession):
     ) -> list[Row]:
         """Run a query, locking its rows until the transaction ends if wanted."""
         text = numbered(f"{sql}{self.dialect.for_update}" if lock else sql)
+        await self._make_begin()
         async with self._answering():
             found = await self._connection.fetch(text, *map(_readable, parameters))
         return [tuple(row) for row in found]
@@ -74,12 +80,21 @@ class PostgresSession(ServerSession):
 
         The server says `UPDATE 3`, or just what it did where no rows are counted.
         """
+        if self._writing_last:
+            self._last.append(_text(sql, parameters))
+            return 0
         count = (await self._do(sql, parameters)).rpartition(" ")[2]
         return int(count) if count.isdecimal() else 0
 
     async def write(self, statement: RowStatement, rows: Sequence[Sequence[Parameter]]) -> None:
         """Run a statement for many rows, in one round trip for each chunk."""
+        if self._writing_last:
+            for some in chunks(rows):
+                values = ", ".join(_text(statement.row, row) for row in some)
+                self._last.append(f"{statement.head} {values}{statement.tail}")
+            return
         text = numbered(str(statement))
+        await self._make_begin()
         for some in chunks(rows):
             async with self._answering():
                 await self._connection.executemany(
@@ -109,6 +124,40 @@ class PostgresSession(ServerSession):
         """Return the server's time."""
         return utc_moment((await self.fetch("SELECT clock_timestamp()"))[0][0])
 
+    async def read_locked(self, lock: Query, works: Sequence[Work[Any]]) -> list[Any]:
+        """Lock rows, then do works that only read: those that ask together make one query.
+
+        The driver sends several statements at a time only without parameters, and then tells
+        of no rows. So the lock goes out with BEGIN, and what it locked is read after it.
+        """
+        await self._do(f"{_text(*lock)}{self.dialect.for_update}")
+        locked: Work[Any] = lambda session: session.fetch(*lock)  # noqa: E731
+        return await asked_together([locked, *works], self.dialect, self._ask)
+
+    async def _ask(self, queries: list[Query]) -> list[list[Row]]:
+        """Ask several queries as one, each of whose rows comes as JSON with its query's number."""
+        if len(queries) == 1:
+            return [await self.fetch(*queries[0])]
+        sql = " UNION ALL ".join(
+            f"SELECT {number}, row_to_json(q{number})::text FROM ({query}) AS q{number}"  # noqa: S608
+            for number, (query, _) in enumerate(queries)
+        )
+        rows = await self.fetch(sql, [value for _, values in queries for value in values])
+        found: list[list[Row]] = [[] for _ in queries]
+        for number, text in rows:
+            columns: dict[str, object] = orjson.loads(text)
+            found[int(number)].append(tuple(map(_plain, columns.values())))
+        return found
+
+    @contextlib.contextmanager
+    def writing_last(self) -> Generator[None]:
+        """Send what is written in a block with the commit."""
+        self._writing_last = True
+        try:
+            yield
+        finally:
+            self._writing_last = False
+
     # --- The connection ---
 
     @property
@@ -118,23 +167,29 @@ class PostgresSession(ServerSession):
         return closed
 
     async def begin(self) -> None:
-        """Begin a transaction, at the isolation that the session was given."""
-        await self._do("BEGIN")
+        """Begin a transaction with the next statement, at the isolation of the session."""
+        self._begins = True
 
     async def commit(self) -> None:
-        """Commit; raise `StoreError` where a refused statement had ended the transaction.
+        """Commit, with what was to be written last.
 
-        The server then answers a COMMIT with ROLLBACK, without an error.
+        Raises `StoreError` where a refused statement had ended the transaction: the server
+        then answers a COMMIT with ROLLBACK, without an error.
         """
-        if await self._do("COMMIT") != "COMMIT":
+        last, self._last = self._last, []
+        if self._begins and not last:
+            self._begins = False
+        elif await self._do("; ".join([*last, "COMMIT"])) != "COMMIT":
             message = "a statement of the transaction was refused, so nothing of it was committed"
             raise errors.StoreError(message)
 
     async def rollback(self) -> None:
-        """Roll back where that can still be said."""
-        if self.usable:
+        """Roll back where there is something, and where that can still be said."""
+        self._last = []
+        if self.usable and not self._begins:
             with contextlib.suppress(errors.Unavailable):
                 await self._do("ROLLBACK")
+        self._begins = False
 
     async def disconnect(self) -> None:
         """Close the connection as the protocol has it, or cut it where that takes long."""
@@ -150,7 +205,18 @@ class PostgresSession(ServerSession):
 
     # --- Statements ---
 
+    async def _make_begin(self) -> None:
+        """Begin the transaction before a statement that can't go out with others."""
+        if self._begins:
+            self._begins = False
+            await self._do("BEGIN")
+
     async def _do(self, sql: str, parameters: Sequence[Parameter] = ()) -> str:
+        if parameters:
+            await self._make_begin()
+        elif self._begins:
+            self._begins = False
+            sql = f"BEGIN; {sql}"
         async with self._answering():
             done: str = await self._connection.execute(numbered(sql), *map(_readable, parameters))
         return done
@@ -162,6 +228,16 @@ class PostgresSession(ServerSession):
 def _readable(value: Parameter) -> Parameter:
     """Replace what PostgreSQL's text can't hold; JSON escapes it, so this is prose."""
     return value.replace("\0", "\N{SYMBOL FOR NULL}") if isinstance(value, str) else value
+
+
+def _text(sql: str, parameters: Sequence[Parameter]) -> str:
+    """Return a statement of the framework's own with its values in it."""
+    return to_format(sql) % tuple(literal(_readable(value)) for value in parameters)
+
+
+def _plain(value: object) -> object:
+    """Return a value of a row that came as JSON; a column of JSON is inside it, and was text."""
+    return orjson.dumps(value).decode() if isinstance(value, dict | list) else value
 
 
 def _number(text: str) -> int | Decimal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,6 +87,9 @@ class Dialect:
 
     def insert(self, table: Table) -> RowStatement:
         """Return the statement that adds rows, in the order of the table's columns."""
+        return _insert(self, table)
+
+    def _insert(self, table: Table) -> RowStatement:
         columns = ", ".join(table.columns)
         marks = ", ".join(
             self.blob_placeholder if column in table.blobs else "?" for column in table.columns
@@ -99,11 +103,14 @@ class Dialect:
         `changes` gives other values than the new row's, where `{column}` of the
         old row is written `old.column` and of the new one `new.column`.
         """
+        return _upsert(self, table, tuple((changes or {}).items()))
+
+    def _upsert(self, table: Table, changes: Mapping[str, str]) -> RowStatement:
         insert = self.insert(table)
         update = self.on_duplicate.format(key=", ".join(table.key))
         others = [column for column in table.columns if column not in table.key]
         assignments = ", ".join(
-            f"{column} = {self._value(table, (changes or {}).get(column, f'new.{column}'))}"
+            f"{column} = {self._value(table, changes.get(column, f'new.{column}'))}"
             for column in others or table.key[:1]  # which stays what it is
         )
         return RowStatement(insert.head, insert.row, f"{self.row_alias}{update}{assignments}")
@@ -111,6 +118,19 @@ class Dialect:
     def _value(self, table: Table, expression: str) -> str:
         old = re.sub(r"\bold\.(\w+)", rf"{table.name}.\1", expression)
         return re.sub(r"\bnew\.(\w+)", lambda m: self.incoming.format(column=m[1]), old)
+
+
+# Made once: an append writes to a dozen tables, and their statements never change.
+
+
+@functools.lru_cache(maxsize=256)
+def _insert(dialect: Dialect, table: Table) -> RowStatement:
+    return dialect._insert(table)  # noqa: SLF001 - what it remembers
+
+
+@functools.lru_cache(maxsize=256)
+def _upsert(dialect: Dialect, table: Table, changes: tuple[tuple[str, str], ...]) -> RowStatement:
+    return dialect._upsert(table, dict(changes))  # noqa: SLF001 - what it remembers
 
 
 def marks(count: int) -> str:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         UniqueKey,
     )
     from cqrs_es.stores.append_plan import AppendPlan
-    from cqrs_es.stores.sql.session import Database, Row, Session
+    from cqrs_es.stores.sql.session import Database, Query, Row, Session
 
 _HEADS: Final = "SELECT log_partition, head FROM log_partitions"
 _VERSIONS: Final = """
@@ -73,7 +73,8 @@ class SqlEvents(EventStore):
         async def work(session: Session) -> list[ChainResult]:
             state = await _lock_and_read(session, chains)
             plan = append_plan.plan_append(chains, state, recorded_at)
-            await _write(session, plan, recorded_at)
+            with session.writing_last():
+                await _write(session, plan, recorded_at)
             return list(plan.results)
 
         return await self._database.run(work)
@@ -202,25 +203,42 @@ async def _lock_and_read(session: Session, chains: Sequence[Chain]) -> AppendSta
     In one statement, or under REPEATABLE READ, the versions could be older than
     the lock.
     """
-    heads = await _lock_heads(session, append_plan.locked_partitions(chains))
+    ids, rows = append_plan.command_ids(chains), append_plan.scheduled_ids(chains)
+    versions, numbers = append_plan.versioned_keys(chains), append_plan.snapshot_keys(chains)
+    keys, timers = append_plan.unique_keys(chains), append_plan.timer_keys(chains)
+    heads, *found = await session.read_locked(
+        _of_heads(append_plan.locked_partitions(chains)),
+        [
+            lambda session: outcomes.find(session, ids),
+            lambda session: _numbers(session, _VERSIONS, versions),
+            lambda session: _numbers(session, _SNAPSHOT_NUMBERS, numbers),
+            lambda session: scheduled.find_free(session, rows),
+            lambda session: unique_keys.find(session, keys),
+            lambda session: scheduled.timers(session, _by_type(timers)),
+        ],
+    )
     return AppendState(
-        heads=heads,
-        outcomes=await outcomes.find(session, append_plan.command_ids(chains)),
-        versions=await _numbers(session, _VERSIONS, append_plan.versioned_keys(chains)),
-        snapshot_numbers=await _numbers(
-            session, _SNAPSHOT_NUMBERS, append_plan.snapshot_keys(chains)
-        ),
-        scheduled=await scheduled.find_free(session, append_plan.scheduled_ids(chains)),
+        heads=dict(heads),
+        outcomes=found[0],
+        versions=found[1],
+        snapshot_numbers=found[2],
+        scheduled=found[3],
+        holders=found[4],
+        timers=found[5],
         now=await session.now() if append_plan.counts_from_now(chains) else None,
-        holders=await unique_keys.find(session, append_plan.unique_keys(chains)),
-        timers=await scheduled.timers(session, _by_type(append_plan.timer_keys(chains))),
+    )
+
+
+def _of_heads(partitions: Sequence[int]) -> Query:
+    """Return what locks heads in ascending order, so that no two appends wait for each other."""
+    return (
+        f"{_HEADS} WHERE log_partition IN {marks(len(partitions))} ORDER BY log_partition",
+        partitions,
     )
 
 
 async def _lock_heads(session: Session, partitions: Sequence[int]) -> dict[int, int]:
-    """Lock in ascending order, so that no two appends wait for each other."""
-    where = f"WHERE log_partition IN {marks(len(partitions))} ORDER BY log_partition"
-    return dict(await session.fetch(f"{_HEADS} {where}", partitions, lock=True))
+    return dict(await session.fetch(*_of_heads(partitions), lock=True))
 
 
 async def _numbers(

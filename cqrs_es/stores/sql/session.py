@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+from collections.abc import Callable, Coroutine, Generator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, TypeVar
 
 from cqrs_es import errors
 from cqrs_es.errors import RolledBack as RolledBack  # what drivers raise, beside DuplicateKey
@@ -63,9 +64,102 @@ class Session(ABC):
     async def now(self) -> datetime:
         """Return the time by which leases expire, the same for all users of the database."""
 
+    async def read_locked(self, lock: Query, works: Sequence[Work[Any]]) -> list[Any]:
+        """Lock rows, then do works that only read; return the rows, and what the works return.
+
+        Each query of theirs sees what is committed once the lock is held, which a query that
+        also locks need not. They ask in as few round trips as possible: those that ask at the
+        same time are asked for together.
+        """
+        return [await self.fetch(*lock, lock=True), *[await work(self) for work in works]]
+
+    @contextmanager
+    def writing_last(self) -> Generator[None]:
+        """Write in a block what is sent with the commit at the latest, which may then refuse it.
+
+        Statements in it return no counts.
+        """
+        yield
+
 
 Work: TypeAlias = Callable[[Session], Coroutine[Any, Any, T]]
 """What is done in a session: a function, so that it can be done again or elsewhere."""
+
+
+Query: TypeAlias = tuple[str, Sequence["Parameter"]]
+
+
+class Asking(Session):
+    """A session in which works only ask, all at the same time: see `asked_together`."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._dialect = dialect
+
+    @property
+    def dialect(self) -> Dialect:
+        """The SQL of the database."""
+        return self._dialect
+
+    async def fetch(
+        self, sql: str, parameters: Sequence[Parameter] = (), *, lock: bool = False
+    ) -> list[Row]:
+        """Ask, and wait until whoever does the works has the rows."""
+        return await _Asked((f"{sql}{self.dialect.for_update}" if lock else sql, parameters))
+
+    async def execute(self, sql: str, parameters: Sequence[Parameter] = ()) -> int:
+        """Refuse."""
+        self._refuse(sql, parameters)
+
+    async def write(self, statement: RowStatement, rows: Sequence[Sequence[Parameter]]) -> None:
+        """Refuse."""
+        self._refuse(statement, rows)
+
+    async def now(self) -> datetime:
+        """Refuse."""
+        self._refuse()
+
+    def _refuse(self, *_what: object) -> NoReturn:
+        message = "works that are done together can only ask"
+        raise RuntimeError(message)
+
+
+class _Asked:
+    """A query that waits for its rows."""
+
+    def __init__(self, query: Query) -> None:
+        self.query = query
+
+    def __await__(self) -> Generator[_Asked, list[Row], list[Row]]:
+        return (yield self)
+
+
+async def asked_together(
+    works: Sequence[Work[Any]],
+    dialect: Dialect,
+    ask: Callable[[list[Query]], Coroutine[Any, Any, list[list[Row]]]],
+) -> list[Any]:
+    """Do works that only read; `ask` gets the queries that they wait for at the same time.
+
+    A work awaits nothing but its session, so it can be taken up by hand where it waits.
+    """
+    session = Asking(dialect)
+    results: list[Any] = [None] * len(works)
+    waiting: list[tuple[int, Coroutine[Any, Any, Any], _Asked]] = []
+
+    def go_on(number: int, doing: Coroutine[Any, Any, Any], rows: list[Row] | None) -> None:
+        try:
+            waiting.append((number, doing, doing.send(rows)))
+        except StopIteration as done:
+            results[number] = done.value
+
+    for number, work in enumerate(works):
+        go_on(number, work(session), None)
+    while waiting:
+        asked, waiting[:] = list(waiting), []
+        answers = await ask([each.query for _, _, each in asked])
+        for (number, doing, _), rows in zip(asked, answers, strict=True):
+            go_on(number, doing, rows)
+    return results
 
 
 class Database(ABC):

@@ -1,21 +1,23 @@
 """A connection to a file, and the thread that alone uses it.
 
 An append visits the thread once. With aiosqlite every statement is a visit,
-nine in an append, and they cost more than the disk.
+nine in an append, and they cost more than the disk. A visit itself is made of
+little: a queue, a future, and one wake-up of the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar, cast
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, cast
 
 from cqrs_es import errors
-from cqrs_es.stores.sql.session import Session, Work, to_its_end
+from cqrs_es.stores.sql.session import Session, Work
 from cqrs_es.stores.sqlite.dialect import READ_TYPES, SQLITE, add_decimals
 from cqrs_es.stores.sqlite.failures import mapped_errors
 from cqrs_es.stores.sqlite.identity import FileIdentity
@@ -37,14 +39,53 @@ STEPS_BETWEEN_CHECKS: Final = 100_000
 """How much a query does, about a millisecond's worth, before it looks whether to go on."""
 
 
+class _Visit:
+    """A function on its way to the thread, and who waits for what it returns."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function = function
+        self._loop = asyncio.get_running_loop()
+        self._over = False
+        self._left: asyncio.Event | None = None
+        self.answer: asyncio.Future[Any] = self._loop.create_future()
+
+    def make(self) -> None:
+        """Call the function, on the thread."""
+        try:
+            settle = partial(self._settle, self._function(), None)
+        except BaseException as exc:  # noqa: BLE001 - it is raised where it is waited for
+            settle = partial(self._settle, None, exc)
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            self._loop.call_soon_threadsafe(settle)
+
+    def _settle(self, result: object, error: BaseException | None) -> None:
+        self._over = True
+        if self._left is not None:
+            self._left.set()
+        if self.answer.done():
+            return  # cancelled
+        if error is None:
+            self.answer.set_result(result)
+        else:
+            self.answer.set_exception(error)
+
+    async def ended(self) -> None:
+        """Wait until the function has returned, though its answer was cancelled."""
+        if not self._over:
+            self._left = asyncio.Event()
+            await self._left.wait()
+
+
 class Connection:
     """A connection and the one thread that uses it."""
 
     def __init__(self, target: SqliteTarget, clock: Clock) -> None:
         self._target = target
         self._clock = clock
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
+        self._visits: SimpleQueue[_Visit | None] = SimpleQueue()
         self._session: LocalSession | None = None
+        # A process that ends without closing it leaves it as one that is killed does.
+        threading.Thread(target=self._work, name="sqlite", daemon=True).start()
 
     @property
     def session(self) -> LocalSession:
@@ -55,18 +96,35 @@ class Connection:
 
     async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function on the thread, to its end also when the caller is cancelled."""
-        with mapped_errors():
-            return await to_its_end(self._visit(partial(function, *args, **kwargs)))
+        return await self._visit(partial(function, *args, **kwargs))
 
     async def read(self, work: Work[T]) -> T:
         """Do work that only reads; when the caller is cancelled, it is broken off."""
         abandoned = threading.Event()
-        visit = self._visit(partial(_read, work, self.session, abandoned))
-        with mapped_errors():
-            return await to_its_end(visit, on_cancel=abandoned.set)
+        return await self._visit(partial(_read, work, self.session, abandoned), abandoned.set)
 
-    def _visit(self, function: Callable[[], T]) -> asyncio.Future[T]:
-        return asyncio.get_running_loop().run_in_executor(self._thread, function)
+    async def _visit(
+        self, function: Callable[[], T], on_cancel: Callable[[], None] = lambda: None
+    ) -> T:
+        """Have a function called; who is cancelled leaves when it has returned.
+
+        So a transaction whose commit was cancelled is in the file, or will never be.
+        """
+        visit = _Visit(function)
+        self._visits.put(visit)
+        with mapped_errors():
+            try:
+                return cast("T", await visit.answer)
+            except asyncio.CancelledError:
+                on_cancel()
+                await visit.ended()
+                raise
+
+    def _work(self) -> None:
+        """Make visits until the connection is closed, on the thread."""
+        while (visit := self._visits.get()) is not None:
+            visit.make()
+            del visit  # and with it the rows that it returned
 
     def open(self) -> None:
         """Connect, on the thread."""
@@ -88,7 +146,7 @@ class Connection:
         """Disconnect once the thread has done what it was given."""
         if self._session is not None:
             await self.call(self._session.connection.close)
-        self._thread.shutdown(wait=False)
+        self._visits.put(None)
 
 
 class VisitingSession(Session):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from cqrs_es import errors
@@ -34,7 +35,7 @@ class FileIdentity:
 
     def _present(self) -> tuple[int, int] | None:
         try:
-            found = self._path.stat()
+            found = os.stat(self._path)  # noqa: PTH116 - of a path's own takes thrice as long
         except FileNotFoundError:
             return None
         return found.st_dev, found.st_ino
