@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 # `.ci/unpack-mysql FOLDER` fetches one on a Debian that has none.
 MYSQLD ?= mysqld
 SECONDS_OF_CHAOS ?= 1200
@@ -17,8 +18,8 @@ RANGE_SUITES := tests/unit tests/contract tests/acceptance tests/deployment/test
 	tests/integration/test_cli_preparing.py tests/integration/test_cli_inspecting.py \
 	tests/integration/test_amqp_service.py tests/integration/test_tracing.py
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-mysql test-lowest test-newest crashes faults deploys proofs containers \
-	check format schemas upgrade audit sbom secrets clean
+.PHONY: help demo test test-mysql test-lowest test-newest crashes faults deploys proofs bench \
+	bench-against containers check format schemas upgrade audit sbom secrets clean
 
 help:  ## show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -61,7 +62,15 @@ proofs: $(VENV)/.installed  ## what events cause, at size: transfers under kills
 		$(BIN)/pytest tests/faults/test_transfers.py tests/integration/test_unique_keys.py \
 		tests/contract/test_scheduled.py -k "kills or g12 or decided_or_cancelled" \
 		--timeout=3600 --log-cli-level=WARNING $(PYTEST_ARGS)
-	$(BIN)/python -m tests.benchmarks.scheduled
+	$(BIN)/python -m benchmarks.scheduled
+
+bench: $(VENV)/.installed  ## what a command costs: by the queue, and one at a time beside another library
+	$(BIN)/python -m benchmarks.one_at_a_time $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.queue $(BENCH_ARGS)
+
+bench-against: $(VENV)/.installed  ## the same of this tree and of another commit, in turns: REV=commit
+	$(BIN)/python -m benchmarks.one_at_a_time --against $(REV) $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.queue --against $(REV) $(BENCH_ARGS)
 
 containers: $(VENV)/.installed  ## build the images, run the compose file with a Docker engine, and kill some of it
 	deploy/containers/build-stand-ins

@@ -47,6 +47,7 @@ from cqrs_es.reactor import reactor_role
 from cqrs_es.runtime.supervisor import Supervisor
 from cqrs_es.runtime.topic import republish
 from cqrs_es.runtime.waiting import Home
+from cqrs_es.telemetry.tracing import NO_SPAN
 from cqrs_es.types import (
     AggregateKey,
     parse_command_id,
@@ -234,7 +235,8 @@ class OpenApplication:
             fresh=fresh,
             span=span,
         )
-        return await asyncio.shield(answer)
+        # Whoever goes away does not take the command along; its span ends with its outcome.
+        return await (answer if span is NO_SPAN else asyncio.shield(answer))
 
     async def schedule(
         self,

@@ -24,7 +24,17 @@ DOCS = PROJECT / "docs"
 CONTRACT = (DOCS / "contract.md").read_text()
 ACCEPTANCE = (DOCS / "acceptance.md").read_text()
 PAGES = [PROJECT / "README.md", PROJECT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
-FOLDERS = ("cqrs_es", "domain", "worker", "projectors", "config", "deploy", "examples", "tests")
+FOLDERS = (
+    "cqrs_es",
+    "domain",
+    "worker",
+    "projectors",
+    "config",
+    "deploy",
+    "examples",
+    "tests",
+    "benchmarks",
+)
 SOURCES = [path for folder in FOLDERS for path in sorted((PROJECT / folder).rglob("*.py"))]
 TESTS = [path for path in SOURCES if path.is_relative_to(PROJECT / "tests")]
 

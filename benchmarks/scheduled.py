@@ -1,6 +1,6 @@
 """What scheduled commands cost: the look for due ones, their decision, how late timers are.
 
-    python -m tests.benchmarks.scheduled [--store mysql postgres] [--rows 1000000]
+    python -m benchmarks.scheduled [--store mysql postgres] [--rows 1000000]
 
 One row in ten is due, the others are for the next day. A worker in this process then decides
 as many commands from its queue in memory as from rows, in turns; both on the same store.
@@ -59,7 +59,7 @@ class Added:
 class Sum(Aggregate[Add, Added, None], type="sum"):
     total: int = 0
 
-    def handle(self, command: Add, services: None) -> Iterator[Added]:  # noqa: ARG002
+    def handle(self, command: Add, services: None) -> Iterator[Added]:
         yield Added(command.number)
 
     def apply(self, event: Added) -> None:

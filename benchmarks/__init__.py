@@ -1,0 +1,1 @@
+"""Benchmarks, each a module that answers the question in its docstring's first line."""

@@ -1,0 +1,49 @@
+"""How soon is one command done, where each is awaited before the next one is given?
+
+    python -m benchmarks.one_at_a_time [--stores memory sqlite postgres mysql] [--against REV]
+
+Every contender is a process of its own that lives through all rounds; rounds take turns, so
+what else the machine does meets all of them. The library `eventsourcing` does the same work
+on a store of the same durability, where it has that store.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from benchmarks import measuring
+from benchmarks.measuring import OURS, Contender
+
+if TYPE_CHECKING:
+    from benchmarks.measuring import Revision
+
+STORES = ("memory", "sqlite", "postgres", "mysql")
+
+
+def contenders(store: str, urls: tuple[str, str], against: Revision | None) -> list[Contender]:
+    """Return who is measured on a store; each has a database of its own."""
+    ours = Contender(OURS, ("benchmarks.contenders.ours", urls[0]))
+    if against is not None:
+        module = ("benchmarks.contenders.ours", urls[1])
+        return [ours, Contender(against.name, module, against.tree)]
+    if store == "mysql":
+        return [ours]
+    module = ("benchmarks.contenders.eventsourcing_bank", urls[1])
+    return [ours, Contender("eventsourcing", module)]
+
+
+def main() -> None:
+    """Measure, on one store after the other."""
+    parser = measuring.options(__doc__, rounds=15, commands=300)
+    parser.add_argument("--stores", nargs="+", choices=STORES, default=STORES)
+    chosen = parser.parse_args()
+    report = measuring.Report("one_at_a_time", chosen)
+    with measuring.revision(chosen.against) as against:
+        for store in chosen.stores:
+            with measuring.databases(store) as urls:
+                report.add(store, measuring.race(contenders(store, urls, against), chosen))
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

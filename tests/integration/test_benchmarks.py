@@ -1,0 +1,37 @@
+"""Every benchmark still works; what it measures is looked at by people."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.bank_data import PROJECT
+from tests.servers import installed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NEEDS = {
+    "one_at_a_time": ["mariadbd", "initdb"],
+    "queue": ["mariadbd", "redis-server"],
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", NEEDS)
+def test_a_benchmark_works(name: str, tmp_path: Path) -> None:
+    """Each contender does its rounds, all with the same results, and the figures are written."""
+    for program in NEEDS[name]:
+        if program != "initdb":  # it is not on the path
+            installed(program)
+    found = tmp_path / "found.json"
+    arguments = [f"benchmarks.{name}", "--quick", "--json", str(found)]
+    subprocess.run([sys.executable, "-m", *arguments], cwd=PROJECT, check=True, timeout=240)
+    measured = json.loads(found.read_text())
+    assert measured["on"]["msgspec"]
+    for figures in measured["microseconds"].values():
+        assert all(rounds["wall"] and rounds["cpu"] for rounds in figures.values())
