@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Schema: TypeAlias = dict[str, Any]
 
 DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
-_MOMENT: Final = r"^\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d+)?"
+_DATE_TIME: Final = r"^\d{4}-\d{2}-\d{2}[Tt ]\d{2}:\d{2}:\d{2}(\.\d+)?"
 _ZONE: Final = r"([Zz]|[+-]\d{2}:?\d{2})"
 _PLAIN: Final[Mapping[type[types.Type], Schema]] = {
     types.AnyType: {},
@@ -41,11 +41,12 @@ _PLAIN: Final[Mapping[type[types.Type], Schema]] = {
     types.ByteArrayType: {"type": "string", "contentEncoding": "base64"},
 }
 # The form in which a moment or a Decimal has a zone, or may be infinite.
-_MOMENTS: Final[Mapping[bool | None, Schema]] = {
+MOMENTS: Final[Mapping[bool | None, Schema]] = {
     True: {"type": "string", "format": "date-time"},
-    False: {"type": "string", "pattern": f"{_MOMENT}$"},
-    None: {"type": "string", "pattern": f"{_MOMENT}{_ZONE}?$"},
+    False: {"type": "string", "pattern": f"{_DATE_TIME}$"},
+    None: {"type": "string", "pattern": f"{_DATE_TIME}{_ZONE}?$"},
 }
+STORED_DECIMAL: Final = f"^({DECIMAL.pattern}|NaN|-?Infinity)$"
 _BOUNDS: Final = {
     "ge": "minimum",
     "gt": "exclusiveMinimum",
@@ -112,16 +113,14 @@ class _Compiler:
             case types.DecimalType():
                 return self._decimal()
             case types.DateTimeType():
-                return dict(_MOMENTS[info.tz])
+                return dict(MOMENTS[info.tz])
             case _:
                 return _bounded(dict(_PLAIN[type(info)]), info)
 
     def _decimal(self) -> Schema:
         """Senders give finite ones in plain notation; what is stored may be NaN or Infinity."""
-        finite = DECIMAL.pattern
-        if self._closed:
-            return {"type": "string", "pattern": f"^{finite}$"}
-        return {"type": "string", "pattern": f"^({finite}|NaN|-?Infinity)$"}
+        finite = f"^{DECIMAL.pattern}$"
+        return {"type": "string", "pattern": finite if self._closed else STORED_DECIMAL}
 
     def _dict(self, info: types.DictType) -> Schema:
         schema: Schema = {"type": "object", "additionalProperties": self.of(info.value_type)}
