@@ -11,6 +11,7 @@ SECONDS_OF_CHAOS ?= 1200
 TRANSFERS ?= 10000
 KILLS ?= 100
 CRASHES ?= 20
+FUNCTION_COMMANDS ?= 10000
 MYSQL_SUITES := tests/contract tests/acceptance tests/integration/test_mysql_store.py \
 	tests/integration/test_server_stores.py
 # What the versions of libraries can break: stores, brokers, codecs, the command line.
@@ -19,7 +20,7 @@ RANGE_SUITES := tests/unit tests/contract tests/acceptance tests/deployment/test
 	tests/integration/test_amqp_service.py tests/integration/test_tracing.py
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-mysql test-lowest test-newest crashes faults deploys proofs bench \
-	bench-against containers check format schemas upgrade audit sbom secrets clean
+	bench-against containers serverless check format schemas upgrade audit sbom secrets clean
 
 help:  ## show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -81,12 +82,19 @@ deploys: $(VENV)/.installed  ## rolling deploys of changed views on two pairs of
 		tests/integration/test_view_versions.py \
 		--log-cli-level=WARNING $(PYTEST_ARGS)
 
+serverless: $(VENV)/.installed  ## functions at size: 10,000 commands under kills; the package as it is deployed
+	CI=true CQRS_ES_TEST_SERVERLESS=$(FUNCTION_COMMANDS) $(BIN)/pytest tests/faults/test_serverless.py \
+		--log-cli-level=WARNING $(PYTEST_ARGS)
+	PIP=$(BIN)/pip deploy/aws/make-package
+	du -sh deploy/aws/build
+
 check: $(VENV)/.installed  ## style, types, layers; the files of the deployment
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+	$(BIN)/cfn-lint deploy/aws/template.yaml
 	$(BIN)/pytest --quiet tests/deployment/test_schemas.py
 
 format: $(VENV)/.installed  ## rewrite the source in the project's style

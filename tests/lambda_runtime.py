@@ -71,6 +71,7 @@ class Sandbox:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         self.process: subprocess.Popen[bytes] | None = None
         self.starts = 0
+        self.kills = 0
 
     def __enter__(self) -> Self:
         return self
@@ -100,6 +101,7 @@ class Sandbox:
         try:
             posted = self._answer(id_, min(seconds, kill_after or seconds))
         except queue.Empty:
+            self.kills += 1
             self.kill()
             raise Killed from None
         if self._waiting.wait(PATIENCE_SECONDS) and self.process is not None:
@@ -152,8 +154,13 @@ class Sandbox:
             self.process.wait()
             self.process = None
         self._waiting.clear()
-        while not self._events.empty():
-            self._events.get_nowait()
+        self._events = queue.Queue()  # a request of the dead process waits at the old one
+
+    def processor_seconds(self) -> float:
+        """Return how much of a processor's time the process has taken."""
+        assert self.process is not None
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     # --- The runtime API ---------------------------------------------------------
 
@@ -274,11 +281,14 @@ class QueueSource:
         )
         return list(answer.get("Messages", []))
 
-    def bring(self, sandbox: Sandbox, **limits: float) -> int:
+    def bring(self, sandbox: Sandbox, **limits: float) -> None:
         """Bring the next messages; delete what is done, and put the others back."""
-        messages = self.receive()
-        if not messages:
-            return 0
+        self.hand_over(self.receive(), sandbox, **limits)
+
+    def hand_over(
+        self, messages: Sequence[Mapping[str, Any]], sandbox: Sandbox, **limits: float
+    ) -> None:
+        """Bring messages."""
         left = {message["MessageId"] for message in messages}
         try:
             answer = sandbox.invoke(records_of(messages, self.arn), **limits)
@@ -287,7 +297,6 @@ class QueueSource:
             pass
         self.put_back([each for each in messages if each["MessageId"] in left])
         self.delete([each for each in messages if each["MessageId"] not in left])
-        return len(messages)
 
     def put_back(self, messages: Sequence[Mapping[str, Any]]) -> None:
         """Have messages come again at once, as they do after their time-out."""

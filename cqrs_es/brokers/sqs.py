@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, contextmanager
 from datetime import UTC, datetime
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import orjson
 import structlog
@@ -41,8 +41,6 @@ log = structlog.get_logger("cqrs_es.broker")
 
 MOST_EVENT_BYTES: Final = 256 * 1024
 """What SNS takes, the attributes included."""
-MOST_PAYLOAD_BYTES: Final = 192 * 1024
-"""How large an event's payload may be, so that the whole fits whatever its id and metadata are."""
 PUBLISHED_AT_ONCE: Final = 50
 """So many events until the relay notes how far it is: what it has not noted comes again."""
 BATCH: Final = 10
@@ -157,7 +155,11 @@ class SqsBroker(Broker):
             url = await self._find_queue()
         except errors.NotFound:
             url = await self._create()
-        topic = {"FifoTopic": "true", "ContentBasedDeduplication": "false"}
+        topic = {
+            "FifoTopic": "true",
+            "ContentBasedDeduplication": "false",
+            "FifoThroughputScope": "MessageGroup",
+        }
         arn = await self._find_topic()
         try:
             await self._call("sns", "get_topic_attributes", TopicArn=arn)
@@ -249,18 +251,11 @@ class SqsBroker(Broker):
         """
         arn, some = await self._find_topic(), events[:PUBLISHED_AT_ONCE]
         for event in some:
-            text = _text(event.body)
-            if len(text.encode()) > MOST_EVENT_BYTES:
-                message = (
-                    f"{event.event_type} (partition {partition}, offset {event.offset}) has more"
-                    f" than the {MOST_EVENT_BYTES} bytes that SNS takes; publish by another broker"
-                )
-                raise errors.TooLarge(message)
             await self._call(
                 "sns",
                 "publish",
                 TopicArn=arn,
-                Message=text,
+                Message=_event_text(event),
                 MessageGroupId=str(partition),
                 MessageDeduplicationId=f"{partition}-{event.offset}-{log_epoch}",
                 MessageAttributes={
@@ -306,6 +301,19 @@ def _text(body: bytes) -> str:
     """Write a body as SQS takes it: of all that JSON may have as it is, two characters are not."""
     text = body.decode(errors="replace")
     return text.replace("\ufffe", "\\ufffe").replace("\uffff", "\\uffff")
+
+
+def _event_text(event: OutgoingEvent) -> str:
+    """Write an event; one that is too large says where its data is, at the gateway."""
+    text = _text(event.body)
+    if len(text.encode()) <= MOST_EVENT_BYTES:
+        return text
+    fields = orjson.loads(event.body)
+    del fields["data"]
+    stream, after = fields["partitionkey"].partition("/"), int(fields["aggregatesequence"]) - 1
+    where = f"{stream[0]}/{quote(stream[2], safe='')}/events?after={after}&limit=1"
+    log.warning("event published without its data", id=fields["id"], bytes=len(event.body))
+    return _text(orjson.dumps({**fields, "dataref": f"/aggregates/{where}"}))
 
 
 def _requests(commands: Sequence[OutgoingCommand]) -> Iterator[list[dict[str, str]]]:

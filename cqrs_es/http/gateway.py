@@ -18,7 +18,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cqrs_es import errors, wire
-from cqrs_es.client import Client
 from cqrs_es.cloudevents import to_cloudevent
 from cqrs_es.definitions import ViewDefinition
 from cqrs_es.http import requests
@@ -36,13 +35,13 @@ from cqrs_es.http.requests import Action
 from cqrs_es.messages import CommandMessage, id_reused
 from cqrs_es.ports.store import LoadRequest
 from cqrs_es.projection.seen import refuse_parked, wait_until_reached
-from cqrs_es.schema import asyncapi, openapi
 from cqrs_es.types import AggregateKey, new_command_id
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from cqrs_es.application import Application
+    from cqrs_es.client import Client
     from cqrs_es.http.requests import Authorize
     from cqrs_es.messages import Outcome
     from cqrs_es.opened import OpenApplication
@@ -97,6 +96,8 @@ class Gateway:
         process = opened.process
         async with AsyncExitStack() as stack:
             if self.via == "queue":
+                from cqrs_es.client import Client  # noqa: PLC0415 - a function has no use for it
+
                 client = Client(
                     service=process.service,
                     broker=process.broker,
@@ -411,6 +412,8 @@ class Gateway:
 
     async def _schema(self, request: Request, name: str) -> Response:
         await self._authorized(request, Action(kind="schema"))
+        from cqrs_es.schema import asyncapi, openapi  # noqa: PLC0415 - seldom asked for
+
         process = self.opened.process
         if name == "openapi.json":
             return _json(openapi(process.registry, process.service))

@@ -160,7 +160,7 @@ class _Opened:
         self._process = process
         self.open_until = open_until
         self._worker = CommandWorker(process)
-        self._pump = Pump(process, self._worker)
+        self._pump: Pump | None = None
 
     # --- Commands ------------------------------------------------------------
 
@@ -200,6 +200,8 @@ class _Opened:
         if seconds <= 0:
             log.warning("no time to pump: give the function a longer time-out")
             return {"idle": False}
+        if self._pump is None:
+            self._pump = Pump(self._process, self._worker)
         if chores:
             await self._pump.chores()
         pumped = await self._pump.run(seconds)

@@ -70,6 +70,8 @@ class Pump:
         self._process = process
         self._worker = worker
         self._relay = Relay(process) if process.broker.durable else None
+        if self._relay is not None:
+            self._relay.check()
         registry = process.registry
         self._followers: list[ProjectorLoop | ReactorLoop] = [
             *(ProjectorLoop(process, each) for each in registry.projections.values()),

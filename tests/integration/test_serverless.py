@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,76 +15,41 @@ import pytest
 from starlette.responses import Response
 
 from cqrs_es import errors, serverless, wire
+from cqrs_es.brokers import broker_for
 from cqrs_es.client import Client
 from cqrs_es.commands import new_command
 from cqrs_es.http import Action, Gateway
-from cqrs_es.ports.broker import OutgoingCommand
+from cqrs_es.ports.broker import OutgoingCommand, OutgoingEvent
 from cqrs_es.settings import Settings
 from cqrs_es.telemetry import logs
-from tests import lambda_runtime
-from tests.lambda_runtime import SCHEDULED, Killed, QueueSource, Sandbox, records_of, request
+from tests.bank_data import bank_folder
+from tests.cloud import Cloud, Doorbell, Subscriber, initialised
+from tests.lambda_runtime import (
+    REGION,
+    SCHEDULED,
+    Killed,
+    QueueSource,
+    Sandbox,
+    records_of,
+    request,
+)
 from worker.app import app
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
     from pathlib import Path
 
     from starlette.requests import Request
 
     from cqrs_es.messages import CommandMessage
 
-REGION = lambda_runtime.REGION
 QUEUE = "arn:aws:sqs:eu-central-1:123456789012:bank-commands.fifo"
-
-
-@dataclass(frozen=True, slots=True)
-class Cloud:
-    """A store, a queue and a topic, all on one server of moto's."""
-
-    store_url: str
-    broker_url: str
-    endpoint: str
-    tokens: Path
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """What the functions are configured with."""
-        return {
-            "CQRS_ES_STORE_URL": self.store_url,
-            "CQRS_ES_BROKER_URL": self.broker_url,
-            "BANK_HTTP_TOKENS_FILE": str(self.tokens),
-        }
-
-    @property
-    def table(self) -> str:
-        """The table's name."""
-        return self.store_url.partition("?")[0].rpartition("/")[2] + "-store"
-
-    def send(self, messages: Sequence[CommandMessage]) -> None:
-        """Send commands as any other service would."""
-
-        async def send() -> None:
-            async with Client(self.broker_url, service="bank") as client:
-                await client.send_many(messages)
-
-        asyncio.run(send())
 
 
 @pytest.fixture
 def cloud(dynamodb_url: str, dynamodb_server: str, tmp_path: Path) -> Cloud:
     """Make the bank's table, queue and topic."""
-    tokens = tmp_path / "tokens"
-    tokens.write_text("teller secret\n")
-    broker_url = f"sqs://{REGION}/bank?endpoint={dynamodb_server}"
-    made = Cloud(dynamodb_url, broker_url, dynamodb_server, tokens)
-
-    async def initialise() -> None:
-        settings = Settings(store_url=made.store_url, broker_url=broker_url, partitions=2)
-        async with app.open(settings, initialise=True):
-            pass
-
-    asyncio.run(initialise())
-    return made
+    return initialised(dynamodb_url, dynamodb_server, tmp_path)
 
 
 @pytest.fixture
@@ -115,8 +83,8 @@ def _everybody(_request: Request, _action: Action) -> dict[str, str]:
 @pytest.fixture
 def handler(cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> Iterator[serverless.Handler]:
     """Have the handler in this process."""
-    monkeypatch.setenv("CQRS_ES_STORE_URL", cloud.store_url)
-    monkeypatch.setenv("CQRS_ES_BROKER_URL", cloud.broker_url)
+    for name, value in cloud.environment.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(logs, "configure", _leave_logs)
     made = serverless.handler(app, authorize=_everybody)
     yield made
@@ -181,35 +149,6 @@ def test_a_command_its_events_the_topic_and_a_view_with_nothing_running(
         ("A-2", "1"),
     ]
     assert sandbox.starts == 2
-
-
-class Subscriber:
-    """A queue that is subscribed to the topic."""
-
-    def __init__(self, cloud: Cloud) -> None:
-        self._sqs = lambda_runtime.client("sqs", cloud.endpoint)
-        sns = lambda_runtime.client("sns", cloud.endpoint)
-        attributes = {"FifoQueue": "true", "VisibilityTimeout": "0"}
-        self._url = self._sqs.create_queue(QueueName="all.fifo", Attributes=attributes)["QueueUrl"]
-        (topic,) = sns.list_topics()["Topics"]
-        sns.subscribe(
-            TopicArn=topic["TopicArn"],
-            Protocol="sqs",
-            Endpoint=f"arn:aws:sqs:{REGION}:123456789012:all.fifo",
-            Attributes={"RawMessageDelivery": "true"},
-        )
-
-    def events(self) -> list[dict[str, Any]]:
-        """Take all events that have come, of each partition in the order in which they came."""
-        events: list[dict[str, Any]] = []
-        while messages := self._sqs.receive_message(
-            QueueUrl=self._url, MaxNumberOfMessages=10, AttributeNames=["All"]
-        ).get("Messages"):
-            for message in messages:
-                events.append(json.loads(message["Body"]))
-                assert message["Attributes"]["MessageGroupId"] == str(events[-1]["partition"])
-                self._sqs.delete_message(QueueUrl=self._url, ReceiptHandle=message["ReceiptHandle"])
-        return sorted(events, key=lambda event: int(event["partition"]))
 
 
 # --- The queue -----------------------------------------------------------------------
@@ -388,6 +327,28 @@ def test_an_unknown_event_is_refused(event: Any, handler: serverless.Handler) ->
         handler(event, Invocation())
 
 
+async def test_an_event_that_sns_does_not_take_says_where_its_data_is(cloud: Cloud) -> None:
+    """The topic goes on behind it, in order, whatever somebody has put into an event."""
+    subscriber = Subscriber(cloud)
+    broker = broker_for(cloud.broker_url, service="bank")
+    await broker.open()
+    fields = {"id": "account/a/\u00fc/1", "partitionkey": "account/a/\u00fc", "partition": 0}
+    events = [
+        {**fields, "aggregatesequence": str(sequence), "data": {"text": "x" * size}}
+        for sequence, size in ((1, 300_000), (2, 10))
+    ]
+    outgoing = [
+        OutgoingEvent(offset, "account", "Event", json.dumps(event).encode())
+        for offset, event in enumerate(events, 1)
+    ]
+    assert await broker.publish(0, "epoch", outgoing) == 2
+    await broker.close()
+    large, small = subscriber.events()
+    assert large["dataref"] == "/aggregates/account/a%2F%C3%BC/events?after=0&limit=1"
+    assert "data" not in large
+    assert small == events[1]
+
+
 def test_a_store_that_a_function_would_lose_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """SQLite, which is the default too, is in the function's own folder."""
     monkeypatch.setattr(logs, "configure", _leave_logs)
@@ -396,3 +357,100 @@ def test_a_store_that_a_function_would_lose_is_refused(monkeypatch: pytest.Monke
     with pytest.raises(errors.SettingsError, match="CQRS_ES_STORE_URL"):
         made({"pump": {}}, Invocation())
     made.close()
+
+
+# --- Whole stories ---------------------------------------------------------------------
+
+
+def test_a_transfer_spans_ten_invocations(cloud: Cloud, tmp_path: Path) -> None:
+    """Frozen between any two, killed twice; its time-out fires while the money is on its way."""
+    token = "Bearer secret"  # noqa: S105 - nobody's
+    log = tmp_path / "transfers.log"
+    done: list[dict[str, Any]] = []
+    with Sandbox("tests.apps.transfer_function.handler", cloud.environment, log) as sandbox:
+
+        def post(path: str, **payload: str) -> None:
+            event = request("POST", f"/aggregates/account/{path}", payload, authorization=token)
+            assert sandbox.invoke(event)["statusCode"] == 200
+
+        for name in ("ada", "ben"):
+            post(f"{name}/OpenAccount", account_id=name)
+        post("ada/DepositMoney", amount="100.00")
+        post("ada/TransferMoney", to_account="ben", amount="30.00")
+        while len(done) < 2:  # the transfer has seen that, and begins
+            done.append(sandbox.invoke(SCHEDULED))
+        sandbox.kill()
+        time.sleep(1.1)  # for so long nobody rings
+        while not done[-1]["idle"]:
+            done.append(sandbox.invoke(SCHEDULED))
+            if len(done) == 5:
+                sandbox.kill()
+        for name, balance in (("ada", "70.00"), ("ben", "30.00")):
+            row = request("GET", f"/views/account_query/{name}", authorization=token)
+            assert body_of(sandbox.invoke(row))["balance"] == balance
+    assert 4 + len(done) >= 10
+    assert asyncio.run(_transfers_of(cloud)) == [
+        "TransferBegan",
+        "TransferDelayed",
+        "TransferEnded",
+    ]
+
+
+async def _transfers_of(cloud: Cloud) -> list[str]:
+    settings = Settings(store_url=cloud.store_url)
+    async with app.open(settings, initialise=False, reach_broker=False) as opened:
+        every = [event async for event in opened.replay()]
+        left = await opened.storage.events.list_scheduled(None, 10)
+        assert [row.key.type for row in left] == ["statement"]  # that of next month
+        return [type(event.data).__name__ for event in every if event.aggregate_type == "transfer"]
+
+
+def test_the_demos_own_script_is_answered(cloud: Cloud, tmp_path: Path) -> None:
+    """The view that its last request reads is kept by another function, which the stream rings."""
+    demo = bank_folder().parent / "rust_demo"
+    if not demo.is_dir():
+        pytest.skip(f"the demo's own requests are not in {demo}")
+    template = (demo / "lambda_payload.json").read_text()
+    names = ("DepositMoney", "WithdrawMoney", "WriteCheck")
+    sent = [(demo / f"{name}.json").read_text() for name in names]
+    bodies = ['{"OpenAccount": {"account_id": "demo"}}', *sent]
+
+    def event(method: str, body: str) -> Any:
+        text = template.replace("$ACCOUNT", "demo").replace('"POST"', f'"{method}"')
+        return json.loads(text.replace("$PAYLOAD", json.dumps(body)[1:-1]))
+
+    bell, over = Doorbell(cloud), threading.Event()
+    function, pump = (
+        Sandbox("examples.rust_demo_lambda.handler", cloud.environment, tmp_path / f"{name}.log")
+        for name in ("function", "pump")
+    )
+
+    def ring() -> None:
+        while not over.wait(0.05):
+            if records := bell.rung():
+                pump.invoke({"Records": records})
+
+    with function, pump, ThreadPoolExecutor(1) as pool:
+        ringing = pool.submit(ring)
+        try:
+            for body in bodies:
+                assert function.invoke(event("POST", body))["statusCode"] == 204
+            refused = function.invoke(event("POST", bodies[0]))
+            assert (refused["statusCode"], bool(refused["body"])) == (400, True)
+            answer = function.invoke(event("GET", ""))
+        finally:
+            over.set()
+        ringing.result()
+    assert (answer["statusCode"], body_of(answer)) == (
+        200,
+        {
+            "account_id": "demo",
+            "balance": 343.72,
+            "written_checks": ["1170"],
+            "ledger": [
+                {"description": "deposit", "amount": 1000.0},
+                {"description": "atm withdrawal", "amount": 400.0},
+                {"description": "1170", "amount": 256.28},
+            ],
+        },
+    )

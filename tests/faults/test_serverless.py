@@ -1,0 +1,177 @@
+"""Functions that are killed at random, at any moment: nothing is lost, doubled or out of order.
+
+`make serverless` has more of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cqrs_es.commands import new_command
+from cqrs_es.settings import Settings
+from domain.account import BankAccount
+from projectors.account_query import AccountQuery
+from tests.cloud import PARTITIONS, Cloud, Doorbell, Subscriber, initialised
+from tests.lambda_runtime import SCHEDULED, Killed, QueueSource, Sandbox
+from worker.app import app
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from cqrs_es.messages import CommandMessage
+
+log = logging.getLogger(__name__)
+
+LARGE = "CQRS_ES_TEST_SERVERLESS" in os.environ
+COMMANDS = int(os.environ.get("CQRS_ES_TEST_SERVERLESS", "60"))
+ACCOUNTS = max(12, COMMANDS // 100)
+# Moto copies its whole table for each transaction: there are few commands on it.
+ON_DYNAMODB = min(COMMANDS, 600)
+SENT_AT_ONCE = 1_000 if LARGE else 30
+# Of so many invocations one is killed.
+ONE_IN = 20 if LARGE else 5
+PAUSE_SECONDS = 0.02
+SANDBOXES = 3 if LARGE else 1
+STORES = ["dynamodb", "postgres"] if LARGE else ["dynamodb"]
+
+
+@pytest.fixture(params=STORES)
+def cloud(request: pytest.FixtureRequest, dynamodb_server: str, tmp_path: Path) -> Cloud:
+    """Make the bank's store, queue and topic; the queue and the topic are moto's."""
+    dynamodb_url: str = request.getfixturevalue("dynamodb_url")  # which also empties the server
+    store_url = dynamodb_url
+    if request.param == "postgres":
+        store_url = request.getfixturevalue("postgres_url")
+    return initialised(store_url, dynamodb_server, tmp_path)
+
+
+def commands(number: int) -> list[CommandMessage]:
+    """Open accounts, and pay in 1, 2, 3 … in turn: an amount tells its place in the order."""
+    names = [f"A-{each}" for each in range(min(ACCOUNTS, number // 5))]
+    made = [new_command("account", each, "OpenAccount", {"account_id": each}) for each in names]
+    for place in range(number - len(names)):
+        name, amount = names[place % len(names)], 1 + place // len(names)
+        made.append(new_command("account", name, "DepositMoney", {"amount": str(amount)}))
+    return made
+
+
+class Work:
+    """Sandboxes side by side that are killed now and then, and what brings them commands."""
+
+    def __init__(self, cloud: Cloud, folder: Path) -> None:
+        self.cloud = cloud
+        self.source = QueueSource(cloud.endpoint, "bank-commands.fifo")
+        self._random = random.Random(7)
+        self._lock = threading.Lock()
+        self.invocations = 0
+        self.sandboxes = [
+            Sandbox("worker.serverless.handler", cloud.environment, folder / f"{number}.log")
+            for number in range(SANDBOXES)
+        ]
+
+    def fate(self, most: float) -> dict[str, float]:
+        """Decide when an invocation is killed, if it is."""
+        with self._lock:
+            self.invocations += 1
+            killed = self.invocations % ONE_IN == 0
+            return {"kill_after": self._random.uniform(0.001, most)} if killed else {}
+
+    @property
+    def kills(self) -> int:
+        """How many invocations were killed."""
+        return sum(sandbox.kills for sandbox in self.sandboxes)
+
+    def handle_all(self) -> None:
+        """Have every command decided that is in the queue."""
+
+        def handle(sandbox: Sandbox) -> None:
+            while self.source.depth():
+                if messages := self.source.receive():
+                    self.source.hand_over(messages, sandbox, **self.fate(0.3))
+                else:
+                    time.sleep(PAUSE_SECONDS)  # another has what is left
+
+        with ThreadPoolExecutor(SANDBOXES) as pool:
+            list(pool.map(handle, self.sandboxes))
+
+    def pump(self, event: Any, *, mercy: bool = False) -> Any:
+        """Ring the pump."""
+        with suppress(Killed):
+            return self.sandboxes[-1].invoke(event, **({} if mercy else self.fate(1.0)))
+
+    def garble(self, records: list[Any]) -> list[Any]:
+        """Drop, double and mix up what a stream brings."""
+        some = [record for record in records if self._random.random() < 0.7]
+        some += [record for record in some if self._random.random() < 0.3]
+        self._random.shuffle(some)
+        return some
+
+
+@pytest.fixture
+def work(cloud: Cloud, tmp_path: Path) -> Iterator[Work]:
+    """Lend sandboxes."""
+    made = Work(cloud, tmp_path)
+    yield made
+    for sandbox in made.sandboxes:
+        sandbox.__exit__()
+
+
+@pytest.mark.timeout(3600 if LARGE else 240)
+def test_killed_functions_decide_each_command_once_and_in_order(work: Work) -> None:
+    """Then one ring completes the views, whatever the stream's records were; so is the topic."""
+    cloud = work.cloud
+    on_dynamodb = cloud.store_url.startswith("dynamodb")
+    sent = commands(ON_DYNAMODB if on_dynamodb else COMMANDS)
+    subscriber = Subscriber(cloud)
+    bell = Doorbell(cloud) if on_dynamodb else None
+    events: list[dict[str, Any]] = []
+    for start in range(0, len(sent), SENT_AT_ONCE):
+        cloud.send(sent[start : start + SENT_AT_ONCE])
+        work.handle_all()
+        if bell is None:
+            work.pump(SCHEDULED)
+        elif records := work.garble(bell.rung()):
+            work.pump({"Records": records})
+        events += subscriber.events()
+    assert work.pump(SCHEDULED, mercy=True)["idle"]
+    events += subscriber.events()
+    log.warning("%d invocations, %d killed", work.invocations, work.kills)
+    assert work.kills
+    asyncio.run(_check_store(cloud, sent))
+    _check_topic(events, len(sent))
+
+
+async def _check_store(cloud: Cloud, sent: Sequence[CommandMessage]) -> None:
+    settings = Settings(store_url=cloud.store_url)
+    async with app.open(settings, initialise=False, reach_broker=False) as opened:
+        for name in {message.aggregate_id for message in sent}:
+            expected = [each.id for each in sent if each.aggregate_id == name]
+            events = await opened.events(BankAccount, name)
+            assert [event.command_id for event in events] == expected
+            view = await opened.view(AccountQuery, name)
+            assert view is not None
+            amounts = [entry.amount for entry in view.ledger]
+            assert amounts == [*range(1, len(expected))]
+            assert view.balance == sum(range(len(expected)))
+        assert await opened.storage.dead_letters.count() == 0
+
+
+def _check_topic(events: Sequence[dict[str, Any]], number: int) -> None:
+    """Each partition's events came once for whoever drops what it has had, and without a gap."""
+    reached = dict.fromkeys(range(PARTITIONS), 0)
+    for event in events:
+        partition, offset = event["partition"], int(event["offset"])
+        assert offset <= reached[partition] + 1
+        reached[partition] = max(reached[partition], offset)
+    assert sum(reached.values()) == number
