@@ -86,7 +86,7 @@ serverless: $(VENV)/.installed  ## functions at size: 10,000 commands under kill
 	CI=true CQRS_ES_TEST_SERVERLESS=$(FUNCTION_COMMANDS) $(BIN)/pytest tests/faults/test_serverless.py \
 		--log-cli-level=WARNING $(PYTEST_ARGS)
 	PIP=$(BIN)/pip deploy/aws/make-package
-	du -sh deploy/aws/build
+	du -sh build/functions
 
 check: $(VENV)/.installed  ## style, types, layers; the files of the deployment
 	$(BIN)/ruff check

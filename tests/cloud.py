@@ -95,7 +95,11 @@ class Subscriber:
             for message in messages:
                 events.append(json.loads(message["Body"]))
                 assert message["Attributes"]["MessageGroupId"] == str(events[-1]["partition"])
-                self._sqs.delete_message(QueueUrl=self._url, ReceiptHandle=message["ReceiptHandle"])
+            entries = [
+                {"Id": str(at), "ReceiptHandle": message["ReceiptHandle"]}
+                for at, message in enumerate(messages)
+            ]
+            self._sqs.delete_message_batch(QueueUrl=self._url, Entries=entries)
         return sorted(events, key=lambda event: int(event["partition"]))
 
 

@@ -300,12 +300,18 @@ class QueueSource:
 
     def put_back(self, messages: Sequence[Mapping[str, Any]]) -> None:
         """Have messages come again at once, as they do after their time-out."""
-        for message in reversed(messages):
-            self._sqs.change_message_visibility(
-                QueueUrl=self.url, ReceiptHandle=message["ReceiptHandle"], VisibilityTimeout=0
-            )
+        entries = [
+            {"Id": str(at), "ReceiptHandle": message["ReceiptHandle"], "VisibilityTimeout": 0}
+            for at, message in enumerate(reversed(messages))
+        ]
+        if entries:
+            self._sqs.change_message_visibility_batch(QueueUrl=self.url, Entries=entries)
 
     def delete(self, messages: Sequence[Mapping[str, Any]]) -> None:
         """Take messages off the queue."""
-        for message in messages:
-            self._sqs.delete_message(QueueUrl=self.url, ReceiptHandle=message["ReceiptHandle"])
+        entries = [
+            {"Id": str(at), "ReceiptHandle": message["ReceiptHandle"]}
+            for at, message in enumerate(messages)
+        ]
+        if entries:
+            self._sqs.delete_message_batch(QueueUrl=self.url, Entries=entries)

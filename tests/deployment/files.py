@@ -45,7 +45,8 @@ def interpolated(text: str, variables: Mapping[str, str]) -> str:
 
 def manifest_files() -> list[Path]:
     """Return every file in deploy/ that Kubernetes is to take."""
-    return [path for path in sorted(DEPLOY.rglob("*.yaml")) if path.name != KUSTOMIZATION]
+    others = {KUSTOMIZATION, "template.yaml"}  # that of AWS
+    return [path for path in sorted(DEPLOY.rglob("*.yaml")) if path.name not in others]
 
 
 def documents(path: Path) -> list[Document]:

@@ -57,8 +57,9 @@ def _plain(loader: yaml.SafeLoader, _suffix: str, node: yaml.Node) -> Any:
     return loader.construct_mapping(node, deep=True)
 
 
-_Loader.add_multi_constructor("!", _plain)
-DOCUMENT: dict[str, Any] = yaml.load(TEMPLATE.read_text(), _Loader)  # noqa: S506 - a safe one
+loader: Any = _Loader
+loader.add_multi_constructor("!", _plain)
+DOCUMENT: dict[str, Any] = yaml.load(TEMPLATE.read_text(), loader)  # noqa: S506 - a safe one
 RESOURCES: dict[str, Any] = DOCUMENT["Resources"]
 FUNCTION: dict[str, Any] = DOCUMENT["Globals"]["Function"]
 

@@ -13,7 +13,10 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -23,37 +26,42 @@ from domain.account import BankAccount
 from projectors.account_query import AccountQuery
 from tests.cloud import PARTITIONS, Cloud, Doorbell, Subscriber, initialised
 from tests.lambda_runtime import SCHEDULED, Killed, QueueSource, Sandbox
+from tests.servers import start_pgbouncer
 from worker.app import app
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
-
     from cqrs_es.messages import CommandMessage
 
 log = logging.getLogger(__name__)
 
 LARGE = "CQRS_ES_TEST_SERVERLESS" in os.environ
-COMMANDS = int(os.environ.get("CQRS_ES_TEST_SERVERLESS", "60"))
+COMMANDS = int(os.environ.get("CQRS_ES_TEST_SERVERLESS", "120"))
 ACCOUNTS = max(12, COMMANDS // 100)
 # Moto copies its whole table for each transaction: there are few commands on it.
 ON_DYNAMODB = min(COMMANDS, 600)
-SENT_AT_ONCE = 1_000 if LARGE else 30
+SENT_AT_ONCE = 1_000 if LARGE else 60
 # Of so many invocations one is killed.
-ONE_IN = 20 if LARGE else 5
+ONE_IN = 20 if LARGE else 7
 PAUSE_SECONDS = 0.02
 SANDBOXES = 3 if LARGE else 1
 STORES = ["dynamodb", "postgres"] if LARGE else ["dynamodb"]
 
 
 @pytest.fixture(params=STORES)
-def cloud(request: pytest.FixtureRequest, dynamodb_server: str, tmp_path: Path) -> Cloud:
+def cloud(
+    request: pytest.FixtureRequest, dynamodb_url: str, dynamodb_server: str, tmp_path: Path
+) -> Iterator[Cloud]:
     """Make the bank's store, queue and topic; the queue and the topic are moto's."""
-    dynamodb_url: str = request.getfixturevalue("dynamodb_url")  # which also empties the server
-    store_url = dynamodb_url
-    if request.param == "postgres":
-        store_url = request.getfixturevalue("postgres_url")
-    return initialised(store_url, dynamodb_server, tmp_path)
+    if request.param == "dynamodb":
+        yield initialised(dynamodb_url, dynamodb_server, tmp_path)
+        return
+    url = urlsplit(request.getfixturevalue("postgres_url"))
+    with TemporaryDirectory(prefix="cqrs-es-pgbouncer-") as folder:
+        pooler = start_pgbouncer(Path(folder), url.port or 5432, "session")
+        pooled = f"postgresql://{url.username}@127.0.0.1:{pooler.port}{url.path}"
+        yield initialised(pooled, dynamodb_server, tmp_path)
+        pooler.stop()
 
 
 def commands(number: int) -> list[CommandMessage]:
