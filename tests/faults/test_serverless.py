@@ -31,6 +31,7 @@ from worker.app import app
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
     from cqrs_es.messages import CommandMessage
 
 log = logging.getLogger(__name__)
