@@ -57,7 +57,8 @@ def cloud(
     if request.param == "dynamodb":
         yield initialised(dynamodb_url, dynamodb_server, tmp_path)
         return
-    url = urlsplit(request.getfixturevalue("postgres_url"))
+    direct: str = request.getfixturevalue("postgres_url")
+    url = urlsplit(direct)
     with TemporaryDirectory(prefix="cqrs-es-pgbouncer-") as folder:
         pooler = start_pgbouncer(Path(folder), url.port or 5432, "session")
         pooled = f"postgresql://{url.username}@127.0.0.1:{pooler.port}{url.path}"
