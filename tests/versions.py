@@ -39,22 +39,6 @@ class NewTally(View[Added], name="tally"):
         self.numbers = [*self.numbers[-9:], event.data.n]
 
 
-@dataclass
-class Leaving(View[Added], name="leaving"):
-    total: int = 0
-
-    def update(self, event: Envelope[Added]) -> None:
-        self.total += event.data.n
-
-
-@dataclass
-class Arriving(View[Added], name="arriving"):
-    total: int = 0
-
-    def update(self, event: Envelope[Added]) -> None:
-        self.total += event.data.n
-
-
 class OldDays(Projector[Added], name="days"):
     tables: ClassVar[Mapping[str, str]] = {
         "days": "counter VARCHAR(40) NOT NULL PRIMARY KEY, total BIGINT NOT NULL"
@@ -83,10 +67,6 @@ class NewDays(Projector[Added], name="days"):
             counter, amount = event.aggregate_id, event.data.n
             row: dict[str, SqlValue] = {"counter": counter, "amount": amount, "events": 1}
             await sql.upsert(self.table("days"), ["counter"], [row], added)
-
-
-OLD = (OldTally, OldDays, Leaving)
-NEW = (NewTally, NewDays, Arriving)
 
 
 def version(*views: type[View[Any] | Projector[Any]]) -> Application:
