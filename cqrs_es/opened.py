@@ -484,9 +484,10 @@ class OpenApplication:
         return _read_here(await self.storage.views.generations(), self.registry, name)
 
     async def views_behind(self) -> list[str]:
-        """Return the views that no projector has filled for this code yet; see `generation`."""
-        return views_behind(
-            await self.storage.views.generations(), self.registry.projections.values()
+        """Return the views that are not filled for this code, or are far behind the live rows."""
+        views = self.storage.views
+        return await views_behind(
+            views, await views.generations(), self.registry.projections.values()
         )
 
     async def wait_for(self, name: str, outcome: Outcome, seconds: float = 10.0) -> None:

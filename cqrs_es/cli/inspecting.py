@@ -122,7 +122,7 @@ async def _view(
     now, filling = await read_generations(views, name), None
     definition = opened.registry.projections.get(name)
     own = None if definition is None else now.projected_by(definition.fingerprint)
-    if own is not None and not now.is_live_or_filled(own):
+    if own is not None and own != now.live and name in await opened.views_behind():
         seen = sum((await views.checkpoints(physical_name(name, own))).values())
         filling = {"generation": own, "done": seen, "total": sum(heads.values())}
     return {

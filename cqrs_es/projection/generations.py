@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger("cqrs_es.projection")
 
 FIRST: Final = 1
+# So many events apart two generations are equally up to date: each has a transaction under way.
+FEW_EVENTS: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,15 +121,29 @@ def is_projected(numbers: Mapping[str, int], folding: Folding) -> bool:
     return now.projected_by(folding.fingerprint) == folding.generation
 
 
-def views_behind(
-    numbers: Mapping[str, int], definitions: Iterable[ProjectionDefinition]
+async def views_behind(
+    views: ViewStore, numbers: Mapping[str, int], definitions: Iterable[ProjectionDefinition]
 ) -> list[str]:
-    """Return the views of which this code has no generation that is filled."""
-    return [
-        definition.name
-        for definition in definitions
-        if not generations_of(numbers, definition.name).has_filled(definition.fingerprint)
-    ]
+    """Return the views of which this code has no generation that is filled and up to date.
+
+    After a time without its projectors one that is filled is behind the live one.
+    """
+    return [each.name for each in definitions if await _is_behind(views, numbers, each)]
+
+
+async def _is_behind(
+    views: ViewStore, numbers: Mapping[str, int], definition: ProjectionDefinition
+) -> bool:
+    name = definition.name
+    now = generations_of(numbers, name)
+    own = now.projected_by(definition.fingerprint)
+    if own is None or own not in now.filled:
+        return True
+    if own == now.live:
+        return False
+    seen = await views.checkpoints(physical_name(name, own))
+    live = await views.checkpoints(physical_name(name, now.live))
+    return sum(max(0, to - seen.get(p, 0)) for p, to in live.items()) > FEW_EVENTS
 
 
 def views_of(numbers: Mapping[str, int]) -> list[str]:

@@ -46,7 +46,7 @@ class Health:
     """Knows why a process is not ready, from its start to its end.
 
     `waiting_for` is what keeps the application from being open, until `follow`;
-    `views_behind`, which views are to be filled for this code yet, where that is
+    `views_behind`, which views this code has not, or not up to date, where that is
     waited for: None before anybody has looked.
     """
 
@@ -102,7 +102,10 @@ class Health:
         yield from self._stalls.reasons
         if self.views_behind is None:
             yield "view_behind: not looked at yet"
-        yield from (f"view_behind: {name} is not filled yet" for name in self.views_behind or ())
+        yield from (
+            f"view_behind: {name} is not up to date for this code"
+            for name in self.views_behind or ()
+        )
 
     def live(self, _accept: str) -> Answer:
         """Answer `/live`: that this is answered at all is what it says."""
@@ -205,12 +208,14 @@ class Probes:
             group.create_task(self._wait_for_views(process))
 
     async def _wait_for_views(self, process: Process) -> None:
-        """Look which views are behind until none is: filled once, they are so for good."""
+        """Look which views are behind until none is; what comes later is the projectors' lag."""
         definitions = process.registry.projections.values()
         while self.health.views_behind != []:
             with suppress(errors.CqrsError):
                 numbers = await process.generations.get(VIEWS_SECONDS)
-                self.health.views_behind = views_behind(numbers, definitions)
+                self.health.views_behind = await views_behind(
+                    process.storage.views, numbers, definitions
+                )
             await asyncio.sleep(VIEWS_SECONDS)
 
     def _readings(self) -> Iterator[Reading]:

@@ -43,7 +43,9 @@ LONG = 180.0
 NAMES = [f"purse-{number}" for number in range(12)]
 HISTORY = 1500
 ROLES = ("projector", "worker", "relay")
-ORDERS = list(itertools.permutations(ROLES))[: int(os.environ.get("CQRS_ES_TEST_ORDERS", "6"))]
+ORDERS: list[tuple[str, ...]] = [*itertools.permutations(ROLES)][
+    : int(os.environ.get("CQRS_ES_TEST_ORDERS", "6"))
+]
 APP = "tests.apps.versions:app"
 Shown = dict[str, tuple[int, str, int]]
 """By purse its total, its title, and the last event that was seen."""

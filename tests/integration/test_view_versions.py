@@ -129,8 +129,10 @@ async def test_new_code_fills_a_generation_of_its_own_and_old_code_finds_its_own
             await project(old)
         for number, views in ((2, NEW), (1, OLD), (2, NEW)):
             async with process(store_url, *views, storage=storage) as opened:
-                await add(opened)
+                assert set(await opened.views_behind()) == {"tally", "days"}, "none, or far behind"
+                await add(opened, times=30)
                 await project(opened)
+                assert await opened.views_behind() == []
                 total = await expected(opened)
                 assert await tallied(opened, views[0]) == total
                 assert await days_of(opened, "amount" if number == 2 else "total") == total
@@ -442,7 +444,7 @@ async def test_ready_waits_for_views_where_that_is_asked_for(tmp_path: Path, ask
             return [reason for reason in probes.health.reasons() if "view_behind" in reason]
 
         async def says_so() -> bool:
-            return await reasons() == ["view_behind: tally is not filled yet"]
+            return await reasons() == ["view_behind: tally is not up to date for this code"]
 
         async def is_content() -> bool:
             return await reasons() == []
