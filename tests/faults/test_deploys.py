@@ -31,7 +31,7 @@ from tests.stores import sql_of
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Mapping
+    from collections.abc import AsyncGenerator, Mapping, Sequence
     from pathlib import Path
     from subprocess import Popen
 
@@ -43,7 +43,7 @@ LONG = 180.0
 NAMES = [f"purse-{number}" for number in range(12)]
 HISTORY = 1500
 ROLES = ("projector", "worker", "relay")
-ORDERS: list[tuple[str, ...]] = [*itertools.permutations(ROLES)][
+ORDERS: Sequence[tuple[str, ...]] = [*itertools.permutations(ROLES)][
     : int(os.environ.get("CQRS_ES_TEST_ORDERS", "6"))
 ]
 APP = "tests.apps.versions:app"
@@ -241,7 +241,7 @@ async def _all_right(opened: OpenApplication, code: str) -> None:
     assert await opened.storage.dead_letters.count() == 0
 
 
-async def roll(made: Service, orders: list[tuple[str, ...]], copies: int) -> None:
+async def roll(made: Service, orders: Sequence[tuple[str, ...]], copies: int) -> None:
     """Deploy the new version and the old one again, in each order of roles, under load."""
     settings = Settings(store_url=made.store_url)
     async with (
