@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sqlite3
 import types
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -349,6 +350,30 @@ async def test_a_fill_that_fails_on_an_old_event(store_url: str) -> None:
                 assert await tallied(new, NewTally) == await expected(new)
         finally:
             NewTally.bad = ""
+
+
+async def test_a_file_that_gets_full_while_a_view_is_filled(tmp_path: Path) -> None:
+    """That ends the process, as every write that finds no room; with room it goes on from there."""
+    url = f"sqlite:///{tmp_path}/store.db"
+    async with process(url, OldTally) as old:
+        for number in range(400):
+            await old.execute(Counter, f"counter {number}", Add(1))
+        await project(old)
+    with closing(sqlite3.connect(tmp_path / "store.db")) as connection:
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+    with pytest.raises(ExceptionGroup) as caught:
+        async with process(f"{url}?max_pages={pages + 6}", NewTally) as new, new.running():
+            await asyncio.sleep(LONG)
+    assert caught.value.subgroup(errors.StoreFull) is not None
+    async with process(url, NewTally) as new:
+        assert await live(new.storage.views, "tally") == 1
+        assert await new.views_behind() == ["tally"]
+        await project(new)
+        assert await live(new.storage.views, "tally") == 2
+        assert (
+            dict(await new.view_page(NewTally, limit=1000)).keys() == (await expected(new)).keys()
+        )
+        assert await new.storage.views.list_parked() == []
 
 
 @on("sqlite")
