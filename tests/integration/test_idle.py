@@ -41,8 +41,9 @@ async def works(opened: OpenApplication, supervisor: Supervisor, partitions: int
     return held and known and opened.process.watcher.quiet
 
 
-@pytest.mark.parametrize("store_url", ["mysql", "postgres"], indirect=True)
-@pytest.mark.parametrize("partitions", [16, 256])
+@pytest.mark.parametrize(
+    ("store_url", "partitions"), [("mysql", 256), ("postgres", 16)], indirect=["store_url"]
+)
 async def test_nothing_to_do_costs_little(store_url: str, partitions: int) -> None:
     """Three processes ask a few statements a second, however many partitions there are."""
     broker = MemoryBroker(event_retention=100)

@@ -232,6 +232,7 @@ def test_d8_a_handler_that_ends_the_process(cats: Service, outside: Outside) -> 
     assert cats.stop(workers[-1]) == 0
 
 
+@pytest.mark.parametrize("broker_url", ["redis"], indirect=True)  # a row comes by none
 def test_d8_a_due_row_that_ends_the_process(cats: Service) -> None:
     """As from the queue: the rows beside it are accepted, it fails after a few deaths."""
     deadly = asyncio.run(_schedule(cats.store_url))
