@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import asyncpg
 import orjson
 import pytest
 from structlog.testing import capture_logs
@@ -18,6 +21,7 @@ from cqrs_es.ports.store import NewEvent, Snapshot
 from cqrs_es.ports.views import ParkedAggregate
 from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
+from cqrs_es.stores.postgres.dialect import literal
 from tests.contract.building import (
     PARTITIONS,
     accepted,
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
 
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.views import SqlValue
+    from cqrs_es.stores.sql.dialect import Parameter
 
 
 @pytest.fixture
@@ -308,3 +313,42 @@ async def test_a_rebuild_that_cant_publish_says_why(postgres_url: str) -> None:
             await run_ddl(opened.storage, "DROP VIEW report")
             await opened.initialise()
             assert await sql_of(opened.storage.views).query("SELECT total FROM sums") == [(2,)]
+
+
+@pytest.mark.parametrize("conforming", ["on", "off"])
+async def test_the_server_reads_literals_as_the_values_that_they_are(
+    postgres_url: str, conforming: str
+) -> None:
+    """An append's values are sent in its text; none may end its literal, whatever it is."""
+    pieces = [
+        "'",
+        "\\",
+        "\\'",
+        "''",
+        '"',
+        "%",
+        "%s",
+        "?",
+        "$1",
+        "--",
+        "/*",
+        ";",
+        "\n",
+        "é",
+        "🏦",
+        " E'",
+    ]
+    texts = ["", *pieces, *("".join(pair) for pair in itertools.product(pieces, repeat=2))]
+    moment = datetime(2026, 3, 29, 1, 30, 0, 123456, tzinfo=UTC)
+    connection: Any = await asyncpg.connect(postgres_url)
+    try:
+        await connection.execute(f"SET standard_conforming_strings = {conforming}")
+        query = f"SELECT * FROM unnest(ARRAY[{', '.join(map(literal, texts))}])"  # noqa: S608
+        assert [row[0] for row in await connection.fetch(query)] == texts
+        values: list[Parameter] = [b"\x00\\'", b"", 2**63 - 1, -(2**63) + 1, 0, moment, None]
+        row = await connection.fetchrow(f"SELECT {', '.join(map(literal, values))}")
+        assert list(row) == values
+    finally:
+        await connection.close()
+    with pytest.raises(TypeError):
+        literal(Decimal(1))

@@ -218,7 +218,9 @@ class PostgresSession(ServerSession):
             self._begins = False
             sql = f"BEGIN; {sql}"
         async with self._answering():
-            done: str = await self._connection.execute(numbered(sql), *map(_readable, parameters))
+            # What has its values in it is not to be looked through, or remembered: it may be long.
+            text = numbered(sql) if parameters else sql
+            done: str = await self._connection.execute(text, *map(_readable, parameters))
         return done
 
     def _mapped_errors(self) -> AbstractContextManager[None]:
