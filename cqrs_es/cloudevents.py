@@ -68,6 +68,14 @@ def from_cloudevent(body: bytes) -> tuple[StoredEvent, str]:
         raise errors.UndecodableRow(message) from exc
 
 
+def offset_in(body: bytes) -> int:
+    """Return the offset that an event says it has; -1 for what is no event."""
+    try:
+        return int(orjson.loads(body)["offset"])
+    except (ValueError, TypeError, KeyError):
+        return -1
+
+
 def event_at(partition: int, offset: int, body: bytes) -> tuple[StoredEvent, str]:
     """Read as `from_cloudevent` does what the topic holds at a place; it must be that place's."""
     event, log_epoch = from_cloudevent(body)

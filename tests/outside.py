@@ -216,9 +216,10 @@ class RabbitOutside(Outside):
 
     def lose_everything(self, name: str) -> None:
         channel = self._connection.channel()
-        for queue in [_everything(name), *_queues(name)]:
+        marks = [f"{name}.marks.{partition}" for partition in range(PARTITIONS)]
+        for queue in [_everything(name), *_queues(name), *marks]:
             channel.queue_delete(queue)
-        for exchange in ("commands", "commands.dead", "events"):
+        for exchange in ("commands", "commands.dead", "events", "marks"):
             channel.exchange_delete(f"{name}.{exchange}")
         channel.close()
 

@@ -110,6 +110,12 @@ class MemoryBroker(Broker):
         """Return the last offset of a stream, 0 when it is empty."""
         return self._topic[partition].end
 
+    async def last_published(self, partition: int) -> TopicEvent | None:
+        """Return the last event of a stream, while it is there."""
+        stream = self._topic[partition]
+        body = stream.events.get(stream.end)
+        return None if body is None else TopicEvent(partition, stream.end, body)
+
     async def subscribe(self, after: Mapping[int, int]) -> EventFeed:
         """Open a feed of its own for one subscriber."""
         feed = _Feed(self._topic, after, self._opened)

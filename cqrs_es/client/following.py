@@ -103,11 +103,28 @@ class Follower:
         """Note of which partitions the store has more: the topic may never deliver it."""
         if self._source.has_store:
             ends = await self._source.ends()
+            await self._check_ends(ends)
             self._behind = {
                 partition
                 for partition, reached in self._order.reached.items()
                 if (ends[partition] or 0) > (reached or 0)
             }
+
+    async def _check_ends(self, ends: Mapping[int, int | None]) -> None:
+        """Raise `BrokenLog` where the store ends before what was had of this very epoch."""
+        ahead = [
+            (partition, reached, ends[partition] or 0)
+            for partition, reached in self._order.reached.items()
+            if (reached or 0) > (ends[partition] or 0)
+        ]
+        if ahead and await self._source.log_epoch() == self.epoch:
+            partition, reached, end = ahead[0]
+            message = (
+                f"partition {partition} of the log ends at {end}, but {reached} was read before:"
+                " its store was put back to an earlier state; its operators run"
+                " `cqrs-es init --new-epoch`"
+            )
+            raise errors.BrokenLog(message)
 
     async def _read_store(self, partition: int) -> None:
         after = self._order.reached[partition] or 0

@@ -248,6 +248,21 @@ class Broker(ABC):
     async def topic_end(self, partition: int) -> int | None:
         """Return the last offset the topic holds, None when the broker can't tell."""
 
+    async def last_published(self, partition: int) -> TopicEvent | None:
+        """Return the last event of a partition that was published, as the broker keeps it.
+
+        None where it keeps none, or has lost it.
+        """
+        del partition
+        return None
+
+    async def note_published(self, partition: int, event: OutgoingEvent) -> None:
+        """Have an event kept as the last one that was published; a failure is only logged.
+
+        There is nothing to do where the topic itself keeps it.
+        """
+        del partition, event
+
     @abstractmethod
     async def subscribe(self, after: Mapping[int, int]) -> EventFeed:
         """Receive the events of these partitions above these offsets, if the topic has them."""

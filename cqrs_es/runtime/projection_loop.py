@@ -26,7 +26,7 @@ from cqrs_es.projection.rebuild import ENOUGH_EVENTS, Rebuild
 from cqrs_es.projector import code_role, is_other_code, physical_name, projector_role
 from cqrs_es.reactor import reactor_role
 from cqrs_es.runtime.roles import LagMetrics, Role
-from cqrs_es.runtime.topic import topic_within_log
+from cqrs_es.runtime.topic import check_same_log, topic_within_log
 from cqrs_es.runtime.waiting import unless, within
 from cqrs_es.telemetry import metrics
 from cqrs_es.telemetry.metrics import Reading
@@ -77,7 +77,10 @@ class Follower:
         await self._catch_up()
         seen = self._process.watcher.head(partition)
         storage, broker = self._process.storage, self._process.broker
-        await topic_within_log(storage, broker, partition, seen=seen)
+        end = await topic_within_log(storage, broker, partition, seen=seen)
+        if end:  # what it repeats may be of a log that was put back since
+            epoch = (await storage.info()).log_epoch
+            await check_same_log(storage, broker, partition, epoch)
         feed = await self._process.broker.subscribe({partition: applier.checkpoint})
         try:
             # What came after the look at the store and before the subscription passed us by.

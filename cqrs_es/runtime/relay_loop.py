@@ -15,7 +15,7 @@ import structlog
 from cqrs_es import errors
 from cqrs_es.runtime.remote import RemoteSender, ended
 from cqrs_es.runtime.roles import RELAY, LagMetrics, Role
-from cqrs_es.runtime.topic import topic_events, topic_within_log
+from cqrs_es.runtime.topic import check_same_log, topic_events, topic_within_log
 from cqrs_es.runtime.waiting import unless, within
 from cqrs_es.telemetry import metrics
 
@@ -80,6 +80,7 @@ class Relay(Role):
         epoch = info.log_epoch
         marks = await self._storage.views.checkpoints(RELAY_MARK)
         mark = await self._look(lease.partition, marks.get(lease.partition, 0), epoch, info)
+        await check_same_log(self._storage, self._broker, lease.partition, epoch)
         stored = marks.get(lease.partition, 0)
         assignment.position = mark
         while not stopping.is_set():
@@ -87,9 +88,11 @@ class Relay(Role):
                 assignment.went_well()
             waiting = within(QUIET_SECONDS, self._watcher.wait_beyond(lease.partition, mark))
             if await unless(stopping, waiting) is not None:
-                mark = await self._publish_after(lease.partition, mark, epoch)
+                mark, last = await self._publish_after(lease.partition, mark, epoch)
                 stored = await self._advance(lease, stored, mark)
                 assignment.reached(mark)
+                if last is not None:
+                    await self._broker.note_published(lease.partition, last)
             elif not stopping.is_set():
                 info = await self._info.get(QUIET_SECONDS)
                 mark = await self._look(lease.partition, mark, epoch, info)
@@ -109,7 +112,7 @@ class Relay(Role):
         """
         info = await self._info.get(QUIET_SECONDS)
         first = await self._look(partition, stored, info.log_epoch, info)
-        mark = await self._publish_after(partition, first, info.log_epoch)
+        mark, _ = await self._publish_after(partition, first, info.log_epoch)
         if mark > stored:
             async with self._storage.views.transaction() as transaction:
                 await transaction.advance(RELAY_MARK, partition, stored, mark)
@@ -129,18 +132,21 @@ class Relay(Role):
         end = await topic_within_log(self._storage, self._broker, partition, mark=mark, seen=seen)
         return mark if end is None else min(mark, end)
 
-    async def _publish_after(self, partition: int, mark: int, epoch: str) -> int:
+    async def _publish_after(
+        self, partition: int, mark: int, epoch: str
+    ) -> tuple[int, OutgoingEvent | None]:
+        """Publish what follows the mark; return how far the topic is, and that event."""
         events = await self._storage.events.read_log(partition, mark, CHUNK)
         if not events:
-            return mark
+            return mark, None
         outgoing = topic_events(events, self._service, epoch)
         with self._tracing.publishing(partition, events):
             confirmed = await self._publish(partition, epoch, outgoing)
         last = events[-1].offset
         self._note(partition, mark, min(confirmed, last))
         if confirmed > last:  # another relay was here before us
-            return await self._look(partition, last, epoch, await self._storage.info())
-        return confirmed
+            return await self._look(partition, last, epoch, await self._storage.info()), None
+        return confirmed, outgoing[confirmed - mark - 1] if confirmed > mark else None
 
     async def _publish(self, partition: int, epoch: str, events: Sequence[OutgoingEvent]) -> int:
         try:

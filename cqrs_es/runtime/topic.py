@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+import structlog
+
 from cqrs_es import errors
-from cqrs_es.cloudevents import to_cloudevent
+from cqrs_es.cloudevents import event_at, to_cloudevent
 from cqrs_es.ports.broker import OutgoingEvent
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.store import EventStore
     from cqrs_es.runtime.process import Process
+
+log = structlog.get_logger("cqrs_es.relay")
 
 REPUBLISHED_AT_ONCE: Final = 500
 
@@ -57,6 +61,52 @@ async def topic_within_log(
             )
             raise errors.BrokenLog(message)
     return end
+
+
+async def check_same_log(storage: Storage, broker: Broker, partition: int, epoch: str) -> None:
+    """Compare the last event that was published with what the log has at its offset.
+
+    Raises `BrokenLog` where that is another one: the store was put back to an earlier state,
+    without a new epoch, and has gone on since. Raises `ConfigurationError` for an event of
+    another store. Where the broker keeps none there is nothing to compare.
+    """
+    last = await broker.last_published(partition)
+    if last is None:
+        return
+    try:
+        published, its_epoch = event_at(partition, last.offset, last.body)
+    except errors.UndecodableRow as exc:
+        log.warning("last published event is foreign", partition=partition, error=exc.message)
+        return
+    if its_epoch != epoch:
+        message = (
+            f"the last event published of partition {partition} is of epoch {its_epoch}, the log of"
+            f" {epoch}: another store publishes by this service's name, or an `init` was cut"
+            " short; run `cqrs-es init` to have the topic follow this store"
+        )
+        raise errors.ConfigurationError(message)
+    head = (await storage.events.heads()).get(partition, 0)
+    if published.offset > head:
+        ends = f"ends at {head}, but offset {published.offset} was published"
+        raise errors.BrokenLog(f"partition {partition} of the log {ends}{_PUT_BACK}")
+    (stored,) = await storage.events.read_log(partition, published.offset - 1, 1)
+    if _identity(stored) != _identity(published):
+        differs = (
+            f"has {stored.key}/{stored.sequence} of command {stored.command_id} at offset"
+            f" {stored.offset}, where {published.key}/{published.sequence} of command"
+            f" {published.command_id} was published"
+        )
+        raise errors.BrokenLog(f"partition {partition} of the log {differs}{_PUT_BACK}")
+
+
+_PUT_BACK: Final = (
+    ": the store was put back to an earlier state; run `cqrs-es init --new-epoch`, which has"
+    " the topic and all who read it begin again"
+)
+
+
+def _identity(event: StoredEvent) -> tuple[object, ...]:
+    return event.key, event.sequence, event.command_id
 
 
 async def republish(process: Process, partition: int, start: int) -> int:

@@ -223,9 +223,12 @@ def test_the_topology_is_the_contracts() -> None:
         "bank.commands": "direct",
         "bank.commands.dead": "fanout",
         "bank.events": "topic",
+        "bank.marks": "direct",
     }
     assert exchanges["bank.commands"].arguments == {"alternate-exchange": "bank.commands.dead"}
-    assert list(queues) == ["bank.commands.dead", "bank.commands.0", "bank.commands.1"]
+    commands = ["bank.commands.dead", "bank.commands.0", "bank.commands.1"]
+    assert list(queues) == [*commands, "bank.marks.0", "bank.marks.1"]
+    assert queues["bank.marks.1"].arguments == {"x-max-length": 1, "x-overflow": "drop-head"}
     assert (queues["bank.commands.1"].exchange, queues["bank.commands.1"].routing_key) == (
         "bank.commands",
         "1",

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from amqp.exceptions import NotFound, PreconditionFailed
+import structlog
+from amqp.exceptions import AccessRefused, NotFound, PreconditionFailed
 
 from cqrs_es import errors
 from cqrs_es.brokers.amqp import consuming, publishing, topology
 from cqrs_es.brokers.amqp.connection import BLOCKED, Bridge, Reconnecting, refused_login
 from cqrs_es.brokers.amqp.consuming import Consumer, PrepareQueue
 from cqrs_es.brokers.amqp.driver import Address
-from cqrs_es.ports.broker import Broker, Topology
+from cqrs_es.cloudevents import offset_in
+from cqrs_es.ports.broker import Broker, TopicEvent, Topology
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     )
 
 
+log = structlog.get_logger("cqrs_es.amqp")
+
 EXAMINE_SECONDS: Final = 60.0
 LOOK_BEYOND: Final = 2  # queues behind one that is not there
 
@@ -41,13 +45,15 @@ class Publishers:
     bridge: Bridge
     commands: publishing.Publisher
     events: publishing.Publisher
+    marks: publishing.Publisher
     replies: publishing.ReplyPublisher
 
     @classmethod
     def on(cls, bridge: Bridge) -> Publishers:
         """Publish on a connection; channels are opened when they are used."""
         publisher, replies = publishing.Publisher, publishing.ReplyPublisher
-        return cls(bridge, publisher(bridge), publisher(bridge), replies(bridge))
+        kinds = publisher(bridge), publisher(bridge), publisher(bridge)
+        return cls(bridge, *kinds, replies(bridge))
 
 
 class Connections:
@@ -121,6 +127,7 @@ class AmqpBroker(Broker):
         self._examined_at: float | None = None
         self._policies_seen = ""
         self._policy_trouble: str | None = None
+        self._marks_missed = False
 
     @property
     def trouble(self) -> str | None:
@@ -170,16 +177,23 @@ class AmqpBroker(Broker):
     async def declare(self, partitions: int, log_epoch: str) -> None:
         """Create what is missing; raises `ConfigurationError` for what is there but differs.
 
-        An exchange holds no events, so a new epoch has nothing to empty:
+        An exchange holds no events, so a new epoch has nothing to empty but the marks:
         subscribers see it in the events.
         """
-        del log_epoch
         bridge = await self._connections.consuming()
         wanted = topology.topology(self._names, partitions)
         try:
             await bridge.on_channel(partial(topology.declare, wanted=wanted))
         except errors.BrokerUnavailable as exc:
             raise _differs(exc) from exc.__cause__
+        await bridge.on_channel(
+            partial(
+                topology.drop_marks_of_others,
+                names=self._names,
+                partitions=partitions,
+                log_epoch=log_epoch,
+            )
+        )
         self._partitions = partitions
 
     async def topology(self) -> Topology | None:
@@ -234,6 +248,37 @@ class AmqpBroker(Broker):
         """Return None: an exchange holds nothing."""
         del partition
         return None
+
+    async def last_published(self, partition: int) -> TopicEvent | None:
+        """Return the partition's mark; None, with a warning, where its queue can't be read."""
+        bridge = await self._connections.consuming()
+        name = self._names.mark(partition)
+        try:
+            body = await bridge.on_channel(partial(topology.first_in, name=name))
+        except errors.BrokerUnavailable as exc:
+            if isinstance(exc.__cause__, NotFound | AccessRefused):
+                self._without_marks(exc.message)
+                return None
+            raise
+        return None if body is None else TopicEvent(partition, offset_in(body), body)
+
+    async def note_published(self, partition: int, event: OutgoingEvent) -> None:
+        """Make an event the partition's mark."""
+        try:
+            publishers = await self._connections.publishing()
+            mark = publishing.mark_message(self._names, partition, event)
+            receipt = await publishers.marks.publish([mark])
+        except errors.BrokerUnavailable as exc:
+            self._without_marks(exc.message)
+        else:
+            if receipt.refusal is not None:
+                self._without_marks(receipt.refusal)
+
+    def _without_marks(self, reason: str) -> None:
+        """Say once that a restore of the store would not be noticed."""
+        if not self._marks_missed:
+            log.warning("marks not kept", error=reason, remedy="cqrs-es init, rabbitmq-grant relay")
+        self._marks_missed = True
 
     async def subscribe(self, after: Mapping[int, int]) -> EventFeed:
         """Receive these partitions' events from now on; what was before is in the store."""

@@ -319,6 +319,12 @@ class Channel(Protocol):
     ) -> object:
         """Have a queue's messages delivered."""
 
+    def basic_get(self, queue: str) -> IncomingMessage | None:
+        """Take a queue's first message, None where it is empty; unsettled it goes back."""
+
+    def basic_recover(self, *, requeue: bool) -> object:
+        """Put back what was taken and not settled, and wait for the answer."""
+
     def acknowledge(self, tags: Sequence[tuple[int, bool]]) -> None:
         """Settle deliveries by their tags, each alone or with all before it."""
 

@@ -75,6 +75,12 @@ def event_message(names: Names, partition: int, event: OutgoingEvent) -> Outgoin
     )
 
 
+def mark_message(names: Names, partition: int, event: OutgoingEvent) -> Outgoing:
+    """Make the message that keeps the last event published."""
+    published = event_message(names, partition, event)
+    return Outgoing(names.marks, str(partition), event.body, published.properties, mandatory=True)
+
+
 def reply_message(names: Names, reply: OutgoingReply) -> Outgoing:
     """Make the message for an outcome; one that nobody waits for is dropped."""
     return Outgoing(

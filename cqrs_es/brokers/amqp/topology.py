@@ -61,6 +61,15 @@ class Names:
         """The exchange that events are published to."""
         return f"{self.service}.events"
 
+    @property
+    def marks(self) -> str:
+        """The exchange that the last event published is put to, with the partition as key."""
+        return f"{self.service}.marks"
+
+    def mark(self, partition: int) -> str:
+        """Name the queue that keeps the last event published of a partition."""
+        return f"{self.service}.marks.{partition}"
+
     def feed(self, subscriber: str) -> str:
         """Name the queue of one subscriber, for as long as it is connected."""
         return f"{self.service}.feeds.{subscriber}"
@@ -104,14 +113,20 @@ def topology(names: Names, partitions: int) -> Topology:
             Exchange(names.dead, "fanout"),
             Exchange(names.commands, "direct", {"alternate-exchange": names.dead}),
             Exchange(names.events, "topic"),
+            Exchange(names.marks, "direct"),
         ),
         queues=(
             Queue(names.dead, names.dead, "", _QUORUM),
             *(_command_queue(names, partition) for partition in range(partitions)),
+            *(
+                Queue(names.mark(partition), names.marks, str(partition), _LAST_ONE)
+                for partition in range(partitions)
+            ),
         ),
     )
 
 
+_LAST_ONE: Final = {"x-max-length": 1, "x-overflow": "drop-head"}
 _QUORUM: Final = {"x-queue-type": "quorum", "x-delivery-limit": DELIVERY_LIMIT}
 
 
@@ -144,6 +159,24 @@ def declare(channel: Channel, wanted: Topology) -> None:
         arguments = dict(queue.arguments)
         channel.queue_declare(queue.name, durable=True, auto_delete=False, arguments=arguments)
         channel.queue_bind(queue.name, queue.exchange, queue.routing_key)
+
+
+def first_in(channel: Channel, name: str) -> bytes | None:
+    """Return the body of a queue's first message, which goes back when the channel is closed.
+
+    Raises as `check_queue` does.
+    """
+    message = channel.basic_get(name)
+    return None if message is None else message.body
+
+
+def drop_marks_of_others(channel: Channel, names: Names, partitions: int, log_epoch: str) -> None:
+    """Empty the marks that are not of a log's epoch."""
+    for name in map(names.mark, range(partitions)):
+        body = first_in(channel, name)
+        if body is not None and log_epoch.encode() not in body:
+            channel.basic_recover(requeue=True)
+            channel.queue_purge(name)
 
 
 def check_queue(channel: Channel, name: str) -> int:

@@ -10,7 +10,7 @@ from cqrs_es import errors
 from cqrs_es.brokers.redis import commands as queues
 from cqrs_es.brokers.redis import topic
 from cqrs_es.brokers.redis.connection import Names, RedisConnection
-from cqrs_es.ports.broker import Broker, ReplyInbox, Topology
+from cqrs_es.ports.broker import Broker, ReplyInbox, TopicEvent, Topology
 from cqrs_es.types import shown
 
 if TYPE_CHECKING:
@@ -129,6 +129,16 @@ class RedisBroker(Broker):
     async def topic_end(self, partition: int) -> int:
         """Return the last offset that a partition's stream ever got, 0 for none."""
         return (await self._find_ends([partition]))[partition]
+
+    async def last_published(self, partition: int) -> TopicEvent | None:
+        """Return the last entry of a stream that a relay wrote, while it is there."""
+        stream = self._names.events(partition)
+        for entry_id, fields in await self._connection.run(
+            "XREVRANGE", stream, "+", "-", "COUNT", 1
+        ):
+            if (body := fields.get(b"event")) is not None:
+                return TopicEvent(partition, int(entry_id.partition(b"-")[0]), body)
+        return None
 
     async def _find_ends(self, partitions: Sequence[int]) -> Mapping[int, int]:
         streams = [self._names.events(number) for number in partitions]
