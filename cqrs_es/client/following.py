@@ -13,6 +13,7 @@ import structlog
 from cqrs_es import errors
 from cqrs_es.cloudevents import event_at
 from cqrs_es.execution.retry import Retry
+from cqrs_es.runtime.topic import check_same_log
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -94,6 +95,7 @@ class Follower:
     async def _opened_feed(self) -> EventFeed:
         if self._feed is None:
             self._feed = await self._source.feed(self._order.reached)
+            await self._source.check(self.epoch)
             await self._find_behind()
         return self._feed
 
@@ -337,6 +339,14 @@ class EventSource:
     async def topic_repeats(self) -> bool:
         """Tell whether a new feed delivers again what the topic holds; a queue would not."""
         return await self._broker.topic_end(0) is not None
+
+    async def check(self, epoch: str | None) -> None:
+        """Raise `BrokenLog` where the store is not the log that the topic was published from."""
+        if self._storage is None or epoch is None or not await self.topic_repeats():
+            return
+        for partition in self.partitions:
+            with contextlib.suppress(errors.ConfigurationError):  # it is of another epoch
+                await check_same_log(self._storage, self._broker, partition, epoch)
 
     async def feed(self, reached: Mapping[int, int | None]) -> EventFeed:
         """Subscribe to the topic."""

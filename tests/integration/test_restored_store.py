@@ -151,6 +151,25 @@ async def test_a_store_that_ends_before_what_was_published(
         await says(supervisor, "partition 0", "4", "init --new-epoch")
 
 
+@pytest.mark.parametrize("service", ["memory", "redis"], indirect=True)
+async def test_a_subscriber_of_a_store_that_has_gone_on(service: Service, tmp_path: Path) -> None:
+    """It takes nothing from a store that is not what the topic was published from."""
+    await service.count(1, 2)
+    backup = tmp_path / "backup.db"
+    service.copy(backup)
+    await service.count(30, 40)
+    service.copy(backup)
+    async with service.open() as opened:
+        for number in (500, 600, 700):
+            await opened.execute(Counter, "A", Add(number))
+        name = service.settings.service or ""
+        client = Client(broker=service.broker, storage=opened.storage, service=name)
+        async with client:
+            with pytest.raises(errors.BrokenLog, match="offset 4"):
+                async with client.subscribe("s") as events:
+                    await anext(events)
+
+
 async def test_a_subscriber_that_has_seen_more_than_the_store_has(
     service: Service, tmp_path: Path
 ) -> None:
