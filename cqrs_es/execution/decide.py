@@ -465,7 +465,7 @@ class _Yielded:
         self, definition: AggregateDefinition, message: CommandMessage, max_event_bytes: int
     ) -> None:
         self.definition = definition
-        self._metadata = to_json(dict(message.metadata))
+        self._metadata = to_json(dict(message.metadata)) if message.metadata else b"{}"
         self._max_event_bytes = max_event_bytes
         self.events: list[NewEvent] = []
         self.intents: list[tuple[int, Send | Later]] = []
@@ -479,7 +479,9 @@ class _Yielded:
 
     def add(self, yielded: object) -> None:
         """Take an event or an intent; raise `DefinitionError` for anything else."""
-        if isinstance(yielded, _CAUSES):
+        if type(yielded) in self.definition.event_classes:
+            self._add_event(yielded)
+        elif isinstance(yielded, _CAUSES):
             self.intents.append((len(self.events), yielded))
         elif isinstance(yielded, Cancel):
             self._cancel(yielded.name)
@@ -638,7 +640,7 @@ async def run_handler(
 
     def happen(yielded: object) -> None:
         on_yield(yielded)
-        if not isinstance(yielded, _INTENTS):
+        if type(yielded) not in _INTENTS:
             aggregate.apply(yielded)
 
     if isinstance(aggregate, ProcessManager):
@@ -653,8 +655,10 @@ Result: TypeAlias = AsyncIterator[Any] | Iterable[Any] | Awaitable[Iterable[Any]
 
 async def take_all(result: Result, each: OnYield, seconds: float | None = None) -> None:
     """Pass on what a function yields or returns, whatever kind of function it is."""
-    if isinstance(result, AsyncIterator) or inspect.isawaitable(result):
-        await _within(seconds, _drive(result, each))
+    # Nearly all are generators, and to ask an ABC takes ten times as long.
+    generator = type(result) is types.AsyncGeneratorType
+    if generator or isinstance(result, AsyncIterator) or inspect.isawaitable(result):
+        await _within(seconds, _drive(cast("AsyncIterator[Any]", result), each))
     else:
         _apply_all(result, each)
 
@@ -666,9 +670,10 @@ async def _drive(result: AsyncIterator[Any] | Awaitable[Any], happen: OnYield) -
     try:
         async for event in result:
             happen(event)
-    finally:
+    except BaseException:
         if isinstance(result, AsyncGenerator):  # end it here, not when it is collected
             await cast("AsyncGenerator[Any]", result).aclose()
+        raise
 
 
 def _apply_all(result: object, happen: OnYield) -> None:

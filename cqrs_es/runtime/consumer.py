@@ -307,30 +307,30 @@ class Room:
         self._bytes += size
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Held:
-    """A delivery in hand; `answer` is None for one that was buried, or stored for later."""
+    """A delivery in hand; `answer` is None for one that was buried, or stored for later.
+
+    Once it is answered there is its `outcome`, or its `trouble`: why it got none, unless its row
+    is gone.
+    """
 
     delivery: Delivery
     message: CommandMessage | None = None
     answer: Answer | None = None
+    outcome: Outcome | None = None
+    trouble: BaseException | None = None
 
-    @property
-    def outcome(self) -> Outcome | None:
-        """The outcome of an answered command, if it got one."""
-        if self.answer is None or self.answer.cancelled() or self.answer.exception():
-            return None
-        return self.answer.result()
-
-    @property
-    def trouble(self) -> BaseException | None:
-        """Why an answered command got no outcome; None when it got one, or was cancelled."""
+    def note_answer(self) -> None:
+        """Look at what the answer is."""
         if self.answer is None:
-            return None
+            return
         if self.answer.cancelled():
-            return errors.Withdrawn()
-        trouble = self.answer.exception()
-        return None if isinstance(trouble, errors.ScheduleGone) else trouble
+            self.trouble = errors.Withdrawn()
+        elif exc := self.answer.exception():
+            self.trouble = None if isinstance(exc, errors.ScheduleGone) else exc
+        else:
+            self.outcome = self.answer.result()
 
     @property
     def reply(self) -> OutgoingReply | None:
@@ -546,6 +546,7 @@ class Consumer:
         self._room.add(size)
 
     def _note_done(self, held: _Held) -> None:
+        held.note_answer()
         if held.answer is not None:
             self._answers.discard(held.answer)
         if held.trouble is not None and not isinstance(held.trouble, errors.Withdrawn):

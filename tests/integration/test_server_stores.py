@@ -519,3 +519,23 @@ async def test_bodies_of_any_bytes_are_kept(storage: Storage) -> None:
     kept = letter("1", body=bytes(range(256)))
     await storage.dead_letters.add(kept)
     assert await storage.dead_letters.get("1") == kept
+
+
+# --- Round trips -------------------------------------------------------------
+
+
+async def test_an_append_takes_few_round_trips(
+    server: Server, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for the lock and what is read, on PostgreSQL one for each; one for writing and COMMIT."""
+    answering, trips = pool.ServerSession._answering, itertools.count()
+
+    def counted(session: pool.ServerSession) -> contextlib.AbstractAsyncContextManager[None]:
+        next(trips)
+        return answering(session)
+
+    await commit(storage, one(account("A"), 0, 2))
+    monkeypatch.setattr(pool.ServerSession, "_answering", counted)
+    await commit(storage, one(account("A"), 2, 2))
+    assert next(trips) == (2 if server.url.startswith("mysql") else 3)
+    assert len(await stream(storage, account("A"))) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -362,6 +363,18 @@ async def test_an_append_whose_commit_is_unknown_had_been_committed(rig: Rig, ti
     assert rig.executor.counts.duplicate == 0
 
 
+async def test_an_id_that_was_made_just_now_is_looked_up_once_it_may_be_known(rig: Rig) -> None:
+    """Nobody looks for its outcome before there can be one; after a lost answer it is found."""
+    (outcome,) = await patiently(rig, [rig.submit("A", Add(1), fresh=True)])
+    assert outcome.accepted
+    assert rig.storage.faults.calls["find_outcomes"] == 0
+    rig.storage.faults.after("append", errors.StoreUnavailable())
+    (outcome,) = await patiently(rig, [rig.submit("A", Add(2), fresh=True)])
+    assert (outcome.accepted, outcome.duplicate) == (True, False)
+    assert rig.storage.faults.calls["find_outcomes"] == 1
+    assert await rig.numbers("A") == [1, 2]
+
+
 async def test_an_append_that_failed_is_made_again(rig: Rig) -> None:
     """Nothing was committed: the commands are decided again and committed once."""
     rig.storage.faults.before("append", *[errors.StoreUnavailable()] * 5)
@@ -552,6 +565,26 @@ async def test_a_handler_that_cancels_its_own_task_fails(rig: Rig) -> None:
     )
     assert mad.status is Status.FAILED
     assert good.accepted
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_handler_that_cancels_its_own_task_and_goes_on(rig: Rig, *, fails: bool) -> None:
+    """What it decides is appended all the same, and it is not the append that is cancelled."""
+    calls = itertools.count()
+
+    async def cancel() -> None:
+        if next(calls) == 0:
+            task = asyncio.current_task()
+            assert task
+            task.cancel()
+            if fails:
+                raise Crash
+
+    rig.services.hooks["mad"] = cancel
+    for n in (1, 2):
+        (outcome,) = await patiently(rig, [rig.submit("A", AddAfterCall("mad", n))])
+        assert outcome.accepted
+    assert await rig.numbers("A") == [1, 2]
 
 
 async def test_an_async_handler_that_never_returns_times_out() -> None:
