@@ -207,6 +207,8 @@ class Executor:
         finally:
             self._preparing = False
         if alone is not None:
+            if self._inbox.is_ready:
+                self._wake()
             await self._decide_alone(alone)
 
     async def _prepared(self, taken: Sequence[tuple[Submission, ...]]) -> list[_Decidable]:

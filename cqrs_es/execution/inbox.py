@@ -106,6 +106,11 @@ class Inbox:
         return taken
 
     @property
+    def is_ready(self) -> bool:
+        """Whether there may be something to take."""
+        return bool(self._ready)
+
+    @property
     def _has_room(self) -> bool:
         return self._decided_commands < self._batch_size
 

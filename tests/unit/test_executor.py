@@ -37,11 +37,11 @@ from tests.samples import (
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Sequence
 
     from cqrs_es.aggregate import SourceOfTruth
     from cqrs_es.execution.stages import Answer
-    from cqrs_es.ports.store import Chain
+    from cqrs_es.ports.store import Chain, StoredOutcome
 
 PARTITIONS = 1
 ADDS = [Add(n) for n in range(2, 12)]
@@ -190,6 +190,29 @@ async def test_a_slow_handler_delays_only_its_own_aggregate(rig: Rig) -> None:
     gate.open.set()
     await answered([slow, behind])
     assert await rig.numbers("slow") == [1, 2]
+
+
+async def test_what_comes_while_one_is_looked_up_does_not_wait_for_its_handler(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that came alone is decided where it was prepared; who came meanwhile goes on."""
+    look, looking, go_on = rig.storage.events.find_outcomes, asyncio.Event(), asyncio.Event()
+
+    async def find_outcomes(ids: Collection[str]) -> dict[str, StoredOutcome]:
+        looking.set()
+        await go_on.wait()
+        return await look(ids)
+
+    monkeypatch.setattr(rig.storage.events, "find_outcomes", find_outcomes)
+    gate = rig.services.hooks["slow"] = Gate()
+    slow = rig.submit("A", AddAfterCall("slow", 1))
+    await looking.wait()
+    quick = rig.submit("B", Add(1))
+    go_on.set()
+    assert (await answered([quick]))[0].accepted
+    assert not slow.done()
+    gate.open.set()
+    assert (await answered([slow]))[0].accepted
 
 
 async def test_a_slow_handler_beside_others_in_one_batch(rig: Rig) -> None:
