@@ -210,7 +210,7 @@ class OutcomeError:
     message: str
 
 
-class OutcomeEvent(msgspec.Struct, frozen=True):
+class OutcomeEvent(msgspec.Struct, frozen=True, gc=False):
     """One event that an accepted command gave rise to."""
 
     type: str
@@ -311,7 +311,7 @@ class Envelope(Generic[E_co]):
     offset: int = 0
 
 
-class StoredEvent(msgspec.Struct, frozen=True, kw_only=True):
+class StoredEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One row of the log. `payload` and `metadata` are JSON objects as bytes."""
 
     key: AggregateKey

@@ -33,7 +33,7 @@ _UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 _VERSION = re.compile(r"([0-9]{1,9})(?:\.([0-9]{1,9})(?:\.([0-9]{1,9})(?:\.[^.].*)?)?)?")
 
 
-class AggregateKey(msgspec.Struct, frozen=True, order=True):
+class AggregateKey(msgspec.Struct, frozen=True, order=True, gc=False):
     """The identity of an aggregate: its type's name and its id, both case-sensitive."""
 
     type: str

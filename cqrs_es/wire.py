@@ -259,7 +259,9 @@ def check_metadata(value: Json) -> Mapping[str, str]:
         if not isinstance(item, str):
             reason = f"metadata.{key} must be a string, not {shown(item)}"
             raise errors.InvalidMessage(reason)
-    size = sum(len(key.encode()) + len(str(item).encode()) for key, item in value.items())
+    size = len(str(value)) * 4  # at most
+    if size > MAX_METADATA_BYTES:
+        size = sum(len(key.encode()) + len(str(item).encode()) for key, item in value.items())
     if size > MAX_METADATA_BYTES:
         reason = f"metadata has {size} bytes, over the limit of {MAX_METADATA_BYTES}"
         raise errors.InvalidMessage(reason)

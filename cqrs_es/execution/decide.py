@@ -436,6 +436,8 @@ class _Lineage:
 
     def _hold(self, keys: Claims, taken: Claims) -> None:
         """Note what the state claims now; raise `_KeyTaken` where that is new and taken."""
+        if keys == self._held:
+            return
         new = keys - (self._held or NONE)
         if names := [key.name for key in sorted(new & taken)]:
             raise _KeyTaken(names[0])

@@ -66,6 +66,8 @@ class Keys:
         except Exception as exc:
             message = f"{where} raised {type(exc).__name__}: {exc}"
             raise errors.DefinitionError(message) from exc
+        if not keys:
+            return NONE
         if len(keys) > MOST_KEYS:
             message = f"{where} returned {len(keys)} keys; at most {MOST_KEYS} are allowed"
             raise errors.DefinitionError(message)

@@ -46,7 +46,7 @@ PAGE_LIMIT: Final = 1_000
 NOT_LATE: Final = timedelta(0)
 
 
-class NewEvent(msgspec.Struct, frozen=True):
+class NewEvent(msgspec.Struct, frozen=True, gc=False):
     """An event that a command gave rise to; the store gives it its sequence and offset."""
 
     event_type: str
@@ -65,7 +65,7 @@ class Snapshot:
     payload: bytes
 
 
-class LoadRequest(msgspec.Struct, frozen=True):
+class LoadRequest(msgspec.Struct, frozen=True, gc=False):
     """What to read of one aggregate: its events above `after`, and its snapshot if wanted.
 
     Where a snapshot is wanted and there is one, only events above it are read.
@@ -149,7 +149,7 @@ IMMEDIATELY: Final = datetime(1970, 1, 1, tzinfo=UTC)
 """When a command is due that is to be decided at once: before any clock's time."""
 
 
-class UniqueKey(msgspec.Struct, frozen=True, order=True):
+class UniqueKey(msgspec.Struct, frozen=True, order=True, gc=False):
     """A value that one aggregate of a type has under a name, as `unique_keys` has it: hashed."""
 
     aggregate_type: str
