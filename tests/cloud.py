@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from cqrs_es.application import Application
     from cqrs_es.messages import CommandMessage
 
 PARTITIONS = 2
@@ -45,25 +46,27 @@ class Cloud:
         """The table's name."""
         return self.store_url.partition("?")[0].rpartition("/")[2] + "-store"
 
-    def send(self, messages: Sequence[CommandMessage]) -> None:
+    def send(self, messages: Sequence[CommandMessage], *, service: str = "bank") -> None:
         """Send commands as any other service would."""
 
         async def send() -> None:
-            async with Client(self.broker_url, service="bank") as client:
+            async with Client(self.broker_url, service=service) as client:
                 await client.send_many(messages)
 
         asyncio.run(send())
 
 
-def initialised(store_url: str, endpoint: str, folder: Path) -> Cloud:
-    """Make the bank's tables, queue and topic."""
+def initialised(
+    store_url: str, endpoint: str, folder: Path, application: Application = app
+) -> Cloud:
+    """Make the tables, queue and topic of an application, the bank unless given."""
     tokens = folder / "tokens"
     tokens.write_text("teller secret\n")
     broker_url = f"sqs://{REGION}/bank?endpoint={endpoint}"
 
     async def initialise() -> None:
         settings = Settings(store_url=store_url, broker_url=broker_url, partitions=PARTITIONS)
-        async with app.open(settings, initialise=True):
+        async with application.open(settings, initialise=True):
             pass
 
     asyncio.run(initialise())

@@ -114,9 +114,15 @@ class Sandbox:
         return answer
 
     def _answer(self, id_: str, seconds: float) -> Posted:
+        """Wait for an answer, as long as the process lives; raise `queue.Empty`."""
         end = time.monotonic() + seconds
         while True:
-            posted = self._posted.get(timeout=max(0.0, end - time.monotonic()))
+            try:
+                posted = self._posted.get(timeout=max(0.0, min(0.1, end - time.monotonic())))
+            except queue.Empty:
+                if time.monotonic() >= end or self.process is None or self.process.poll():
+                    raise
+                continue
             if id_ in posted.path:
                 return posted
             if posted.path.endswith("/init/error"):

@@ -12,6 +12,7 @@ from cqrs_es.schema.json_schema import Components, schema_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from urllib.parse import SplitResult
 
     from cqrs_es.registry import Registry
     from cqrs_es.schema.json_schema import Schema
@@ -53,7 +54,9 @@ def asyncapi(registry: Registry, service: str, broker_url: str) -> Part:
     }
     if amqp:
         _bind(document, service)
-    if url.hostname is not None:
+    if url.scheme == "sqs":
+        _put_on_aws(document, url)
+    elif url.hostname is not None:
         host = f"{url.hostname}:{url.port or _PORTS.get(url.scheme, 0)}".removesuffix(":0")
         document["servers"] = {"broker": {"host": host, "protocol": url.scheme}}
     return document
@@ -152,3 +155,14 @@ def _bind(document: Part, service: str) -> None:
     channels["replies"]["bindings"] = {"amqp": replies}
     sent = {"deliveryMode": 2, "mandatory": True, "ack": True, "bindingVersion": "0.3.0"}
     document["operations"]["decide"]["bindings"] = {"amqp": sent}
+
+
+def _put_on_aws(document: Part, url: SplitResult) -> None:
+    """Name queue and topic as they are there; nobody is replied to."""
+    channels, prefix = document["channels"], url.path.removeprefix("/")
+    for what, protocol in {"commands": "sqs", "events": "sns"}.items():
+        host = f"{protocol}.{url.hostname}.amazonaws.com"
+        document.setdefault("servers", {})[protocol] = {"host": host, "protocol": protocol}
+        channels[what] |= {"address": f"{prefix}-{what}.fifo", "parameters": {}}
+        channels[what]["servers"] = [{"$ref": f"#/servers/{protocol}"}]
+    del channels["replies"], document["operations"]["decide"]["reply"]

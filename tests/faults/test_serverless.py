@@ -11,8 +11,10 @@ import os
 import random
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ from cqrs_es.commands import new_command
 from cqrs_es.settings import Settings
 from domain.account import BankAccount
 from projectors.account_query import AccountQuery
+from tests.apps import lethal
 from tests.cloud import PARTITIONS, Cloud, Doorbell, Subscriber, initialised
 from tests.lambda_runtime import SCHEDULED, Killed, QueueSource, Sandbox
 from tests.servers import start_pgbouncer
@@ -38,10 +41,11 @@ log = logging.getLogger(__name__)
 
 LARGE = "CQRS_ES_TEST_SERVERLESS" in os.environ
 COMMANDS = int(os.environ.get("CQRS_ES_TEST_SERVERLESS", "120"))
-ACCOUNTS = max(12, COMMANDS // 100)
-# Moto copies its whole table for each transaction: there are few commands on it.
+ACCOUNTS = 20
+# Moto copies its whole table for each transaction, and looks at every message of a queue for
+# each new one: so there are few commands on the one, and few at a time on the other.
 ON_DYNAMODB = min(COMMANDS, 600)
-SENT_AT_ONCE = 1_000 if LARGE else 60
+SENT_AT_ONCE = 100 if LARGE else 60
 # Of so many invocations one is killed.
 ONE_IN = 20 if LARGE else 7
 PAUSE_SECONDS = 0.02
@@ -68,7 +72,7 @@ def cloud(
 
 def commands(number: int) -> list[CommandMessage]:
     """Open accounts, and pay in 1, 2, 3 … in turn: an amount tells its place in the order."""
-    names = [f"A-{each}" for each in range(min(ACCOUNTS, number // 5))]
+    names = [f"A-{each}" for each in range(ACCOUNTS)]
     made = [new_command("account", each, "OpenAccount", {"account_id": each}) for each in names]
     for place in range(number - len(names)):
         name, amount = names[place % len(names)], 1 + place // len(names)
@@ -154,6 +158,7 @@ def test_killed_functions_decide_each_command_once_and_in_order(work: Work) -> N
         elif records := work.garble(bell.rung()):
             work.pump({"Records": records})
         events += subscriber.events()
+        log.info("%d commands", start + SENT_AT_ONCE)
     assert work.pump(SCHEDULED, mercy=True)["idle"]
     events += subscriber.events()
     log.warning("%d invocations, %d killed", work.invocations, work.kills)
@@ -185,3 +190,43 @@ def _check_topic(events: Sequence[dict[str, Any]], number: int) -> None:
         assert offset <= reached[partition] + 1
         reached[partition] = max(reached[partition], offset)
     assert sum(reached.values()) == number
+
+
+def test_a_command_that_kills_its_function_fails_and_no_other(
+    dynamodb_url: str, dynamodb_server: str, tmp_path: Path
+) -> None:
+    """Whether it comes from the queue or was due: it is tried alone, and given up after two."""
+    cloud = initialised(dynamodb_url, dynamodb_server, tmp_path, lethal.app)
+    queued = [new_command("cat", f"c-{number}", "Live", {"n": 1}) for number in range(3)]
+    queued.insert(1, new_command("cat", "c-0", "Die", {}))
+    queued.append(new_command("cat", "c-0", "Live", {"n": 1}))
+    due = str(uuid.uuid4())
+
+    async def schedule() -> None:
+        settings = Settings(store_url=cloud.store_url)
+        async with lethal.app.open(settings, initialise=False, reach_broker=False) as opened:
+            now = datetime.now(UTC)
+            await opened.schedule(lethal.Cat, "c-1", lethal.Die(), at=now, command_id=due)
+            await opened.schedule(lethal.Cat, "c-2", lethal.Live(1), at=now)
+
+    async def outcomes() -> list[str]:
+        settings = Settings(store_url=cloud.store_url)
+        async with lethal.app.open(settings, initialise=False, reach_broker=False) as opened:
+            found = [await opened.outcome(id_) for id_ in (queued[1].id, due)]
+            lives = [(await opened.load(lethal.Cat, f"c-{each}")).state.lives for each in range(3)]
+            assert lives == [2, 1, 2]
+            assert await opened.storage.dead_letters.count() == 2
+            return [str(each and each.status) for each in found]
+
+    cloud.send(queued, service=lethal.app.service)
+    asyncio.run(schedule())
+    source = QueueSource(cloud.endpoint, "bank-commands.fifo")
+    log = tmp_path / "lethal.log"
+    with Sandbox("tests.apps.lethal_function.handler", cloud.environment, log) as sandbox:
+        while source.depth():
+            source.bring(sandbox)
+        done: dict[str, Any] = {}
+        while not done.get("idle"):
+            with suppress(Killed):
+                done = sandbox.invoke(SCHEDULED)
+    assert asyncio.run(outcomes()) == ["failed", "failed"]

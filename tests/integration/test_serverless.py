@@ -16,7 +16,9 @@ from starlette.responses import Response
 
 from cqrs_es import errors, serverless, wire
 from cqrs_es.brokers import broker_for
+from cqrs_es.brokers.sqs import _requests
 from cqrs_es.client import Client
+from cqrs_es.client.sending import outgoing
 from cqrs_es.commands import new_command
 from cqrs_es.http import Action, Gateway
 from cqrs_es.ports.broker import OutgoingCommand, OutgoingEvent
@@ -212,6 +214,10 @@ def test_a_sender_keeps_an_aggregates_order(cloud: Cloud) -> None:
     sent = [account(number % 3, "DepositMoney", amount=str(number)) for number in range(1, 31)]
     cloud.send(sent)
     cloud.send(sent)  # within five minutes, what came comes once
+    requests = list(_requests([outgoing(each, 1, 1_000_000) for each in sent]))
+    assert sum(map(len, requests)) == len(sent)
+    for entries in requests:
+        assert len({entry["MessageGroupId"] for entry in entries}) == len(entries) <= 10
     source = QueueSource(cloud.endpoint, "bank-commands.fifo")
     came: list[Any] = []
     while messages := source.receive():
@@ -431,6 +437,7 @@ def test_the_demos_own_script_is_answered(cloud: Cloud, tmp_path: Path) -> None:
                 pump.invoke({"Records": records})
 
     with function, pump, ThreadPoolExecutor(1) as pool:
+        pump.invoke(SCHEDULED)  # a request waits for its view for ten seconds: this has started
         ringing = pool.submit(ring)
         try:
             for body in bodies:

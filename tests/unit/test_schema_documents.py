@@ -16,6 +16,7 @@ import pytest
 from openapi_spec_validator import validate as validate_openapi
 
 from cqrs_es import Elapsed, command, errors
+from cqrs_es.brokers import sqs
 from cqrs_es.brokers.amqp import topology
 from cqrs_es.brokers.redis import connection
 from cqrs_es.cli.schemas import exported
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 REDIS = "redis://user:secret@broker.example:6379/0"
 AMQP = "amqp://user:secret@broker.example/bank"
+SQS = "sqs://eu-central-1/bank"
 
 
 # --- Types -------------------------------------------------------------------
@@ -257,7 +259,7 @@ def test_what_only_the_framework_sends_has_no_route_and_no_message() -> None:
         assert "transfer.TransferBegan" in text  # its events are on the topic
 
 
-@pytest.mark.parametrize("url", [REDIS, AMQP, "memory://"])
+@pytest.mark.parametrize("url", [REDIS, AMQP, SQS, "memory://"])
 def test_the_broker_s_document_has_the_structure_of_asyncapi(url: str) -> None:
     """Channels, operations, messages and schemas refer to one another, and no secret is told."""
     document = asyncapi(bank.registry, "bank", url)
@@ -283,7 +285,7 @@ def test_the_broker_s_document_has_the_structure_of_asyncapi(url: str) -> None:
 
 
 def test_the_broker_s_document_has_the_broker_s_own_names() -> None:
-    """Those of the streams on Redis, of the exchanges and queues on RabbitMQ."""
+    """Of streams on Redis, of exchanges and queues on RabbitMQ, of queue and topic on AWS."""
     on_redis = asyncapi(bank.registry, "bank", REDIS)["channels"]
     keys = connection.Names("bank")
     assert on_redis["commands"]["address"].format(partition=3) == keys.commands(3)
@@ -298,6 +300,10 @@ def test_the_broker_s_document_has_the_broker_s_own_names() -> None:
     assert on_amqp["replies"]["address"].format(reply_to="me") == names.replies("me")
     server = asyncapi(bank.registry, "bank", AMQP)["servers"]["broker"]
     assert server == {"host": "broker.example:5672", "protocol": "amqp"}
+    on_aws = asyncapi(bank.registry, "bank", SQS)["channels"]
+    broker = sqs.connect(SQS, service="bank", event_retention=1)
+    addresses = {what: channel["address"] for what, channel in on_aws.items()}
+    assert addresses == {"commands": broker.queue, "events": broker.topic}
 
 
 def test_the_bank_s_schemas_are_committed_as_they_are() -> None:
