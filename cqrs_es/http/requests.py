@@ -135,7 +135,15 @@ def checked_id(text: str, what: str) -> str:
 
 
 def check_head(request: Request) -> None:
-    """Refuse headers that are too large together; servers bound only what is incomplete."""
+    """Refuse headers that are too large together, or give a body two ends.
+
+    Servers bound only heads that are incomplete. Of two ends a proxy in front may believe the
+    other one, and what comes behind it is then somebody else's request [RFC 9112, 6.1].
+    """
+    if {"content-length", "transfer-encoding"} <= set(request.headers.keys()):
+        detail = "Content-Length and Transfer-Encoding exclude one another"
+        headers = {"Connection": "close"}
+        raise Problem(HTTPStatus.BAD_REQUEST, "invalid_header", detail, headers=headers)
     if sum(len(name) + len(value) for name, value in request.headers.raw) > MOST_HEAD_BYTES:
         raise bad_request("invalid_header", f"the headers have more than {MOST_HEAD_BYTES} bytes")
 

@@ -443,21 +443,6 @@ def test_nobody_is_believed_about_other_hosts(web: Served, note: str) -> None:
 # --- Ends --------------------------------------------------------------------------
 
 
-def test_a_kill_before_the_answer_leaves_the_outcome_for_the_same_key(tmp_path: Path) -> None:
-    """The client that was not answered asks the next process, and gets the stored outcome."""
-    settings = {"CQRS_ES_STORE_URL": f"sqlite:///{tmp_path}/web.db"}
-    sleep = "/aggregates/note/A/Sleep"
-    with served(**settings) as gateway:
-        answer = gateway.post(sleep, {"seconds": 0}, Idempotency_Key="one", Prefer="respond-async")
-        assert answer.status == 202
-        until(partial(_is_there, gateway, answer.headers["location"]))
-        gateway.process.signal(signal.SIGKILL)
-        assert gateway.process.end().code == -signal.SIGKILL
-    with served(**settings) as gateway:
-        again = gateway.post(sleep, {"seconds": 0}, Idempotency_Key="one")
-        assert (again.json["duplicate"], again.json["sequence"]) == (True, 1)
-
-
 def test_a_stop_ends_streams_and_finishes_what_was_begun(tmp_path: Path) -> None:
     with served(CQRS_ES_STORE_URL=f"sqlite:///{tmp_path}/web.db") as gateway:
         stream = Stream(gateway)
