@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import time
-import uuid
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
