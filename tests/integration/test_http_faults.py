@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from tests.gateways import Served
 
+WEB = "tests.apps.web:app"
 POST = b"POST /aggregates/note/%s/Write HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
 
@@ -65,9 +66,9 @@ def test_a_store_that_is_away_is_503_until_it_is_back(tmp_path: Path) -> None:
     place = f"mysql://root@127.0.0.1:{server.port}/"
     run_on(place, "CREATE DATABASE web")
     url = urlunsplit(urlsplit(place)._replace(path="/web"))
-    settings = {"CQRS_ES_STORE_URL": url, "CQRS_ES_APP": "tests.apps.web:app"}
+    settings = {"CQRS_ES_STORE_URL": url, "CQRS_ES_APP": WEB}
     try:
-        assert cqrs_es("init", **settings).code == 0
+        assert cqrs_es("init", CQRS_ES_STORE_URL=url, CQRS_ES_APP=WEB).code == 0
         with served(**settings) as gateway:
             first = gateway.write("A", Idempotency_Key="first").json
             stream = Stream(gateway, "/events?from=start")

@@ -54,8 +54,8 @@ class Described:
         """Hold a message to the schema of its name; a format is meant, too."""
         message: dict[str, Any] = orjson.loads(body)
         schema = {"$ref": f"#/components/schemas/{name}", "components": self._components}
-        checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
-        jsonschema.Draft202012Validator(schema, format_checker=checker).validate(message)
+        validator: Any = jsonschema.Draft202012Validator
+        validator(schema, format_checker=validator.FORMAT_CHECKER).validate(message)
         return message
 
 
