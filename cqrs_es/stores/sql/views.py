@@ -258,7 +258,9 @@ class _SqlTransaction(ViewTransaction, SqlSession):
 
     async def generations(self, name: str | None = None) -> dict[str, int]:
         del name  # one lock for all: whoever waits for it looks at what is there then
-        return dict(await self._session.fetch(_GENERATIONS, lock=True))
+        # Who has waited for the lock does not see the rows that were added meanwhile: look again.
+        await self._session.fetch(_GENERATIONS, lock=True)
+        return dict(await self._session.fetch(_GENERATIONS))
 
     async def set_generation(self, projector: str, live: int) -> None:
         statement = self._session.dialect.upsert(GENERATIONS)
