@@ -96,6 +96,24 @@ class AppendPlan:
         """Whether there is anything to commit."""
         return any(isinstance(result, Committed) for result in self.results)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it writes nothing but events and new outcomes, as most do."""
+        return not (
+            self.inserted_snapshots
+            or self.replaced_snapshots
+            or self.replaced_outcomes
+            or self.settled_attempts
+            or self.settled_letters
+            or self.dead_letters
+            or self.consumed
+            or self.scheduled
+            or self.held_back
+            or self.let_go
+            or self.freed_keys
+            or self.held_keys
+        )
+
 
 def locked_partitions(chains: Sequence[Chain]) -> list[int]:
     """Return the partitions whose heads an append locks, in the order it locks them."""

@@ -140,7 +140,7 @@ def marks(count: int) -> str:
 
 def utc_text(moment: datetime) -> str:
     """Return a moment as text that sorts by time."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return f"{moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
 
 
 def utc_moment(value: object) -> datetime:

@@ -258,8 +258,10 @@ async def _numbers(
 
 async def _write(session: Session, plan: AppendPlan, recorded_at: datetime) -> None:
     await _write_events(session, plan, recorded_at)
-    await _write_snapshots(session, plan)
     await outcomes.insert(session, plan.inserted_outcomes, recorded_at)
+    if plan.is_plain:
+        return
+    await _write_snapshots(session, plan)
     await outcomes.replace(session, plan.replaced_outcomes, recorded_at)
     await outcomes.forget_attempts(session, plan.settled_attempts)
     await dead_letters.delete(session, plan.settled_letters)
