@@ -20,7 +20,7 @@ RANGE_SUITES := tests/unit tests/contract tests/acceptance tests/deployment/test
 	tests/integration/test_amqp_service.py tests/integration/test_tracing.py
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-mysql test-lowest test-newest crashes faults deploys proofs bench \
-	bench-against containers serverless check format schemas upgrade audit sbom secrets clean
+	bench-against recipes containers serverless check format schemas upgrade audit sbom secrets clean
 
 help:  ## show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -72,6 +72,12 @@ bench: $(VENV)/.installed  ## what a command costs: by the queue, and one at a t
 bench-against: $(VENV)/.installed  ## the same of this tree and of another commit, in turns: REV=commit
 	$(BIN)/python -m benchmarks.one_at_a_time --against $(REV) $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.queue --against $(REV) $(BENCH_ARGS)
+
+recipes: $(VENV)/.installed  ## run the gateway within FastAPI, Litestar and Django, as docs/http.md has it
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)/recipes
+	$(BIN)/uv pip install --quiet --python $(VENV)/recipes --constraint constraints.txt \
+		--editable ".[dev]" django fastapi litestar
+	$(VENV)/recipes/bin/pytest tests/integration/test_http_recipes.py -rs $(PYTEST_ARGS)
 
 containers: $(VENV)/.installed  ## build the images, run the compose file with a Docker engine, and kill some of it
 	deploy/containers/build-stand-ins
