@@ -208,13 +208,14 @@ def is_unchanged(request: Request, tag: str) -> bool:
 def wait_seconds(request: Request) -> float:
     """Return how long to wait, by Prefer; 0 for `respond-async`. What is no such is ignored.
 
-    Who asks through a function waits for no longer than that may go on.
+    A function waits for no longer than it may go on, and always: it stands still once it has
+    answered.
     """
-    left: float = request.scope.get("cqrs_es.seconds", MOST_WAIT_SECONDS)
-    most = min(left, MOST_WAIT_SECONDS)
+    left: float | None = request.scope.get("cqrs_es.seconds")
+    most = MOST_WAIT_SECONDS if left is None else min(left, MOST_WAIT_SECONDS)
     preferred = ",".join(request.headers.getlist("Prefer")).replace(";", ",").lower().split(",")
     preferences = [each.replace(" ", "").replace('"', "") for each in preferred]
-    if "respond-async" in preferences:
+    if "respond-async" in preferences and left is None:
         return 0.0
     for each in preferences:
         if wait := _WAIT.fullmatch(each):

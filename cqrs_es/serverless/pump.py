@@ -98,8 +98,10 @@ class Pump:
         What fails keeps nothing else from going on; the first error is raised at the end.
         """
         pumped, end = Pumped(), asyncio.get_running_loop().time() + seconds
+        self._applying.clear()
         try:
             async with asyncio.timeout_at(end):
+                await self._process.info.get(0)  # it may have been frozen for any time
                 while await self._round(pumped, end):
                     pass
                 pumped.idle = True

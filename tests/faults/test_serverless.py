@@ -47,7 +47,7 @@ ACCOUNTS = 20
 ON_DYNAMODB = min(COMMANDS, 600)
 SENT_AT_ONCE = 100 if LARGE else 60
 # Of so many invocations one is killed.
-ONE_IN = 20 if LARGE else 7
+ONE_IN = 10 if LARGE else 7
 PAUSE_SECONDS = 0.02
 SANDBOXES = 3 if LARGE else 1
 STORES = ["dynamodb", "postgres"] if LARGE else ["dynamodb"]

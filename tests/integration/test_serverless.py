@@ -253,7 +253,10 @@ def test_requests_and_answers_are_as_the_gateways(handler: serverless.Handler) -
     event["isBase64Encoded"] = True
     answer = handler(event, Invocation())
     assert (answer["statusCode"], answer["headers"]["etag"]) == (200, '"1"')
-    read = request("GET", "/aggregates/account/a%2F%C3%BC/events", url=True)
+    paid = request("POST", "/aggregates/account/a%2F%C3%BC/DepositMoney", {"amount": "1"}, url=True)
+    paid["headers"]["prefer"] = "respond-async"  # then nobody would decide it
+    assert handler(paid, Invocation())["statusCode"] == 200
+    read = request("GET", "/aggregates/account/a%2F%C3%BC/events?limit=1", url=True)
     (opened,) = body_of(handler(read, Invocation()))
     assert opened["subject"] == "a/ü"
 
