@@ -315,6 +315,7 @@ def start_pgbouncer(folder: Path, server_port: int, pool_mode: str) -> Server:
         "auth_type": "trust",
         "auth_file": folder / "users",
         "pool_mode": pool_mode,
+        "default_pool_size": 60,  # sessions are held by processes that keep them
         "server_tls_sslmode": "disable",
     }
     lines = [f"{name} = {value}" for name, value in settings.items()]

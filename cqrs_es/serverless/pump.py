@@ -42,6 +42,8 @@ log = structlog.get_logger("cqrs_es.pump")
 # Of the rows of a partition so many are decided before its events are looked at again.
 ROWS_AT_ONCE: Final = 100
 SIDE_BY_SIDE: Final = 16
+SESSIONS: Final = 4
+"""So much goes on side by side on SQL, where each takes a session, and a proxy has so many."""
 PUMP: Final = "$pump"
 """The name of a checkpoint that is odd while rows are in hand: of whoever died it stays so."""
 
@@ -83,7 +85,8 @@ class Pump:
             for service in registry.remotes
             for partition in range(process.partitions)
         }
-        self._room = asyncio.Semaphore(SIDE_BY_SIDE)
+        on_sql = process.storage.views.sql is not None
+        self._room = asyncio.Semaphore(SESSIONS if on_sql else SIDE_BY_SIDE)
         self._broker_open = False
 
     async def chores(self) -> None:

@@ -49,6 +49,7 @@ SENT_AT_ONCE = 100 if LARGE else 60
 # Of so many invocations one is killed.
 ONE_IN = 10 if LARGE else 7
 PAUSE_SECONDS = 0.02
+PATIENCE_SECONDS = 900.0 if LARGE else 100.0
 SANDBOXES = 3 if LARGE else 1
 STORES = ["dynamodb", "postgres"] if LARGE else ["dynamodb"]
 
@@ -122,7 +123,8 @@ class Work:
     def pump(self, event: Any, *, mercy: bool = False) -> Any:
         """Ring the pump."""
         with suppress(Killed):
-            return self.sandboxes[-1].invoke(event, **({} if mercy else self.fate(1.0)))
+            limits = {"seconds": PATIENCE_SECONDS} if mercy else self.fate(1.0)
+            return self.sandboxes[-1].invoke(event, **limits)
 
     def garble(self, records: list[Any]) -> list[Any]:
         """Drop, double and mix up what a stream brings."""
