@@ -642,7 +642,7 @@ def _decoded(definition: ViewDefinition, row: ViewRow, now: Generations) -> Any:
     except ValueError as exc:
         name, cls = definition.name, definition.cls.__qualname__
         message = f"row {row.view_id!r} of view {name} does not fit {cls}: {exc}"
-        if not now.has_filled(definition.fingerprint):
+        if now.made_by.get(now.read_by(definition.fingerprint)) != definition.fingerprint:
             message = f"{message}; no projector has filled the view for this code yet"
             raise errors.ViewBehind(
                 f"{message}: run one with it, and see `cqrs-es status`"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -185,9 +185,18 @@ async def test_a_row_that_does_not_fit(store_url: str) -> None:
         storage = opened.storage
         async with counting_app(view=Changed).open(settings, storage=storage) as changed:
             for reading in (changed.view(Changed, "a"), changed.view_page(Changed)):
-                with pytest.raises(errors.UndecodableRow, match="'a' of view totals") as raised:
+                with pytest.raises(errors.ViewBehind, match="'a' of view totals") as behind:
                     await reading
-                assert "total: expected" in raised.value.message
+                assert "total: expected" in behind.value.message
+        row = await storage.views.get("totals__1", "a")
+        assert row is not None
+        async with storage.views.transaction() as transaction:
+            await transaction.save(
+                "totals__1", [replace(row, version=row.version + 1, payload=b'{"total": "one"}')]
+            )
+        with pytest.raises(errors.UndecodableRow, match="cqrs-es rebuild totals") as damaged:
+            await opened.view(Totals, "a")
+        assert "total: expected" in damaged.value.message
 
 
 @on_sql
