@@ -334,7 +334,7 @@ def test_events_come_as_they_are_committed(web: Served, note: str) -> None:
 
 
 def test_a_stream_resumes_behind_the_last_event(web: Served, note: str) -> None:
-    """Killed and resumed again and again while commands come, it has each offset once, in order."""
+    """Killed and resumed a hundred times while commands come, it has each offset once, in order."""
     begin = Stream(web, "/events?partition=0")
     first = web.write(note).json
     begin.take(1)
@@ -344,7 +344,7 @@ def test_a_stream_resumes_behind_the_last_event(web: Served, note: str) -> None:
     written = [writing.submit(web.write, f"{note} {number}") for number in range(200)]
     while len(offsets) < 201:
         stream = Stream(web, last=last)
-        some = stream.take(min(7, 201 - len(offsets)))
+        some = stream.take(min(2, 201 - len(offsets)))
         stream.close()
         offsets += [int(sent.data["offset"]) for sent in some]
         last = some[-1].id
