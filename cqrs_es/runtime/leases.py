@@ -123,11 +123,12 @@ class Rounds:
         return await standing
 
     async def _make(self) -> None:
+        asked = self._asked
         try:
-            await asyncio.sleep(0)  # the other roles wake at the same moment
-        finally:
-            asked, self._asked = self._asked, []
-        try:
+            try:
+                await asyncio.sleep(0)  # the other roles wake at the same moment
+            finally:
+                self._asked = []
             parts = [part for part, _ in asked]
             standings = await self._leases.take_part(self._owner, parts, self._seconds)
         except BaseException as exc:

@@ -70,9 +70,14 @@ async def unless(stopping: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | N
 
 
 async def within(seconds: float, work: Coroutine[Any, Any, T]) -> T | None:
-    """Await work that is safe to cancel; return None, with it cancelled, after `seconds`."""
+    """Await work that is safe to cancel; return None, with it cancelled, after `seconds`.
+
+    Not by `asyncio.wait_for`, which before Python 3.12 forgets that its caller was cancelled
+    where the work ends at that moment: whoever waits for the caller to end waits for ever.
+    """
     try:
-        return await asyncio.wait_for(work, seconds)
+        async with asyncio.timeout(seconds):
+            return await work
     except TimeoutError:
         return None
 

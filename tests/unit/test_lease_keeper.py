@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+import pytest
+
 from cqrs_es import errors
-from cqrs_es.runtime.leases import LeaseKeeper, Membership
+from cqrs_es.ports.leases import Part
+from cqrs_es.runtime.leases import LeaseKeeper, Membership, Rounds
 from cqrs_es.stores import storage_for
 from cqrs_es.testing import FakeClock
 from tests.waiting import eventually
@@ -97,3 +100,20 @@ async def test_g8_a_draining_member_keeps_its_leases() -> None:
     settled.set()
     await keeping
     assert await leases.held("worker") == []
+
+
+async def test_a_round_that_is_cut_short_leaves_nobody_waiting() -> None:
+    """Whoever makes it may be stopped before it has begun; the next round does for the others."""
+    storage = storage_for("memory://")
+    await storage.open()
+    await storage.initialise(1)
+    rounds = Rounds(storage.leases, "me", 10.0)
+    parts = [Part(role, fit=True, seconds=10.0, held=()) for role in ("worker", "relay")]
+    first, second = (asyncio.create_task(rounds.take_part(part)) for part in parts)
+    await asyncio.sleep(0)
+    first.cancel()
+    async with asyncio.timeout(10):
+        with pytest.raises(errors.StoreUnavailable, match="cut short"):
+            await second
+        assert (await rounds.take_part(parts[1])).members
+    await storage.close()

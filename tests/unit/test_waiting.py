@@ -42,6 +42,28 @@ async def linger(ended: asyncio.Event | None = None) -> int:
     return 42
 
 
+@pytest.mark.parametrize("turns", range(5))
+async def test_within_forgets_no_cancellation(turns: int) -> None:
+    """Not even where the work ends just before: who stops a loop waits until it has ended."""
+    due = asyncio.Event()
+
+    async def look_for_ever() -> None:
+        while True:
+            due.clear()
+            await within(60, due.wait())
+
+    looking = asyncio.create_task(look_for_ever())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    due.set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    looking.cancel()
+    done, _ = await asyncio.wait({looking}, timeout=2)
+    assert done
+    assert looking.cancelled()
+
+
 async def test_unless_returns_what_the_work_returns() -> None:
     """Also when it is told to stop later."""
     assert await unless(asyncio.Event(), answer()) == 42
