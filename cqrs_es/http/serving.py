@@ -69,10 +69,14 @@ def _listen(gateway: Gateway, host: str, port: int) -> socket.socket:
         raise errors.ConfigurationError(message)
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=1024)
+        listening = socket.create_server((host, port), family=family, backlog=1024)
     except OSError as exc:
         message = f"{host}:{port} can't be listened on ({exc.strerror or exc}); choose another"
         raise errors.ConfigurationError(message) from exc
+    # Inherited by connections; asyncio does it for none of a socket that names no protocol. With
+    # Nagle's algorithm an answer's body waits some 40 ms for the acknowledgement of its head.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
 
 
 def _is_loopback(host: str) -> bool:
