@@ -39,10 +39,16 @@ pytestmark = pytest.mark.timeout(CRASHES * 240 + 600)
 
 
 class Dying:
-    """Processes of one role, one after another, each of which dies at an instant."""
+    """Processes of one role, one after another, each of which dies at an instant.
+
+    The next one is started once others have answered what the last one may have had in hand: a
+    command that two processes die of alone fails, since nobody can tell that it is innocent (G9).
+    """
 
     def __init__(self, made: Chaos, role: str, instants: list[str], rng: random.Random) -> None:
         self._bank, self._role, self._rng = made.bank, role, rng
+        self._senders = made.senders
+        self._in_hand: list[set[str]] = [set() for _ in made.senders]
         self._left = instants
         self._process: subprocess.Popen[bytes] | None = None
         self._since = 0.0
@@ -59,7 +65,11 @@ class Dying:
                 return False
             assert code == -signal.SIGKILL, self._bank.log_of(self._process)[-3000:]
             self.hits[self._instant] += 1
-        self._process = None
+            self._process = None
+            self._in_hand = [sender.unanswered() for sender in self._senders]
+        for sender, ids in zip(self._senders, self._in_hand, strict=True):
+            if ids & sender.unanswered():
+                return False
         if self._left:
             self._instant, self._since = self._left.pop(), time.monotonic()
             self._process = self._start(self._instant)
