@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, Final
+import re
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from urllib.parse import parse_qsl, urlsplit
 
 from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession
@@ -45,6 +47,28 @@ MISCONFIGURED: Final = (
     ValueError,  # no endpoint at all
 )
 """What botocore raises before it asks anybody."""
+
+_REGION: Final = re.compile(r"[a-z0-9-]{1,40}")
+_ENDPOINT: Final = re.compile(r"https?://[^\s/?#@]+/?")
+
+
+class Place(NamedTuple):
+    """Where things of a service are, what their names begin with, and who answers if not AWS."""
+
+    region: str
+    prefix: str
+    endpoint: str | None
+
+
+def place_of(url: str, prefix: re.Pattern[str]) -> Place:
+    """Read `scheme://region/prefix?endpoint=…`; raise `ValueError` for any other URL."""
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
+    place = Place(parts.netloc, parts.path.removeprefix("/"), options.pop("endpoint", None))
+    fits = _REGION.fullmatch(place.region) and prefix.fullmatch(place.prefix) and not options
+    if not fits or (place.endpoint is not None and not _ENDPOINT.fullmatch(place.endpoint)):
+        raise ValueError(url)
+    return place
 
 
 def client_for(service: str, region: str, endpoint: str | None) -> Any:

@@ -14,14 +14,14 @@ from contextlib import AsyncExitStack, contextmanager
 from datetime import UTC, datetime
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import quote
 
 import orjson
 import structlog
 from botocore import exceptions as botocore_errors
 
 from cqrs_es import errors, wire
-from cqrs_es.aws import CALL_SECONDS, MISCONFIGURED, REFUSALS, client_for
+from cqrs_es.aws import CALL_SECONDS, MISCONFIGURED, REFUSALS, client_for, place_of
 from cqrs_es.ports.broker import Broker, Topology
 
 if TYPE_CHECKING:
@@ -47,8 +47,6 @@ BATCH: Final = 10
 BATCH_BYTES: Final = 256 * 1024
 RETENTION_DAYS: Final = 14
 _PREFIX: Final = re.compile(r"[A-Za-z0-9_-]{1,60}")
-_REGION: Final = re.compile(r"[a-z0-9-]{1,40}")
-_ENDPOINT: Final = re.compile(r"https?://[^\s/?#@]+/?")
 _BAD_URL: Final = (
     "an SQS URL is sqs://region/prefix, such as sqs://eu-central-1/bank, for the queue"
     " bank-commands.fifo and the topic bank-events.fifo; add ?endpoint=http://host:port for a"
@@ -68,17 +66,10 @@ def connect(url: str, *, service: str, event_retention: int) -> SqsBroker:
     """
     del service, event_retention
     try:
-        parts = urlsplit(url)
-        options = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
+        place = place_of(url, _PREFIX)
     except ValueError:
         raise errors.SettingsError(_BAD_URL) from None
-    region, prefix = parts.netloc, parts.path.removeprefix("/")
-    endpoint = options.pop("endpoint", None)
-    if not (_REGION.fullmatch(region) and _PREFIX.fullmatch(prefix)) or options:
-        raise errors.SettingsError(_BAD_URL)
-    if endpoint is not None and not _ENDPOINT.fullmatch(endpoint):
-        raise errors.SettingsError(_BAD_URL)
-    return SqsBroker(region, prefix, endpoint)
+    return SqsBroker(*place)
 
 
 def group_of(aggregate_type: str, aggregate_id: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cqrs_es import errors
+from cqrs_es.brokers import broker_for
 from cqrs_es.definitions import define_projector
 from cqrs_es.projection.folding import folding_for
 from cqrs_es.settings import Settings
@@ -333,23 +334,26 @@ def test_the_bank_on_the_command_line(
 
 
 @pytest.mark.parametrize(
-    "url",
+    "place",
     [
-        "dynamodb://",
-        "dynamodb://eu-central-1",
-        "dynamodb://eu-central-1/",
-        "dynamodb://eu-central-1/a/b",
-        "dynamodb://eu-central-1/bank?endpoint=ftp://x",
-        "dynamodb://eu-central-1/bank?endpoint=http://user:secret@x",
-        "dynamodb://eu-central-1/bank?table=x",
-        "dynamodb://key:secret@eu-central-1/bank",
+        "",
+        "eu-central-1",
+        "eu-central-1/",
+        "eu-central-1/a/b",
+        "eu-central-1/bank?endpoint=ftp://x",
+        "eu-central-1/bank?endpoint=http://user:secret@x",
+        "eu-central-1/bank?table=x",
+        "key:secret@eu-central-1/bank",
+        "[eu-central-1/bank",
     ],
 )
-def test_wrong_urls(url: str) -> None:
+def test_wrong_urls(place: str) -> None:
     """A URL that names no region or prefix, or has credentials, is refused without showing them."""
-    with pytest.raises(errors.SettingsError, match="dynamodb://region/prefix") as refused_url:
-        target_of(url)
-    assert "secret" not in str(refused_url.value)
+    with pytest.raises(errors.SettingsError, match="dynamodb://region/prefix") as refused_store:
+        target_of(f"dynamodb://{place}")
+    with pytest.raises(errors.SettingsError, match="sqs://region/prefix") as refused_broker:
+        broker_for(f"sqs://{place}", service="bank")
+    assert "secret" not in f"{refused_store.value} {refused_broker.value}"
 
 
 def test_right_urls() -> None:

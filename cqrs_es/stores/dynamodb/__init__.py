@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Final
-from urllib.parse import parse_qsl, urlsplit
 
 from cqrs_es import errors
+from cqrs_es.aws import place_of
 from cqrs_es.ports.clock import SystemClock
 from cqrs_es.stores.dynamodb.storage import DynamoStorage
 from cqrs_es.stores.dynamodb.table import Table, Target
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 TABLE_SUFFIX: Final = "-store"
 _PREFIX: Final = re.compile(r"[A-Za-z0-9_.-]{1,200}")
-_REGION: Final = re.compile(r"[a-z0-9-]{1,40}")
-_ENDPOINT: Final = re.compile(r"https?://[^\s/?#@]+/?")
 _BAD_URL: Final = (
     "a DynamoDB URL is dynamodb://region/prefix, such as dynamodb://eu-central-1/bank;"
     " add ?endpoint=http://host:port for a server of your own. Credentials come from where"
@@ -37,14 +35,7 @@ def connect(url: str, *, clock: Clock | None, lease_seconds: float) -> DynamoSto
 def target_of(url: str) -> Target:
     """Read a URL; raise `SettingsError` for one that names no region or prefix."""
     try:
-        parts = urlsplit(url)
-        options = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
+        place = place_of(url, _PREFIX)
     except ValueError:
         raise errors.SettingsError(_BAD_URL) from None
-    region, prefix = parts.netloc, parts.path.removeprefix("/")
-    endpoint = options.pop("endpoint", None)
-    if not (_REGION.fullmatch(region) and _PREFIX.fullmatch(prefix)) or options:
-        raise errors.SettingsError(_BAD_URL)
-    if endpoint is not None and not _ENDPOINT.fullmatch(endpoint):
-        raise errors.SettingsError(_BAD_URL)
-    return Target(region=region, table=prefix + TABLE_SUFFIX, endpoint=endpoint)
+    return Target(place.region, place.prefix + TABLE_SUFFIX, place.endpoint)
