@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cqrs_es import errors
 from cqrs_es.execution.causes import MOST_COMMANDS, cause_of
-from cqrs_es.execution.decide import take_all
+from cqrs_es.execution.handling import take_all
 from cqrs_es.intents import Send
 from cqrs_es.messages import CommandContext
 from cqrs_es.projection.folding import Folding, guarded, relevant

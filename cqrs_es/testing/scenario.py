@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast, overload
 from cqrs_es import errors
 from cqrs_es.definitions import define_aggregate, define_process, define_reactor
 from cqrs_es.errors import DomainError
-from cqrs_es.execution.decide import run_handler, take_all
+from cqrs_es.execution.handling import run_handler, take_all
 from cqrs_es.execution.keys import Keys
 from cqrs_es.intents import Cancel, Intent, Later, Send
 from cqrs_es.messages import NO_METADATA, Envelope, spec_of

@@ -16,8 +16,8 @@ from cqrs_es import DomainError
 from cqrs_es.aggregate import AggregateSourced, EventSourced, SnapshotEvery, SourceOfTruth
 from cqrs_es.application import Application
 from cqrs_es.codec import to_json
-from cqrs_es.execution.decide import run_handler
 from cqrs_es.execution.executor import Executor
+from cqrs_es.execution.handling import run_handler
 from cqrs_es.execution.policy import ExecutionPolicy
 from cqrs_es.messages import CommandMessage, Outcome, spec_of
 from cqrs_es.ports.store import LoadRequest

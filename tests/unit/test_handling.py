@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cqrs_es import Aggregate, errors
-from cqrs_es.execution.decide import run_handler
+from cqrs_es.execution.handling import run_handler
 from tests.samples import Add, Added
 
 Services = Callable[[], Awaitable[int]]
