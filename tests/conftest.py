@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import pymysql
 import pytest
 import redis
+from hypothesis import settings
 
 from tests.servers import (
     START_SECONDS,
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MYSQL_VERSION = pytest.StashKey[str]()
+
+# How long an example takes is up to what else the machine does.
+settings.register_profile("patient", settings(), deadline=None)
+settings.load_profile("patient")
 
 
 def pytest_terminal_summary(
