@@ -115,12 +115,12 @@ def _channel(address: str, found: Mapping[str, Part]) -> Part:
 
 _PARAMETERS: Final = {
     "partition": "crc32(<aggregate type>/<aggregate id>) modulo the number of partitions",
-    "reply_to": "what the command message says",
+    "reply_to": "what the command message has at $message.payload#/reply_to",
     "aggregate_type": "the aggregate's type",
     "event_type": "the event's type",
 }
+# Without an `address` of its own: that excludes one of the channel [3.0.0, Operation Reply Object].
 _REPLY: Final[Part] = {
-    "address": {"location": "$message.payload#/reply_to"},
     "channel": {"$ref": "#/channels/replies"},
     "messages": [{"$ref": "#/channels/replies/messages/Outcome"}],
 }

@@ -278,6 +278,8 @@ def test_the_broker_s_document_has_the_structure_of_asyncapi(url: str) -> None:
         assert operation["messages"]
         for message in operation["messages"]:
             assert message["$ref"].startswith(of_channel)
+        if "address" in operation.get("reply", {}):
+            assert "address" not in resolved(document, operation["reply"]["channel"]["$ref"])
     for message in document["components"]["messages"].values():
         schema = resolved(document, message["payload"]["$ref"])
         assert schema["type"] == "object"
