@@ -65,18 +65,20 @@ proofs: $(VENV)/.installed  ## what events cause, at size: transfers under kills
 		--timeout=3600 --log-cli-level=WARNING $(PYTEST_ARGS)
 	$(BIN)/python -m benchmarks.scheduled
 
-bench: $(VENV)/.installed  ## what a command costs: by the queue, and one at a time beside another library
+bench: $(VENV)/.installed  ## what a command costs: by the queue, by HTTP, and one at a time beside others
 	$(BIN)/python -m benchmarks.one_at_a_time $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.queue $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.http $(BENCH_ARGS)
 
 bench-against: $(VENV)/.installed  ## the same of this tree and of another commit, in turns: REV=commit
 	$(BIN)/python -m benchmarks.one_at_a_time --against $(REV) $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.queue --against $(REV) $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.http --against $(REV) $(BENCH_ARGS)
 
 recipes: $(VENV)/.installed  ## run the gateway within FastAPI, Litestar and Django, as docs/http.md has it
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)/recipes
 	$(BIN)/uv pip install --quiet --python $(VENV)/recipes --constraint constraints.txt \
-		--editable ".[dev]" django fastapi litestar
+		--editable ".[dev]" django litestar
 	$(VENV)/recipes/bin/pytest tests/integration/test_http_recipes.py -rs $(PYTEST_ARGS)
 
 containers: $(VENV)/.installed  ## build the images, run the compose file with a Docker engine, and kill some of it

@@ -35,7 +35,10 @@ PROJECT: Final = Path(__file__).parent.parent
 OURS: Final = "cqrs-es"
 WARM_UP_ROUNDS: Final = 2
 QUICK_COMMANDS: Final = 20
-LIBRARIES: Final = ("eventsourcing", "psycopg", "asyncpg", "aiomysql", "redis", "msgspec", "orjson")
+LIBRARIES: Final = (
+    *("eventsourcing", "psycopg", "asyncpg", "aiomysql", "redis", "msgspec", "orjson"),
+    *("uvicorn", "fastapi", "sqlalchemy"),
+)
 TICKS_PER_SECOND: Final = os.sysconf("SC_CLK_TCK")
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 NEEDS = {
     "one_at_a_time": ["mariadbd", "initdb"],
     "queue": ["mariadbd", "redis-server"],
+    "http": ["mariadbd", "redis-server"],
 }
 
 
