@@ -12,6 +12,8 @@ TRANSFERS ?= 10000
 KILLS ?= 100
 CRASHES ?= 20
 FUNCTION_COMMANDS ?= 10000
+FUZZ_SECONDS ?= 120
+FUZZED ?= message outcome event stored command cursor http arguments
 MYSQL_SUITES := tests/contract tests/acceptance tests/integration/test_mysql_store.py \
 	tests/integration/test_server_stores.py
 # What the versions of libraries can break: stores, brokers, codecs, the command line.
@@ -20,7 +22,7 @@ RANGE_SUITES := tests/unit tests/contract tests/acceptance tests/deployment/test
 	tests/integration/test_amqp_service.py tests/integration/test_tracing.py
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-mysql test-lowest test-newest crashes faults deploys proofs bench \
-	bench-against recipes containers serverless check format schemas upgrade audit sbom secrets clean
+	bench-against fuzz recipes containers serverless check format schemas upgrade audit sbom secrets clean
 
 help:  ## show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -74,6 +76,12 @@ bench-against: $(VENV)/.installed  ## the same of this tree and of another commi
 	$(BIN)/python -m benchmarks.one_at_a_time --against $(REV) $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.queue --against $(REV) $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.http --against $(REV) $(BENCH_ARGS)
+
+fuzz: $(VENV)/.installed  ## give odd bytes to all that reads others' bytes: FUZZ_SECONDS=120 for each
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)/fuzz
+	$(BIN)/uv pip install --quiet --python $(VENV)/fuzz --constraint constraints.txt --editable ".[all]" atheris
+	for target in $(FUZZED); do CQRS_ES_STORE_URL=memory:// CQRS_ES_BROKER_URL=memory:// \
+		$(VENV)/fuzz/bin/python -m tests.fuzz $$target -max_total_time=$(FUZZ_SECONDS) || exit 1; done
 
 recipes: $(VENV)/.installed  ## run the gateway within FastAPI, Litestar and Django, as docs/http.md has it
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)/recipes
