@@ -102,8 +102,13 @@ class _Attributes(msgspec.Struct):
     commandid: str | None = None
 
 
+_METADATA: Final = msgspec.json.Decoder(dict[str, str])
+
+
 def _read(body: bytes) -> tuple[StoredEvent, str]:
     attributes = msgspec.convert(orjson.loads(body), _Attributes)
+    if attributes.metadata != "{}":
+        _METADATA.decode(attributes.metadata)
     event = StoredEvent(
         key=AggregateKey(attributes.aggregatetype, attributes.subject),
         sequence=int(attributes.aggregatesequence),

@@ -112,7 +112,11 @@ class Codec(Generic[T]):
         """
         parsed = orjson.loads(payload)
         value = self.convert(parsed)
-        if orjson.loads(self.encode(value)) != parsed:
+        try:
+            same = orjson.loads(self.encode(value)) == parsed
+        except errors.NotStorable as exc:
+            raise ValueError(exc.message) from exc
+        if not same:
             message = "it has another shape than the class has today"
             raise ValueError(message)
         return value

@@ -42,6 +42,10 @@ _KEYS: Final = (
 )
 
 
+# A Decimal of a few characters may stand for gigabytes of zeros.
+MOST_DIGITS: Final = 1_000_000
+
+
 class Misfit(Exception):
     """A value would not come back as it is; `path` leads to it: `.lines[0].price`."""
 
@@ -377,8 +381,12 @@ def _float(value: Any) -> object:
 
 
 def decimal_text(value: Decimal) -> str:
-    """Write a Decimal in plain notation."""
-    return format(value, "f") if value.is_finite() else str(value)
+    """Write a Decimal in plain notation; raise `Misfit` where that fills megabytes."""
+    if not value.is_finite():
+        return str(value)
+    if abs(value.adjusted()) > MOST_DIGITS:
+        raise Misfit(f"must have at most {MOST_DIGITS:,} digits in plain notation, not {value:.3e}")
+    return format(value, "f")
 
 
 def _datetime(value: datetime) -> object:

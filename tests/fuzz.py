@@ -14,7 +14,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import orjson
 
@@ -70,7 +70,7 @@ def _change(value: Any, chance: random.Random) -> None:
         _change(value[place], chance)
         return
     what = chance.randrange(4)
-    text: Any = value[place]
+    text = cast("Any", value[place])
     if what == 0:
         del value[place]
     elif what == 1 and isinstance(value, dict):

@@ -6,7 +6,12 @@ import pytest
 
 from tests.fuzz_targets import EXAMPLES, TARGETS
 
-FOUND: dict[str, list[bytes]] = {}
+FOUND = {
+    # A balance with exabytes of zeros.
+    "stored": [b'\x04{"balance":"-92231e+30872036854775808"}'],
+    # Metadata that are no JSON, which only their readers found.
+    "event": [EXAMPLES["event"][0].replace(b'"{}"', b'"9\xc3\xa9"')],
+}
 
 
 @pytest.mark.parametrize("name", TARGETS)
