@@ -27,7 +27,7 @@ from tests.servers import (
     start_rabbitmq,
     start_redis,
 )
-from tests.stores import STORES
+from tests.stores import GIVEN_URL, STORES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -149,6 +149,12 @@ def dynamodb_url(dynamodb_server: str, monkeypatch: pytest.MonkeyPatch) -> Itera
 def sqlite_url(tmp_path: Path) -> str:
     """Name a database file that is not there yet."""
     return f"sqlite:///{tmp_path / 'store.db'}"
+
+
+@pytest.fixture
+def given_url() -> str:
+    """Name an empty store of the kind that CQRS_ES_TEST_STORE_URL names."""
+    return GIVEN_URL.format(name=f"test_{uuid.uuid4().hex[:12]}")
 
 
 @pytest.fixture(params=STORES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
-STORES = ("memory", "sqlite", "mysql", "postgres", "dynamodb")
-SQL_STORES = tuple(store for store in STORES if store != "dynamodb")
+GIVEN_URL = os.environ.get("CQRS_ES_TEST_STORE_URL", "")
+"""Of a store that another package has; `{name}` in it is another for each test."""
+SQL_STORES = ("memory", "sqlite", "mysql", "postgres")
+STORES = (*SQL_STORES, "dynamodb", *(["given"] if GIVEN_URL else []))
 
 on_sql = pytest.mark.parametrize("store_url", SQL_STORES, indirect=True)
 """For a test of SQL of one's own, or of more events than moto takes in good time."""

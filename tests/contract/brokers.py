@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from abc import ABC, abstractmethod
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
     from cqrs_es.brokers.amqp.driver import Channel
     from cqrs_es.ports.broker import Broker, CommandIntake, Delivery, EventFeed, TopicEvent
+
+GIVEN_URL = os.environ.get("CQRS_ES_TEST_BROKER_URL", "")
+"""Of a broker that another package has; a `GivenServer` says what it is taken for."""
+GIVEN = ["given"] if GIVEN_URL else []
 
 SERVICE = "bank"
 PARTITIONS = 4
@@ -131,6 +136,17 @@ class RealRedisServer(AnyRedisServer):
         return broker_for(self.url, service=SERVICE, event_retention=RETENTION)
 
 
+class GivenServer(BrokerServer):
+    """A service of its own on a server that another package connects to; its topic is a stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.service = f"test-{uuid.uuid4().hex[:12]}"
+
+    def connection(self) -> Broker:
+        return broker_for(GIVEN_URL, service=self.service, event_retention=RETENTION)
+
+
 class RabbitMqServer(BrokerServer):
     """A service of its own on a RabbitMQ server."""
 
@@ -191,6 +207,8 @@ def _server(kind: str, request: pytest.FixtureRequest) -> BrokerServer:
             return MemoryServer()
         case "fakeredis":
             return FakeRedisServer()
+        case "given":
+            return GivenServer()
         case "amqp":
             return RabbitMqServer(request.getfixturevalue("amqp_url"))
         case _:

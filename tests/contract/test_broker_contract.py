@@ -12,6 +12,7 @@ from cqrs_es import errors
 from cqrs_es.ports.broker import OutgoingCommand, OutgoingReply, Topology
 from tests.contract.brokers import (
     EPOCH,
+    GIVEN,
     NEW_EPOCH,
     PARTITIONS,
     RETENTION,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from tests.contract.brokers import BrokerServer
 
 
-@pytest.fixture(params=["memory", "fakeredis", "redis", "amqp"])
+@pytest.fixture(params=["memory", "fakeredis", "redis", "amqp", *GIVEN])
 async def server(request: pytest.FixtureRequest) -> AsyncIterator[BrokerServer]:
     """Run an empty server of each kind."""
     async with serving(request.param, request) as server:
@@ -47,7 +48,7 @@ async def broker(server: BrokerServer) -> Broker:
     return broker
 
 
-@pytest.fixture(params=["memory", "fakeredis", "redis"])
+@pytest.fixture(params=["memory", "fakeredis", "redis", *GIVEN])
 async def stream(request: pytest.FixtureRequest) -> AsyncIterator[Broker]:
     """Connect to a server that keeps events: an exchange has no replay, end, epoch or refusal."""
     async with serving(request.param, request) as server:
