@@ -211,9 +211,12 @@ def ask(process: subprocess.Popen[str], path: Path) -> dict[str, float]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return user and system time of a process [proc(5), fields 14 and 15 of stat]."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS_PER_SECOND
+    """Return user and system time of a process and its children [proc(5): stat, 14 and 15]."""
+    process = Path(f"/proc/{pid}")
+    fields = (process / "stat").read_text().rsplit(")", 1)[1].split()
+    own = (int(fields[11]) + int(fields[12])) / TICKS_PER_SECOND
+    children = " ".join(it.read_text() for it in process.glob("task/*/children")).split()
+    return own + sum(cpu_seconds(int(child)) for child in children)
 
 
 # --- Databases ---------------------------------------------------------------

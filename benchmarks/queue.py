@@ -16,15 +16,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 from urllib.parse import urlsplit
 
+import orjson
 import pymysql
 
 from benchmarks import measuring
+from benchmarks.contenders import building
+from benchmarks.contenders.by_queue.rules import TABLES
 from benchmarks.measuring import OURS, PROJECT, Figures, cpu_seconds, environment_of
 from tests.conftest import run_on
 from tests.outside import Outside, RabbitOutside, RedisOutside
@@ -32,10 +36,16 @@ from tests.servers import start_mariadb, start_rabbitmq, start_redis
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Generator, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
-PATIENCE_SECONDS: Final = 300.0
+PATIENCE_SECONDS: Final = 240.0
+LOOK_SECONDS: Final = 0.02  # each look counts rows
 BATCH: Final = 1000
+QUICK_COMMANDS: Final = 200
+SHARE: Final = 8  # of the commands, for those that need some ten times as long
+ALL: Final = "all processes"
+CELERY: Final = "benchmarks.contenders.by_queue.celery_bank"
+ASYNCIO: Final = "benchmarks.contenders.by_queue.asyncio_bank"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +113,67 @@ def servers(broker: str) -> Generator[Servers]:
 
 
 @dataclass(slots=True)
-class Bank:
-    """The bank as one commit has it: its processes, on a database and queues of its own."""
+class Service(ABC):
+    """What is measured: its processes, on a database and queues of its own."""
 
     servers: Servers
-    tree: Path
     name: str
+
+    @abstractmethod
+    def fill(self, count: int) -> None:
+        """Make the tables, and fill the queue."""
+
+    @abstractmethod
+    def start(self) -> dict[str, subprocess.Popen[bytes]]:
+        """Start its processes."""
+
+    @abstractmethod
+    def decided(self) -> int:
+        """Return how many commands have an outcome."""
+
+    def caught_up(self) -> bool:
+        """Say whether what follows from outcomes is done."""
+        return True
+
+    def measure(self, count: int) -> dict[str, tuple[float, float]]:
+        """Time it; return wall and CPU of each process, in microseconds a command."""
+        started = self.start()
+        with contextlib.ExitStack() as stack:
+            for process in started.values():
+                stack.callback(process.wait, 60)
+                stack.callback(process.terminate)
+            processes = {role: it.pid for role, it in started.items()} | self.servers.processes
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while (first := self.decided()) == 0:
+                _check(deadline, started)
+            begin = Moment.now(processes)
+            while self.decided() < count or not self.caught_up():
+                _check(deadline, started)
+            end = Moment.now(processes)
+        left = max(1, count - first)
+        wall = (end.at - begin.at) / left * 1e6
+        cpu = {name: (end.cpu[name] - begin.cpu[name]) / left * 1e6 for name in processes}
+        return {name: (wall, it) for name, it in (cpu | {ALL: sum(cpu.values())}).items()}
+
+
+def _check(deadline: float, processes: dict[str, subprocess.Popen[bytes]]) -> None:
+    if time.monotonic() > deadline:
+        raise TimeoutError
+    for name, process in processes.items():
+        if process.poll() is not None:
+            message = f"the {name} ended with exit code {process.returncode}"
+            raise RuntimeError(message)
+    time.sleep(LOOK_SECONDS)
+
+
+@dataclass(slots=True)
+class Bank(Service):
+    """The bank as one commit has it."""
+
+    tree: Path
     roles: Sequence[str]
 
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start a process of the command line."""
+    def _run(self, *arguments: str) -> subprocess.Popen[bytes]:
         settings = {
             "CQRS_ES_APP": "worker.app:app",
             "CQRS_ES_STORE_URL": f"{self.servers.database}{self.name}",
@@ -121,87 +182,135 @@ class Bank:
             "CQRS_ES_LEASE_SECONDS": "3",
             "CQRS_ES_LOG_LEVEL": "WARNING",
         }
-        return subprocess.Popen(
-            [sys.executable, "-m", "cqrs_es.cli", *arguments],
-            cwd=self.tree,
-            env=environment_of(self.tree) | settings,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        return quiet([sys.executable, "-m", "cqrs_es.cli", *arguments], settings, self.tree)
 
     def fill(self, count: int) -> None:
         """Make the tables, and fill the queue."""
         run_on(self.servers.database, f"CREATE DATABASE {self.name}")
-        if (code := self.start("init").wait(60)) != 0:
-            message = f"init of {self.tree} ended with exit code {code}"
-            raise RuntimeError(message)
+        finished(self._run("init"))
         messages = itertools.islice(measuring.commands(), count)
         while some := list(itertools.islice(messages, BATCH)):
             self.servers.outside.send(self.name, some)
 
-    def handled(self) -> int:
-        """Return how many events the role has handled that is the furthest behind."""
-
-        def query(sql: str) -> int:
-            return self.servers.query(self.name, sql)
-
-        done = [query("SELECT SUM(head) FROM log_partitions")]
-        checkpoints = "SELECT SUM(log_offset) FROM checkpoints WHERE projector LIKE "
-        if "relay" in self.roles:
-            done.append(query(f"{checkpoints} '$relay'"))
-        if "projector" in self.roles:
-            done += [query(f"{checkpoints} '{v}%'") for v in ("account_query", "bank_totals")]
-        return min(done)
+    def start(self) -> dict[str, subprocess.Popen[bytes]]:
+        """Start a process of each role."""
+        return {role: self._run(role) for role in self.roles}
 
     def decided(self) -> int:
         """Return how many commands have an outcome."""
         return self.servers.query(self.name, "SELECT COUNT(*) FROM command_outcomes")
 
-    def measure(self, count: int) -> dict[str, tuple[float, float]]:
-        """Time the roles; return wall and CPU of each process, in microseconds a command."""
-        started = {role: self.start(role) for role in self.roles}
-        with contextlib.ExitStack() as stack:
-            for process in started.values():
-                stack.callback(process.wait, 60)
-                stack.callback(process.terminate)
-            processes = {role: it.pid for role, it in started.items()} | self.servers.processes
-            deadline = time.monotonic() + PATIENCE_SECONDS
-            while (first := self.decided()) == 0:
-                _check(deadline)
-            begin = Moment.now(processes)
-            while self.decided() < count or self.handled() < self._events():
-                _check(deadline)
-            end = Moment.now(processes)
-        left = max(1, count - first)
-        wall = (end.at - begin.at) / left * 1e6
-        return {n: (wall, (end.cpu[n] - begin.cpu[n]) / left * 1e6) for n in processes}
+    def caught_up(self) -> bool:
+        """Say whether the role that is the furthest behind has handled every event."""
 
-    def _events(self) -> int:
-        return self.servers.query(self.name, "SELECT SUM(head) FROM log_partitions")
+        def query(sql: str) -> int:
+            return self.servers.query(self.name, sql)
+
+        written = query("SELECT SUM(head) FROM log_partitions")
+        done = [written]
+        checkpoints = "SELECT SUM(log_offset) FROM checkpoints WHERE projector LIKE "
+        if "relay" in self.roles:
+            done.append(query(f"{checkpoints} '$relay'"))
+        if "projector" in self.roles:
+            done += [query(f"{checkpoints} '{v}%'") for v in ("account_query", "bank_totals")]
+        return min(done) >= written
 
 
-def _check(deadline: float) -> None:
-    if time.monotonic() > deadline:
-        raise TimeoutError
-    time.sleep(0.01)
+@dataclass(slots=True)
+class ByHand(Service):
+    """A module of `contenders/by_queue/`: how its worker is started, by which Python."""
+
+    module: str
+    python: str | Path
+    worker: Sequence[str]
+
+    def _run(self, *arguments: str | Path) -> subprocess.Popen[bytes]:
+        driver = "mysql+pymysql" if self.module == CELERY else "mysql"
+        settings = {
+            "DATABASE_URL": f"{self.servers.database}{self.name}".replace("mysql", driver, 1),
+            "BROKER_URL": self.servers.broker.replace("amqp://", "pyamqp://"),
+            "QUEUE": self.name,
+            "PYTHONWARNINGS": "ignore",  # Celery's of being root
+        }
+        return quiet([self.python, "-m", *arguments], settings, PROJECT)
+
+    def fill(self, count: int) -> None:
+        """Make the tables, and have it send what others are sent."""
+        run_on(self.servers.database, f"CREATE DATABASE {self.name}")
+        for table in TABLES:
+            run_on(self.servers.database, table.replace("TABLE ", f"TABLE {self.name}."))
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            commands = list(itertools.islice(measuring.commands(), count))
+            Path(file.name).write_bytes(orjson.dumps(commands))
+            finished(self._run(self.module, file.name))
+
+    def start(self) -> dict[str, subprocess.Popen[bytes]]:
+        """Start its worker."""
+        return {"worker": self._run(*self.worker)}
+
+    def decided(self) -> int:
+        """Return how many commands have an outcome."""
+        return self.servers.query(self.name, "SELECT COUNT(*) FROM processed")
+
+
+def quiet(
+    command: Sequence[str | Path], settings: dict[str, str], tree: Path
+) -> subprocess.Popen[bytes]:
+    """Start a process of a tree."""
+    environment = environment_of(tree) | settings
+    return subprocess.Popen(command, cwd=tree, env=environment, stdout=subprocess.DEVNULL)
+
+
+def finished(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a process that prepares a round."""
+    if process.wait(PATIENCE_SECONDS) != 0:
+        message = f"{process.args!r} ended with exit code {process.returncode}"
+        raise RuntimeError(message)
+
+
+# --- Contenders --------------------------------------------------------------
+
+Make: TypeAlias = "Callable[[Servers, str], Service]"
+
+
+def contenders(
+    chosen: argparse.Namespace, against: measuring.Revision | None
+) -> dict[str, tuple[Make, int]]:
+    """Return who is measured, each with how many commands it gets in a round."""
+
+    def bank(tree: Path) -> Make:
+        return lambda running, name: Bank(running, name, tree, chosen.roles)
+
+    def by_hand(module: str, python: str | Path, *worker: str) -> Make:
+        return lambda running, name: ByHand(running, name, module, python, worker)
+
+    count = QUICK_COMMANDS if chosen.quick else chosen.commands
+    found = {OURS: (bank(PROJECT), count)}
+    if against is not None:
+        return found | {against.name: (bank(against.tree), count)}
+    if chosen.alone:
+        return found
+    if (python := building.celery_python()) is not None:
+        celery = ("celery", "--app", CELERY, "worker", "--loglevel", "ERROR", "--concurrency")
+        found["celery"] = (by_hand(CELERY, python, *celery, str(chosen.processes)), count // SHARE)
+    if chosen.broker == "redis":
+        found["asyncio"] = (by_hand(ASYNCIO, sys.executable, ASYNCIO), count // SHARE)
+    return found
 
 
 def race(
     chosen: argparse.Namespace, against: measuring.Revision | None
 ) -> dict[str, dict[str, Figures]]:
-    """Measure this tree, and another beside it, round by round; return figures by process."""
-    trees = (
-        [(OURS, PROJECT)] if against is None else [(OURS, PROJECT), (against.name, against.tree)]
-    )
-    rounds, count = (1, 200) if chosen.quick else (chosen.rounds, chosen.commands)
+    """Measure all of them, round by round in turns; return figures by process."""
+    turns = list(contenders(chosen, against).items())
     figures: dict[str, dict[str, Figures]] = {}
     with servers(chosen.broker) as running:
-        for number in range(rounds):
-            trees.append(trees.pop(0))
-            for place, (name, tree) in enumerate(trees):
-                bank = Bank(running, tree, f"bank{number}x{place}", chosen.roles)
-                bank.fill(count)
-                for process, (wall, cpu) in bank.measure(count).items():
+        for number in range(1 if chosen.quick else chosen.rounds):
+            turns.append(turns.pop(0))
+            for place, (name, (make, count)) in enumerate(turns):
+                service = make(running, f"bank{number}x{place}")
+                service.fill(count)
+                for process, (wall, cpu) in service.measure(count).items():
                     found = figures.setdefault(process, {}).setdefault(name, Figures())
                     found.wall.append(wall)
                     found.cpu.append(cpu)
@@ -212,6 +321,8 @@ def main() -> None:
     """Measure."""
     parser = measuring.options(__doc__, rounds=7, commands=20_000)
     parser.add_argument("--broker", choices=("redis", "rabbitmq"), default="redis")
+    parser.add_argument("--alone", action="store_true", help="without the contenders")
+    parser.add_argument("--processes", type=int, default=8, help="of Celery's pool")
     parser.add_argument("--roles", nargs="+", default=["worker"], metavar="VERB")
     chosen = parser.parse_args()
     report = measuring.Report("queue", chosen)

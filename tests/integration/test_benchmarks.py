@@ -20,6 +20,12 @@ NEEDS = {
     "queue": ["mariadbd", "redis-server"],
     "http": ["mariadbd", "redis-server"],
 }
+# Who must be measured beside this framework.
+BESIDE = {
+    "one_at_a_time": {"eventsourcing"},
+    "queue": {"celery", "asyncio"},
+    "http": {"by hand"},
+}
 
 
 @pytest.mark.timeout(300)
@@ -34,5 +40,6 @@ def test_a_benchmark_works(name: str, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", *arguments], cwd=PROJECT, check=True, timeout=240)
     measured = json.loads(found.read_text())
     assert measured["on"]["msgspec"]
+    assert {who for found in measured["microseconds"].values() for who in found} >= BESIDE[name]
     for figures in measured["microseconds"].values():
         assert all(rounds["wall"] and rounds["cpu"] for rounds in figures.values())
