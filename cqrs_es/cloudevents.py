@@ -107,6 +107,9 @@ _METADATA: Final = msgspec.json.Decoder(dict[str, str])
 
 def _read(body: bytes) -> tuple[StoredEvent, str]:
     attributes = msgspec.convert(orjson.loads(body), _Attributes)
+    if not attributes.time.endswith("Z"):
+        message = "its time is not in UTC"
+        raise ValueError(message)
     if attributes.metadata != "{}":
         _METADATA.decode(attributes.metadata)
     event = StoredEvent(

@@ -40,6 +40,7 @@ IN_MEMORY: Final = Settings(store_url="memory://", broker_url="memory://")
 GOING_ON: Final = {"run", "worker", "relay", "projector", "reactor", "serve", "tail", "rebuild"}
 
 gateway = Gateway(bank)
+program = typer.main.get_command(cli)
 
 
 def message(body: bytes) -> None:
@@ -167,7 +168,7 @@ def arguments(body: bytes) -> None:
         contextlib.redirect_stdout(quiet),
         contextlib.redirect_stderr(quiet),
     ):
-        typer.main.get_command(cli).main(words, prog_name="cqrs-es", obj=Invocation())
+        program.main(words, prog_name="cqrs-es", obj=Invocation())
 
 
 TARGETS: Final[dict[str, Target]] = {

@@ -9,8 +9,11 @@ from tests.fuzz_targets import EXAMPLES, TARGETS
 FOUND = {
     # A balance with exabytes of zeros.
     "stored": [b'\x04{"balance":"-92231e+30872036854775808"}'],
-    # Metadata that are no JSON, which only their readers found.
-    "event": [EXAMPLES["event"][0].replace(b'"{}"', b'"9\xc3\xa9"')],
+    # Metadata that are no JSON, and moments without a zone, which only their readers found.
+    "event": [
+        EXAMPLES["event"][0].replace(b'"{}"', b'"9\xc3\xa9"'),
+        EXAMPLES["event"][0].replace(b"123456Z", b"123456+01:00"),
+    ],
 }
 
 
