@@ -7,9 +7,12 @@ does not promise to, or reads back another value than was written.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import functools
 import io
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -119,8 +122,18 @@ def http(body: bytes) -> None:
     first, *lines = head.split(b"\n")
     method, _, target = first.partition(b" ")
     headers = [(name, value) for name, _, value in (line.partition(b":") for line in lines)]
-    status = asyncio.run(_asked(method, target, headers, content))
+    status = _serving().run(_asked(method, target, headers, content))
     assert status < HTTPStatus.INTERNAL_SERVER_ERROR, status
+
+
+@functools.cache
+def _serving() -> asyncio.Runner:
+    """Open the bank behind its gateway, for as long as the process lives."""
+    runner, stack = asyncio.Runner(), AsyncExitStack()
+    opened = runner.run(stack.enter_async_context(bank.open(IN_MEMORY)))
+    runner.run(stack.enter_async_context(gateway.on(opened)))
+    atexit.register(lambda: (runner.run(stack.aclose()), runner.close()))
+    return runner
 
 
 async def _asked(
@@ -151,8 +164,7 @@ async def _asked(
     async def send(message: Any) -> None:
         answers.append(message)
 
-    async with bank.open(IN_MEMORY) as opened, gateway.on(opened):
-        await asyncio.wait_for(gateway(scope, receive, send), SECONDS)
+    await asyncio.wait_for(gateway(scope, receive, send), SECONDS)
     status: int = answers[0]["status"]
     return status
 
