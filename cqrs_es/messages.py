@@ -120,6 +120,14 @@ def spec_of(cls: type[object]) -> MessageSpec:
 _FIRST: Final = Version.parse(FIRST_VERSION)
 
 
+def is_of_newer_code(version: str) -> bool:
+    """Tell of a command whose name is unknown whether newer code has sent it.
+
+    It has where it says a version above the first: no name that is merely wrong does.
+    """
+    return version != FIRST_VERSION and Version.parse(version) > _FIRST
+
+
 class CommandMessage(msgspec.Struct, frozen=True):
     """A command as it came from its sender, its envelope checked, its payload not yet.
 

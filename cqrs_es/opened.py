@@ -16,7 +16,7 @@ from cqrs_es.commands import new_command
 from cqrs_es.definitions import ViewDefinition
 from cqrs_es.execution.baselines import first_page, replayed
 from cqrs_es.execution.keys import KeysRebuild, KeysRebuilt, due, fingerprint
-from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome
+from cqrs_es.messages import NO_METADATA, CommandMessage, Envelope, Outcome, is_reused
 from cqrs_es.ports.dead_letters import RECEIVED_AT
 from cqrs_es.ports.store import ScheduledCommand
 from cqrs_es.projection.folding import folding_for
@@ -194,8 +194,9 @@ class OpenApplication:
 
         With a `command_id` of your own, executing again gives the same outcome,
         marked `duplicate`, for as long as outcomes are kept (CQRS_ES_OUTCOME_RETENTION_DAYS, or
-        `outcomes="for ever"` of the aggregate). Raises `InvalidMessage` for an id or metadata that
-        no message may have, `StoreUnavailable` when the store stays away.
+        `outcomes="for ever"` of the aggregate). Raises `IdReused` where that id was another
+        command's, `InvalidMessage` for an id or metadata that no message may have,
+        `StoreUnavailable` when the store stays away.
         """
         self.registry.aggregate_of(cls)
         message = new_command(
@@ -208,7 +209,10 @@ class OpenApplication:
         )
         fresh = command_id is None
         received_at = self.process.clock.now() if fresh else None
-        return await self.submit(message, received_at=received_at, fresh=fresh)
+        outcome = await self.submit(message, received_at=received_at, fresh=fresh)
+        if is_reused(outcome):
+            raise errors.IdReused(outcome.command_id)
+        return outcome
 
     async def submit(
         self,
@@ -438,17 +442,21 @@ class OpenApplication:
 
     async def view_rows(self, name: str, *, after: str = "", limit: int = 100) -> list[ViewRow]:
         """Read up to `limit` rows of a view with an id above `after`, by id, as JSON."""
-        definition = self._of_json(name)
-        return await self._read(
-            definition,
-            await self._generations(name),
-            lambda of: self.storage.views.page(of, after=after, limit=limit),
+        definition, now = self._of_json(name), await self._generations(name)
+        rows = await self._read(
+            definition, now, lambda of: self.storage.views.page(of, after=after, limit=limit)
         )
+        for row in rows:
+            _check_fits(definition, row, now)
+        return rows
 
     async def view_row(self, name: str, view_id: str) -> ViewRow | None:
         """Read one row of a view as JSON, None when there is none."""
         definition, now = self._of_json(name), await self._generations(name)
-        return await self._read(definition, now, lambda of: self.storage.views.get(of, view_id))
+        row = await self._read(definition, now, lambda of: self.storage.views.get(of, view_id))
+        if row is not None:
+            _check_fits(definition, row, now)
+        return row
 
     def _of_json(self, name: str) -> ViewDefinition:
         definition = self.projection(name)
@@ -636,13 +644,24 @@ def _read_here(numbers: Mapping[str, int], registry: Registry, name: str) -> int
     return generations_of(numbers, name).read_by(made)
 
 
+def _is_of_other_code(definition: ViewDefinition, now: Generations) -> bool:
+    """Tell whether what is read is what other code has made: this code's own is not filled yet."""
+    return now.made_by.get(now.read_by(definition.fingerprint)) != definition.fingerprint
+
+
+def _check_fits(definition: ViewDefinition, row: ViewRow, now: Generations) -> None:
+    """Raise `ViewBehind` for a row that other code has made otherwise than this code would."""
+    if _is_of_other_code(definition, now):
+        _decoded(definition, row, now)
+
+
 def _decoded(definition: ViewDefinition, row: ViewRow, now: Generations) -> Any:
     try:
         return definition.state.decode(row.payload)
     except ValueError as exc:
         name, cls = definition.name, definition.cls.__qualname__
         message = f"row {row.view_id!r} of view {name} does not fit {cls}: {exc}"
-        if now.made_by.get(now.read_by(definition.fingerprint)) != definition.fingerprint:
+        if _is_of_other_code(definition, now):
             message = f"{message}; no projector has filled the view for this code yet"
             raise errors.ViewBehind(
                 f"{message}: run one with it, and see `cqrs-es status`"

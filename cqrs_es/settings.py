@@ -53,7 +53,7 @@ class Settings:
     max_event_bytes: int = 1024 * 1024
     shutdown_timeout: float = 30.0
     health_port: str | None = None
-    wait_for_views: bool = False
+    wait_for_views: bool | None = None
     log_level: LogLevel = "info"
     log_format: LogFormat = "auto"
     remote_urls: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)

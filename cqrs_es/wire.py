@@ -76,7 +76,7 @@ def parse_command(
         reply_to=_reply_to(message),
         sent_at=_optional_text(message, "sent_at"),
         body=body,
-        version=_version(message),
+        version=version_of(message.get("version")),
     )
 
 
@@ -233,8 +233,8 @@ def _reply_to(message: JsonObject) -> str | None:
     raise errors.InvalidMessage(reason)
 
 
-def _version(message: JsonObject) -> str:
-    value = message.get("version")
+def version_of(value: Json) -> str:
+    """Return a message's version, the first where it has none; raise `InvalidMessage`."""
     if value is None:
         return FIRST_VERSION
     try:

@@ -46,6 +46,25 @@ class Answer:
         return code
 
 
+def ask(
+    port: int,
+    method: str,
+    path: str,
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Answer:
+    """Send one request to a port of this machine."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
+    try:
+        connection.request(method, path, body, dict(headers or {}))
+        response = connection.getresponse()
+        content = response.read()
+    finally:
+        connection.close()
+    fields = {name.lower(): value for name, value in response.getheaders()}
+    return Answer(response.status, fields, content)
+
+
 @dataclass(frozen=True, slots=True)
 class Served:
     """A gateway that runs."""
@@ -61,15 +80,7 @@ class Served:
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
         """Send one request."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
-        try:
-            connection.request(method, path, body, dict(headers or {}))
-            response = connection.getresponse()
-            content = response.read()
-        finally:
-            connection.close()
-        fields = {name.lower(): value for name, value in response.getheaders()}
-        return Answer(response.status, fields, content)
+        return ask(self.port, method, path, body, headers)
 
     def get(self, path: str, **headers: str) -> Answer:
         return self.ask("GET", path, headers=_named(headers))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CLI = [sys.executable, "-m", "cqrs_es.cli"]
 STOP_SECONDS = 40.0
+VERB_SECONDS = 180.0  # on a machine that others use too
 
 
 @dataclass(slots=True)
@@ -51,7 +52,7 @@ class Service:
             cwd=PROJECT,
             env=self.environment,
             capture_output=True,
-            timeout=60,
+            timeout=VERB_SECONDS,
             check=False,
         )
         assert done.returncode == 0, done.stderr.decode()

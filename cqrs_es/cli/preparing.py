@@ -361,7 +361,8 @@ MEANINGS: Final[Mapping[str, str]] = {
     "max_event_bytes": "bytes of an event, at most",
     "shutdown_timeout": "seconds that a process has to stop cleanly",
     "health_port": "[HOST:]PORT for /live, /ready, /metrics, to everybody unless HOST narrows it",
-    "wait_for_views": "true: /ready says no until all views are filled for this code",
+    "wait_for_views": "/ready says no until all views are filled for this code, true or false; "
+    "unless set only that of a gateway does",
     "log_level": "debug, info, warning or error",
     "log_format": "auto (console on a terminal, else JSON), console or json",
 }

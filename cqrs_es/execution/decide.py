@@ -27,6 +27,7 @@ from cqrs_es.messages import (
     OutcomeError,
     OutcomeEvent,
     Status,
+    is_of_newer_code,
 )
 from cqrs_es.ports.dead_letters import RECEIVED_AT, DeadLetter
 from cqrs_es.ports.store import Chain, DecidedCommand, NewEvent, ScheduledCommand, Snapshot
@@ -212,8 +213,7 @@ class Decider:
             reason = f"aggregate type {message.aggregate_type!r} is unknown here"
             return self._failed(submission, "unknown_aggregate_type", reason)
         if not definition.takes(message.type) or (message.type == ELAPSED and not trusted):
-            reason = f"{message.aggregate_type} has no command {message.type!r}"
-            return self._failed(submission, "unknown_command", reason)
+            return self._unknown_command(submission)
         try:
             given = definition.read(message.type, self._payload(submission), message.version)
         except errors.InvalidCommand as exc:
@@ -224,6 +224,18 @@ class Decider:
                 submission, "internal_error", _said(failure), detail=text_of(failure)
             )
         return await self._handle(definition, lineage, submission, given)
+
+    def _unknown_command(self, submission: Submission) -> DecidedCommand:
+        """Fail a command that the aggregate does not have; one with a version is newer code's."""
+        message = submission.message
+        reason = f"{message.aggregate_type} has no command {message.type!r}"
+        if is_of_newer_code(message.version):
+            raise errors.UnknownVersion(
+                f"{reason}, and this is version {message.version}: newer code sent it; deploy that"
+                " code, or an upcaster that raises InvalidCommand",
+                type=message.type,
+            )
+        return self._failed(submission, "unknown_command", reason)
 
     def _trusted(self, submission: Submission) -> bool:
         """Tell whether only the framework can have made a command; a row may be a sender's."""

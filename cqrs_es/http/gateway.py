@@ -32,7 +32,7 @@ from cqrs_es.http.problems import (
     too_large,
 )
 from cqrs_es.http.requests import Action
-from cqrs_es.messages import CommandMessage, id_reused
+from cqrs_es.messages import CommandMessage, id_reused, is_of_newer_code
 from cqrs_es.ports.store import LoadRequest
 from cqrs_es.projection.seen import refuse_parked, wait_until_reached
 from cqrs_es.types import AggregateKey, new_command_id
@@ -208,7 +208,10 @@ class Gateway:
         )
         given = await self._authorized(request, action)
         definition = self._aggregate(aggregate_type)
-        if command not in definition.commands or wire.is_internal(command):
+        version = requests.command_version(request)
+        if wire.is_internal(command) or not definition.takes(command):
+            if is_of_newer_code(version):
+                raise errors.UnknownVersion
             raise not_found("unknown_command", f"{aggregate_type} has no command of this name")
         expected = requests.expected_sequence(request)
         limit = self.opened.process.settings.max_message_bytes
@@ -220,7 +223,7 @@ class Gateway:
             metadata=requests.metadata_of(request, given),
             payload=await requests.payload_of(request, limit),
             expected_sequence=expected,
-            version=requests.command_version(request),
+            version=version,
         )
         outcome = await self.outcome_of(message, requests.wait_seconds(request))
         if outcome is None:

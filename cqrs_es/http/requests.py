@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from cqrs_es import errors, wire
 from cqrs_es.http.problems import Problem, bad_request, too_large
-from cqrs_es.messages import FIRST_VERSION, NO_METADATA
+from cqrs_es.messages import NO_METADATA
 from cqrs_es.types import check_aggregate_id, parse_command_id
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def expected_sequence(request: Request) -> int | None:
 
 def command_version(request: Request) -> str:
     """Return the version that a command's payload is of."""
-    return _single(request, "Command-Version") or FIRST_VERSION
+    return wire.version_of(_single(request, "Command-Version") or None)
 
 
 def is_unchanged(request: Request, tag: str) -> bool:

@@ -47,10 +47,17 @@ class Health:
 
     `waiting_for` is what keeps the application from being open, until `follow`;
     `views_behind`, which views this code has not, or not up to date, where that is
-    waited for: None before anybody has looked.
+    waited for: None before anybody has looked. Who serves readers waits unless told not to.
     """
 
-    def __init__(self, settings: Settings, registry: Registry, stopping: asyncio.Event) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        registry: Registry,
+        stopping: asyncio.Event,
+        *,
+        serves_readers: bool = False,
+    ) -> None:
         self._stopping = stopping
         self._most_loop_lag = settings.lease_seconds / ROUNDS_PER_LEASE
         self._patience = settings.lease_seconds
@@ -60,7 +67,9 @@ class Health:
         self._lag = 0.0
         self._lagged_at = 0.0
         self.waiting_for = "starting"
-        self.views_behind: list[str] | None = None if settings.wait_for_views else []
+        asked = settings.wait_for_views
+        waits = serves_readers if asked is None else asked
+        self.views_behind: list[str] | None = None if waits else []
 
     def _patience_with(self, role: str) -> float:
         """Return for how long a role may not move: a worker's handlers may take their time."""
@@ -182,7 +191,7 @@ class Probes:
         self._supervisor: Supervisor | None = None
         self._sampler: Sampler | None = None
         self._exposition: Exposition | None = None
-        self.health = Health(settings, registry, stopping)
+        self.health = Health(settings, registry, stopping, serves_readers=not roles)
         self.meter: Meter = NO_METER
         self._wanted = settings.health_port is not None
         if self._wanted:

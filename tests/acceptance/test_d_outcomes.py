@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
-from cqrs_es import Aggregate, command, event, wire
+from cqrs_es import Aggregate, command, errors, event, upcaster, wire
 from cqrs_es.application import Application
 from cqrs_es.stores import storage_for
 from cqrs_es.testing import TestApp
 from cqrs_es.types import new_command_id
 from domain.account import BankAccount
 from tests.raw import deposit, opened, raw, sent
-from tests.samples import Added, Counter, Services, counting_app
+from tests.samples import Add, Added, Counter, Services, counting_app
 from worker.app import app as bank
 
 if TYPE_CHECKING:
     from cqrs_es import Outcome
     from cqrs_es.settings import Settings
+    from cqrs_es.types import JsonObject
 
 
 def counter(name: str, payload: dict[str, Any], **fields: Any) -> dict[str, Any]:
@@ -84,6 +85,26 @@ async def test_d1_failures(where: Settings) -> None:
         assert await t.opened.events(Counter, "c") == []
 
 
+async def test_d1_an_unknown_name_with_a_version(where: Settings) -> None:
+    """Newer code's command is not decided here; unless an upcaster says that there is none."""
+
+    @upcaster("Paint", to="9.0")
+    def refuse(_: JsonObject) -> JsonObject:
+        raise errors.InvalidCommand("nobody paints here")
+
+    message = wire.parse_command(orjson.dumps(counter("Paint", {"n": 1}) | {"version": "1.1"}))
+    async with TestApp(counting_app(), settings=where) as t:
+        with pytest.raises(errors.UnknownVersion, match=r"'Paint', and this is version 1\.1"):
+            await t.opened.submit(message)
+        assert await letters(t) == []
+        assert await t.opened.outcome(message.id) is None
+    refusing = Application("tests")
+    refusing.aggregate(Counter, services=lambda _: Services(), command_upcasters=[refuse])
+    async with TestApp(refusing, settings=where) as t:
+        outcome = await t.opened.submit(message)
+        assert code(outcome) == ("rejected", "invalid_command")
+
+
 async def test_d1_too_large_a_result(where: Settings) -> None:
     """An event over the limit fails its command alone."""
 
@@ -139,6 +160,16 @@ async def test_d2_an_id_is_for_one_content(where: Settings) -> None:
         assert await t.opened.outcome(first["id"]) == accepted
         again = await sent(t, first)
         assert again == replace(accepted, duplicate=True)
+
+
+async def test_d2_in_the_process_it_is_an_error(where: Settings) -> None:
+    """Who executes a command by an id that another one had has made a mistake."""
+    async with TestApp(counting_app(), settings=where) as t:
+        id_ = new_command_id()
+        assert (await t.opened.execute(Counter, "c", Add(1), command_id=id_)).accepted
+        with pytest.raises(errors.IdReused, match=id_):
+            await t.opened.execute(Counter, "c", Add(2), command_id=id_)
+        assert (await t.opened.execute(Counter, "c", Add(1), command_id=id_)).duplicate
 
 
 async def test_d3_ids_ignore_case(where: Settings) -> None:

@@ -1,7 +1,8 @@
-"""One service in two versions: commands got a split field and a new required one.
+"""One service in two versions, whose commands differ.
 
-`old` sends `Register(name)` and `Move(city)`, `new` version 2.0 and 1.1 of them. The events are
-the same, so that each reads what the other writes.
+One got a split field, one a new required one, and one is new. `old` sends `Register(name)` and
+`Move(city)`, `new` version 2.0 and 1.1 of them, and `Return`, which has a version from the
+beginning. The events are the same, so that each reads what the other writes.
 """
 
 from __future__ import annotations
@@ -82,19 +83,26 @@ class Move:
     country: str
 
 
+@command(version="1.1")
+class Return:
+    pass
+
+
 @dataclass
-class NewPerson(Person, Aggregate[Register | Move, Event, None], type="person"):
+class NewPerson(Person, Aggregate[Register | Move | Return, Event, None], type="person"):
     first: str = ""
     last: str = ""
     city: str = ""
 
-    def handle(self, command: Register | Move, services: None) -> Iterator[Event]:
+    def handle(self, command: Register | Move | Return, services: None) -> Iterator[Event]:
         del services
         match command:
             case Register(first, last):
                 yield Registered(first, last)
             case Move(city, country):
                 yield Moved(city, country)
+            case Return():
+                yield Moved("Helsinki", "FI")
 
 
 @upcaster("Register", to="2.0")

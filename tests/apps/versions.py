@@ -1,15 +1,17 @@
 """A service in two versions, `old` and `new`; `VERSION` says which one `app` is.
 
     old                                   new
-    command Change(n), n < 0 for less     Put(n) and Take(n)
+    command Change(n), n < 0 for less     1.1: Put(n) and Take(n)
     command Name(title)                   1.1: Name(title, by), where `by` is required
     event Named(title)                    Titled(title)
     event Moved(n, fee)                   Taken(n), then Charged(fee)
     view tally: an int and a title        a text, a label and one thing more
     projector days: a column total        amount and events, with indexes
     view leaving                          view arriving
+    reactor of Added and Moved            of Added and Taken; what it sends says another `by`
 
-So that one can go back, `old` is code that reads already what `new` writes.
+So that one can go back, `old` is code that reads already what `new` writes. Commands of new names
+have a version, so that older workers leave them to newer ones.
 """
 
 from __future__ import annotations
@@ -19,8 +21,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from cqrs_es import Aggregate, Envelope, View, command, event, renames, upcaster
+from cqrs_es import (
+    Aggregate,
+    Envelope,
+    Reactor,
+    Send,
+    View,
+    command,
+    event,
+    renames,
+    send,
+    upcaster,
+)
 from cqrs_es.application import Application
+from cqrs_es.http import Gateway
 from cqrs_es.projector import Projector, SqlSession, SqlValue
 from cqrs_es.upcasting import RawEvent
 
@@ -92,12 +106,12 @@ class NameAlone:
     title: str
 
 
-@command
+@command(version="1.1")
 class Put:
     n: int
 
 
-@command
+@command(version="1.1")
 class Take:
     n: int
 
@@ -120,7 +134,7 @@ def split(payload: JsonObject) -> list[RawEvent]:
 def change(payload: JsonObject) -> list[RawEvent]:
     n = payload["n"]
     assert isinstance(n, int)
-    return [RawEvent.of("Put" if n > 0 else "Take", "1.0", {"n": abs(n)})]
+    return [RawEvent.of("Put" if n > 0 else "Take", "1.1", {"n": abs(n)})]
 
 
 @upcaster("Name", to="1.1")
@@ -164,6 +178,45 @@ class NewPurse(Aggregate[Put | Take | Name, NewEvent, None], type="purse"):
 
     def apply(self, event: NewEvent) -> None:
         self.total += amount_of(event)
+
+
+# --- What events cause -------------------------------------------------------
+
+
+@command
+class Note:
+    sequence: int
+    by: str
+
+
+@event
+class Noted:
+    sequence: int
+    by: str
+
+
+@dataclass
+class Ledger(Aggregate[Note, Noted, None], type="ledger"):
+    """Has a note of each change of the purse of its name, as often as one is sent."""
+
+    def handle(self, command: Note, services: None) -> Iterator[Noted]:
+        del services
+        yield Noted(command.sequence, command.by)
+
+    def apply(self, event: Noted) -> None:
+        pass
+
+
+class OldNotes(Reactor[Added | Moved | Taken], name="notes"):
+    def react(self, event: Envelope[Added | Moved | Taken], services: None) -> Iterator[Send]:
+        del services
+        yield send(Ledger, event.aggregate_id, Note(event.sequence, "old"))
+
+
+class NewNotes(Reactor[Added | Taken], name="notes"):
+    def react(self, event: Envelope[Added | Taken], services: None) -> Iterator[Send]:
+        del services
+        yield send(Ledger, event.aggregate_id, Note(event.sequence, "new"))
 
 
 # --- Views -------------------------------------------------------------------
@@ -275,6 +328,8 @@ def old() -> Application:
     for view in (OldTally, Leaving):
         made.view(view)
     made.projector(OldDays)
+    made.aggregate(Ledger)
+    made.reactor(OldNotes)
     return made
 
 
@@ -289,6 +344,8 @@ def new() -> Application:
     for view in (NewTally, Arriving):
         made.view(view)
     made.projector(NewDays)
+    made.aggregate(Ledger)
+    made.reactor(NewNotes)
     return made
 
 
@@ -299,3 +356,4 @@ VIEWS: Mapping[str, tuple[type[Any], ...]] = {
 DAYS: Mapping[str, type[OldDays | NewDays]] = {"old": OldDays, "new": NewDays}
 
 app = new() if os.environ.get("VERSION") == "new" else old()
+gateway = Gateway(app, via="queue")

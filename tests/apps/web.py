@@ -7,7 +7,17 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cqrs_es import Aggregate, DomainError, Envelope, ProcessManager, View, command, event, upcaster
+from cqrs_es import (
+    Aggregate,
+    DomainError,
+    Envelope,
+    ProcessManager,
+    View,
+    command,
+    event,
+    renames,
+    upcaster,
+)
 from cqrs_es.application import Application, ExecutionPolicy
 from cqrs_es.http import Action, Denied, Gateway, Unknown
 
@@ -116,7 +126,7 @@ def split_name(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 app = Application("web", policy=ExecutionPolicy(retry_delays=()))
-app.aggregate(Note, command_upcasters=[split_name])
+app.aggregate(Note, command_upcasters=[split_name, renames("Scribble", "Write")])
 app.view(Notes)
 app.process_manager(Follow)
 

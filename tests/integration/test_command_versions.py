@@ -36,6 +36,7 @@ def sent_by(sender: str, person: str) -> list[dict[str, Any]]:
         ]
     else:
         payloads = [
+            ("Return", "1.1", {}),
             ("Register", "2.0", {"first": "Ada", "last": "Lovelace"}),
             ("Move", "1.1", {"city": "Turku", "country": "FI"}),
         ]
@@ -69,7 +70,7 @@ class Senders:
 
     def send_for_later(self, sender: str) -> None:
         """Send an envelope whose command is due already."""
-        (command, _) = sent_by(sender, uuid4().hex)
+        command, *_ = sent_by(sender, uuid4().hex)
         body = {"schedule": command, "due": datetime.now(UTC).isoformat()}
         self.sent.append(command["id"])
         self._outside.send_bytes("people", [(partition_of(command), orjson.dumps(body))])

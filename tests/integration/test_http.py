@@ -156,6 +156,17 @@ def test_a_header_says_of_which_version_the_payload_is(web: Served, note: str) -
     assert (none.status, none.code) == (400, "invalid_message")
 
 
+def test_a_command_of_another_name_than_this_code_has(web: Served, note: str) -> None:
+    """One of before is upcast; one with a version is newer code's, which may be there soon."""
+    path = f"/aggregates/note/{note}/".replace(" ", "%20")
+    assert web.post(path + "Scribble", {"text": "as it was called"}).status == 200
+    newer = web.post(path + "Paint", {"colour": "red"}, Command_Version="1.1")
+    assert (newer.status, newer.code) == (503, "unknown_version")
+    assert "retry-after" in newer.headers
+    wrong = web.post(path + "Paint", {"colour": "red"}, Command_Version="1")
+    assert (wrong.status, wrong.code) == (404, "unknown_command")
+
+
 def test_headers_become_metadata(web: Served, note: str) -> None:
     trace = f"00-{'ab' * 16}-{'cd' * 8}-01"
     web.write(note, Correlation_Id="order-17", traceparent=trace)

@@ -1,14 +1,21 @@
-"""A store that was put back from a backup, while the broker has what was published since."""
+"""A store that was put back from a backup, while the broker has what was published since.
+
+Every kind of store on every kind of broker by `make deploys`.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
 import sqlite3
 import subprocess
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit
 
 import pytest
@@ -18,30 +25,154 @@ from cqrs_es.brokers import broker_for
 from cqrs_es.client import Client
 from cqrs_es.client.subscription import FileCursor
 from cqrs_es.settings import Settings
+from tests import lambda_runtime
 from tests.contract.brokers import RabbitMqServer
 from tests.samples import Add, Counter, Totals, counting_app
 from tests.servers import installed
 from tests.waiting import PATIENCE, eventually
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from cqrs_es.brokers.amqp.driver import Channel
     from cqrs_es.opened import OpenApplication
     from cqrs_es.ports.broker import Broker
     from cqrs_es.runtime.supervisor import Supervisor
 
-USER = {"mysql": "user", "postgres": "username"}
 ROLES = ["relay", "projector:totals"]
+STORES = ("sqlite", "mysql", "postgres", "dynamodb")
+BROKERS = ("memory", "redis", "amqp")
+CHEAP = [*(("sqlite", broker) for broker in BROKERS), ("mysql", "memory"), ("postgres", "memory")]
+PAIRS = (
+    [(store, broker) for store in STORES for broker in BROKERS]
+    if os.environ.get("CQRS_ES_TEST_DEPLOYS")
+    else CHEAP
+)
+
+
+# --- Backing up and putting back, as the runbook has it, with the servers' own programs --------
+
+
+class Backup(ABC):
+    """What is kept of a store at one moment; `put_back` returns the URL to use from then on."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url = url
+        self.kept = folder / "backup"
+
+    @abstractmethod
+    def make(self) -> None: ...
+
+    @abstractmethod
+    def put_back(self) -> str: ...
+
+
+class SqliteBackup(Backup):
+    def make(self) -> None:
+        self._copy(self._file, self.kept)
+
+    def put_back(self) -> str:
+        for ending in ("", "-wal", "-shm"):
+            self._file.with_name(self._file.name + ending).unlink(missing_ok=True)
+        self._copy(self.kept, self._file)
+        return self.url
+
+    @property
+    def _file(self) -> Path:
+        return Path(self.url.removeprefix("sqlite:///"))
+
+    @staticmethod
+    def _copy(source: Path, target: Path) -> None:
+        with (
+            contextlib.closing(sqlite3.connect(source)) as old,
+            contextlib.closing(sqlite3.connect(target)) as new,
+        ):
+            old.backup(new)
+
+
+class ServerBackup(Backup):
+    USER: ClassVar[str]
+
+    def __init__(self, url: str, folder: Path) -> None:
+        super().__init__(url, folder)
+        parts = urlsplit(url)
+        self.name = parts.path[1:]
+        user = parts.username or {"user": "root"}.get(self.USER, "postgres")
+        self.at = [f"--host={parts.hostname}", f"--port={parts.port}", f"--{self.USER}={user}"]
+
+
+class MysqlBackup(ServerBackup):
+    USER = "user"
+
+    def make(self) -> None:
+        with self.kept.open("wb") as file:
+            run("mariadb-dump", *self.at, "--single-transaction", self.name, stdout=file)
+
+    def put_back(self) -> str:
+        drop = f"DROP DATABASE {self.name}; CREATE DATABASE {self.name}"
+        run("mariadb", *self.at, "-e", drop)
+        with self.kept.open("rb") as file:
+            run("mariadb", *self.at, self.name, stdin=file)
+        return self.url
+
+
+class PostgresBackup(ServerBackup):
+    USER = "username"
+
+    def make(self) -> None:
+        run("pg_dump", *self.at, "--format=custom", f"--file={self.kept}", self.name)
+
+    def put_back(self) -> str:
+        run("dropdb", *self.at, self.name)
+        run("createdb", *self.at, self.name)
+        run("pg_restore", *self.at, f"--dbname={self.name}", str(self.kept))
+        return self.url
+
+
+class DynamodbBackup(Backup):
+    """Put back to a new table, as Amazon does."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        super().__init__(url, folder)
+        parts = urlsplit(url)
+        self._prefix = parts.path[1:]
+        self._client = lambda_runtime.client("dynamodb", parts.query.removeprefix("endpoint="))
+        self._times = 0
+        self._arn = ""
+
+    def make(self) -> None:
+        table = f"{self._prefix}-store"
+        made = self._client.create_backup(TableName=table, BackupName="backup")
+        self._arn = made["BackupDetails"]["BackupArn"]
+
+    def put_back(self) -> str:
+        self._times += 1
+        prefix = f"{self._prefix}-{self._times}"
+        table = f"{prefix}-store"
+        self._client.restore_table_from_backup(TargetTableName=table, BackupArn=self._arn)
+        return self.url.replace(f"/{self._prefix}?", f"/{prefix}?")
+
+
+BACKUPS: Mapping[str, type[Backup]] = {
+    "sqlite": SqliteBackup,
+    "mysql": MysqlBackup,
+    "postgres": PostgresBackup,
+    "dynamodb": DynamodbBackup,
+}
+
+
+def run(*command: str, **options: Any) -> None:
+    subprocess.run([installed(command[0]), *command[1:]], check=True, **options)
+
+
+# --- The service whose store it is -------------------------------------------------
 
 
 @dataclass
 class Service:
-    """Counters on a SQLite file and a broker that outlives the file's content."""
+    """Counters on a store, and a broker that outlives what is in it."""
 
     settings: Settings
     broker: Broker
-    file: Path
+    backup: Backup
     server: RabbitMqServer | None
 
     @contextlib.asynccontextmanager
@@ -50,25 +181,22 @@ class Service:
         async with opening as opened:
             yield opened
 
-    async def count(self, *numbers: int, initialise: bool | None = None) -> None:
-        """Add numbers, and see to it that they are published and projected."""
+    async def count(
+        self, *numbers: int, initialise: bool | None = None, back_up: bool = False
+    ) -> None:
+        """Add numbers, see to it that they are published and projected, and back up if asked to."""
         async with self.open(initialise=initialise) as opened:
             for number in numbers:
                 await opened.execute(Counter, "A", Add(number))
             async with opened.running(ROLES) as supervisor:
                 await rested(supervisor)
+                if back_up:  # while it runs
+                    await asyncio.to_thread(self.backup.make)
 
-    def copy(self, to: Path) -> None:
-        """Back the file up, or put it back, as the runbook has it."""
-        source, target = (self.file, to) if not to.exists() else (to, self.file)
-        if target == self.file:
-            for ending in ("", "-wal", "-shm"):
-                target.with_name(target.name + ending).unlink(missing_ok=True)
-        with (
-            contextlib.closing(sqlite3.connect(source)) as old,
-            contextlib.closing(sqlite3.connect(target)) as new,
-        ):
-            old.backup(new)
+    async def put_back(self) -> None:
+        """Put the backup back, and forget the new epoch."""
+        url = await asyncio.to_thread(self.backup.put_back)
+        self.settings = replace(self.settings, store_url=url)
 
 
 async def rested(supervisor: Supervisor) -> None:
@@ -87,45 +215,47 @@ async def says(supervisor: Supervisor, *words: str) -> str:
     return found[0]
 
 
-@pytest.fixture(params=["memory", "redis", "amqp"])
+@pytest.fixture(params=[("sqlite", broker) for broker in BROKERS], ids="-".join)
 async def service(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncGenerator[Service]:
-    file = tmp_path / "tests.db"
+    store, broker_kind = request.param
     url = "memory://"
-    if request.param != "memory":
-        url = request.getfixturevalue(f"{request.param}_url")
-    server = RabbitMqServer(url) if request.param == "amqp" else None
+    if broker_kind != "memory":
+        url = request.getfixturevalue(f"{broker_kind}_url")
+    server = RabbitMqServer(url) if broker_kind == "amqp" else None
     name = server.service if server else f"test-{uuid.uuid4().hex[:12]}"
     broker = broker_for(url, service=name)
-    settings = Settings(store_url=f"sqlite:///{file}", service=name, lease_seconds=1.0)
+    store_url: str = request.getfixturevalue(f"{store}_url")
+    seconds = 20.0 if store == "dynamodb" else 2.0  # moto has one thread
+    settings = Settings(store_url=store_url, service=name, partitions=1, lease_seconds=seconds)
     try:
-        yield Service(settings, broker, file, server)
+        yield Service(settings, broker, BACKUPS[store](store_url, tmp_path), server)
     finally:
         await broker.close()
         if server is not None:
             await server.close()
 
 
-async def test_a_store_that_was_put_back_and_has_gone_on_is_found_out(
-    service: Service, tmp_path: Path
-) -> None:
-    """Its log is as long as before, so that only the events tell: nothing is published over them.
+@pytest.mark.parametrize("service", PAIRS, indirect=True, ids="-".join)
+async def test_a_store_that_was_put_back(service: Service) -> None:
+    """Without a new epoch nothing is published over what was, and the relay says why it stops.
 
-    No view takes what the topic has of the other history. A new epoch makes all well.
+    First since the log ends before what was published; then, when it is as long as before, since
+    only the events differ. No view takes what the topic has of the other history. A new epoch makes
+    all well.
     """
-    await service.count(1, 2)
-    backup = tmp_path / "backup.db"
-    service.copy(backup)
+    await service.count(1, 2, initialise=True, back_up=True)
     await service.count(30, 40)
     before = await service.broker.last_published(0)
     assert before is not None
-    service.copy(backup)
+    assert before.offset == 4
+    await service.put_back()
     async with service.open() as opened:
+        async with opened.running(["relay"]) as supervisor:
+            await says(supervisor, "partition 0", "4", "init --new-epoch")
         for number in (500, 600, 700):
             await opened.execute(Counter, "A", Add(number))
         async with opened.running(ROLES) as supervisor:
-            told = await says(supervisor, "init --new-epoch")
-            assert "partition 0" in told
-            assert "offset 4" in told
+            await says(supervisor, "partition 0", "offset 4", "init --new-epoch")
         assert await service.broker.last_published(0) == before
         view = await opened.view(Totals, "A")
         assert view is None or view.total in {3, 1803}  # of this history, however far it is
@@ -138,27 +268,14 @@ async def test_a_store_that_was_put_back_and_has_gone_on_is_found_out(
         assert (after.offset, b"700" in after.body) == (5, True)
 
 
-async def test_a_store_that_ends_before_what_was_published(
-    service: Service, tmp_path: Path
-) -> None:
-    """The same, said by the mark alone where the topic keeps nothing."""
-    await service.count(1, 2)
-    backup = tmp_path / "backup.db"
-    service.copy(backup)
-    await service.count(30, 40)
-    service.copy(backup)
-    async with service.open() as opened, opened.running(["relay"]) as supervisor:
-        await says(supervisor, "partition 0", "4", "init --new-epoch")
-
-
-@pytest.mark.parametrize("service", ["memory", "redis"], indirect=True)
-async def test_a_subscriber_of_a_store_that_has_gone_on(service: Service, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "service", [("sqlite", "memory"), ("sqlite", "redis")], indirect=True, ids="-".join
+)
+async def test_a_subscriber_of_a_store_that_has_gone_on(service: Service) -> None:
     """It takes nothing from a store that is not what the topic was published from."""
-    await service.count(1, 2)
-    backup = tmp_path / "backup.db"
-    service.copy(backup)
+    await service.count(1, 2, back_up=True)
     await service.count(30, 40)
-    service.copy(backup)
+    await service.put_back()
     async with service.open() as opened:
         for number in (500, 600, 700):
             await opened.execute(Counter, "A", Add(number))
@@ -174,9 +291,7 @@ async def test_a_subscriber_that_has_seen_more_than_the_store_has(
     service: Service, tmp_path: Path
 ) -> None:
     """It stops; with the new epoch it begins again."""
-    await service.count(1, 2)
-    backup = tmp_path / "backup.db"
-    service.copy(backup)
+    await service.count(1, 2, back_up=True)
     await service.count(30, 40)
     cursor = FileCursor(tmp_path / "cursor.json")
     client = Client(
@@ -186,7 +301,7 @@ async def test_a_subscriber_that_has_seen_more_than_the_store_has(
     )
     async with client, client.subscribe("s", cursor=cursor) as events:
         assert [(await anext(events)).offset for _ in range(4)] == [1, 2, 3, 4]
-    service.copy(backup)
+    await service.put_back()
     async with client:
         with pytest.raises(errors.BrokenLog, match="put back"):
             async with client.subscribe("s", cursor=cursor) as events:
@@ -197,62 +312,10 @@ async def test_a_subscriber_that_has_seen_more_than_the_store_has(
         assert [(await anext(events)).offset for _ in range(2)] == [1, 2]
 
 
-# --- The runbook, with the servers' own programs ----------------------------------
-
-
-def run(*command: str, **options: Any) -> None:
-    subprocess.run([installed(command[0]), *command[1:]], check=True, **options)
-
-
-@pytest.mark.parametrize("kind", ["mysql", "postgres"])
-async def test_the_runbook_of_a_server(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    """Backed up while it runs, put back, given a new epoch: the log, its view and the topic."""
-    given: str = request.getfixturevalue(f"{kind}_url")
-    url = urlsplit(given)
-    name, dump = url.path[1:], tmp_path / "dump"
-    user = url.username or ("root" if kind == "mysql" else "postgres")
-    at = [f"--host={url.hostname}", f"--port={url.port}", f"--{USER[kind]}={user}"]
-    settings = Settings(store_url=given, partitions=1, lease_seconds=2.0)
-    broker = broker_for("memory://", service="tests")
-    async with (
-        counting_app().open(settings, broker=broker, initialise=True) as opened,
-        opened.running(ROLES) as supervisor,
-    ):
-        await opened.execute(Counter, "A", Add(1))
-        await opened.execute(Counter, "A", Add(2))
-        await rested(supervisor)
-        if kind == "mysql":
-            with dump.open("wb") as file:
-                run("mariadb-dump", *at, "--single-transaction", name, stdout=file)
-        else:
-            run("pg_dump", *at, "--format=custom", f"--file={dump}", name)
-        await opened.execute(Counter, "A", Add(400))
-        await rested(supervisor)
-    if kind == "mysql":
-        run("mariadb", *at, "-e", f"DROP DATABASE {name}; CREATE DATABASE {name}")
-        with dump.open("rb") as file:
-            run("mariadb", *at, name, stdin=file)
-    else:
-        run("dropdb", *at, name)
-        run("createdb", *at, name)
-        run("pg_restore", *at, f"--dbname={name}", str(dump))
-    async with counting_app().open(settings, broker=broker) as opened:
-        await opened.initialise(new_epoch=True)
-        async with opened.running(ROLES) as supervisor:
-            await opened.execute(Counter, "A", Add(10))
-            await rested(supervisor)
-        assert await opened.view(Totals, "A") == Totals(total=13, times=3)
-    last = await broker.last_published(0)
-    assert last is not None
-    assert last.offset == 3
-
-
 # --- RabbitMQ, which keeps marks of its own -------------------------------------
 
 
-ON_RABBITMQ = pytest.mark.parametrize("service", ["amqp"], indirect=True)
+ON_RABBITMQ = pytest.mark.parametrize("service", [("sqlite", "amqp")], indirect=True, ids="-".join)
 
 
 @pytest.fixture
@@ -296,7 +359,7 @@ async def test_an_emptied_mark_is_written_again(marked: Service) -> None:
 async def test_the_mark_of_another_store_stops_the_relay(marked: Service, tmp_path: Path) -> None:
     """It would publish over another log by the same name, until `init` gives it the topic."""
     settings = replace(marked.settings, store_url=f"sqlite:///{tmp_path / 'other.db'}")
-    other = Service(settings, marked.broker, tmp_path / "other.db", marked.server)
+    other = replace(marked, settings=settings)
     elsewhere = broker_for("memory://", service=settings.service or "")
     async with counting_app().open(settings, broker=elsewhere) as opened:
         await opened.execute(Counter, "A", Add(9))

@@ -165,6 +165,10 @@ async def test_a_json_view_on_every_store(store_url: str) -> None:
             assert await new.views_behind() == ["tally"]
             with pytest.raises(errors.ViewBehind, match="no projector has filled"):
                 await new.view(NewTally, "a")
+            with pytest.raises(errors.ViewBehind, match="no projector has filled"):
+                await new.view_row("tally", "a")  # as the gateway reads it
+            with pytest.raises(errors.ViewBehind, match="no projector has filled"):
+                await new.view_rows("tally")
             await project(new)
             assert await new.views_behind() == []
             assert await tallied(new, NewTally) == await expected(new)
@@ -458,17 +462,27 @@ async def test_a_store_of_before_there_were_fingerprints(store_url: str) -> None
 # --- What operators see ------------------------------------------------------
 
 
-@pytest.mark.parametrize("asked", ["true", "false"])
-async def test_ready_waits_for_views_where_that_is_asked_for(tmp_path: Path, asked: str) -> None:
+@pytest.mark.parametrize(
+    ("asked", "roles", "waits"),
+    [
+        ("true", ["relay"], True),
+        ("", ["relay"], False),
+        ("", [], True),  # a gateway, which is there for readers
+        ("false", [], False),
+    ],
+)
+async def test_ready_waits_for_views(
+    tmp_path: Path, asked: str, roles: list[str], *, waits: bool
+) -> None:
     """Then a deploy does not go on before the new code has its views."""
     url = f"sqlite:///{tmp_path}/store.db"
     async with process(url, OldTally) as old:
         await add(old, times=2)
         await project(old)
-    given = {"STORE_URL": url, "WAIT_FOR_VIEWS": asked, "HEALTH_PORT": "0"}
+    given = {"STORE_URL": url, "HEALTH_PORT": "0"} | ({"WAIT_FOR_VIEWS": asked} if asked else {})
     settings = Settings.from_environment({f"CQRS_ES_{name}": it for name, it in given.items()})
     app, stopping = version(NewTally), asyncio.Event()
-    probes = Probes(app.registry, settings, "tests", (), stopping)
+    probes = Probes(app.registry, settings, "tests", roles, stopping)
     async with app.open(settings, initialise=True) as opened:
         supervisor = opened.supervisor()
         following = asyncio.create_task(probes.follow(opened.process, supervisor))
@@ -482,7 +496,7 @@ async def test_ready_waits_for_views_where_that_is_asked_for(tmp_path: Path, ask
         async def is_content() -> bool:
             return await reasons() == []
 
-        await eventually(says_so if asked == "true" else is_content, within_seconds=LONG)
+        await eventually(says_so if waits else is_content, within_seconds=LONG)
         await project(opened)
         await eventually(is_content, within_seconds=LONG)
         await cancelled(following)

@@ -33,8 +33,7 @@ ELSEWHERE: Final = {
     "shutdown_timeout": "tests/integration/test_cli_run.py"
     "::test_the_first_signal_gives_only_so_much_time",
     "health_port": "tests/integration/test_probes.py::test_the_port_from_the_environment",
-    "wait_for_views": "tests/integration/test_view_versions.py"
-    "::test_ready_waits_for_views_where_that_is_asked_for",
+    "wait_for_views": "tests/integration/test_view_versions.py::test_ready_waits_for_views",
     "log_level": "tests/integration/test_log_lines.py::test_level_and_format_by_environment",
     "log_format": "tests/integration/test_log_lines.py::test_level_and_format_by_environment",
 }
