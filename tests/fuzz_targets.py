@@ -132,7 +132,8 @@ def _serving() -> asyncio.Runner:
     runner, stack = asyncio.Runner(), AsyncExitStack()
     opened = runner.run(stack.enter_async_context(bank.open(IN_MEMORY)))
     runner.run(stack.enter_async_context(gateway.on(opened)))
-    atexit.register(lambda: (runner.run(stack.aclose()), runner.close()))
+    atexit.register(runner.close)
+    atexit.register(lambda: runner.run(stack.aclose()))  # the last one registered is the first
     return runner
 
 
