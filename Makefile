@@ -70,11 +70,13 @@ proofs: $(VENV)/.installed  ## what events cause, at size: transfers under kills
 bench: $(VENV)/.installed  ## what a command costs: by the queue, by HTTP, and one at a time beside others
 	$(BIN)/python -m benchmarks.one_at_a_time $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.queue $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.latency $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.http $(BENCH_ARGS)
 
 bench-against: $(VENV)/.installed  ## the same of this tree and of another commit, in turns: REV=commit
 	$(BIN)/python -m benchmarks.one_at_a_time --against $(REV) $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.queue --against $(REV) $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.latency --against $(REV) $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.http --against $(REV) $(BENCH_ARGS)
 
 fuzz: $(VENV)/.installed  ## give odd bytes to all that reads others' bytes: FUZZ_SECONDS=120 for each

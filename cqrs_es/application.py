@@ -31,6 +31,7 @@ from cqrs_es.ports.storage import check_service
 from cqrs_es.registry import Registry
 from cqrs_es.runtime.due import Timetable
 from cqrs_es.runtime.log_watcher import LogWatcher
+from cqrs_es.runtime.nudging import Nudger
 from cqrs_es.runtime.process import Process, new_owner
 from cqrs_es.runtime.waiting import Recent
 from cqrs_es.settings import Settings
@@ -249,10 +250,12 @@ class Application:
             info = await _store_info(storage, settings, service, initialise=initialise)
             watcher = LogWatcher(storage.events)
             timetable = Timetable(storage.events)
+            nudger = Nudger(broker if reach_broker else None, watcher, timetable)
+            stack.push_async_callback(nudger.close)
             hooks = Hooks(
                 on_failure=on_handler_failure,
-                on_commit=watcher.poke,
-                on_scheduled=timetable.poke,
+                on_commit=nudger.committed,
+                on_scheduled=nudger.scheduled,
                 meter=meter,
                 tracing=tracing_for(
                     service,
@@ -283,6 +286,7 @@ class Application:
                 executor=executor,
                 watcher=watcher,
                 timetable=timetable,
+                nudger=nudger,
                 owner=new_owner(),
                 info=Recent(storage.info),
                 generations=Recent(storage.views.generations),

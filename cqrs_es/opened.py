@@ -274,7 +274,7 @@ class OpenApplication:
         complete = _with_body(message, process.settings.max_message_bytes)
         row = ScheduledCommand.of(complete, due, process.partitions)
         await self.storage.events.schedule([row])
-        process.timetable.poke({row.partition})
+        process.nudger.scheduled({row.partition})
         return row.command_id
 
     async def unschedule(self, command_id: str) -> bool:

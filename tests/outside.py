@@ -219,7 +219,7 @@ class RabbitOutside(Outside):
         marks = [f"{name}.marks.{partition}" for partition in range(PARTITIONS)]
         for queue in [_everything(name), *_queues(name), *marks]:
             channel.queue_delete(queue)
-        for exchange in ("commands", "commands.dead", "events", "marks"):
+        for exchange in ("commands", "commands.dead", "events", "marks", "nudges"):
             channel.exchange_delete(f"{name}.{exchange}")
         channel.close()
 

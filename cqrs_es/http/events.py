@@ -26,6 +26,7 @@ from cqrs_es import errors
 from cqrs_es.cloudevents import to_cloudevent
 from cqrs_es.execution.retry import Retry
 from cqrs_es.http.problems import bad_request
+from cqrs_es.ports.broker import Nudge
 from cqrs_es.runtime.waiting import cancelled
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ class Tail:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._follow_partition(each)) for each in self.heads]
             tasks.append(group.create_task(self._process.watcher.run()))
+            tasks.append(group.create_task(self._process.nudger.hear(Nudge.EVENTS)))
             while True:
                 info = await self._process.info.get(EPOCH_SECONDS)
                 if info.log_epoch != self.epoch:

@@ -16,6 +16,7 @@ What every broker promises:
 from __future__ import annotations
 
 import contextlib
+import enum
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -110,6 +111,18 @@ class Topology:
     log_epoch: str | None
 
 
+class Nudge(enum.StrEnum):
+    """What a process that waits for the store is told, so that it looks there at once.
+
+    A hint, no more: it may be lost, doubled or late, and anybody may have sent it.
+    """
+
+    EVENTS = "events"
+    """Events were committed."""
+    DUE = "due"
+    """Commands were scheduled, and may be due."""
+
+
 class CommandIntake(ABC):
     """The consumption of one partition of the command queue, by one process at a time."""
 
@@ -157,6 +170,18 @@ class ReplyInbox(ABC):
         """Stop; safe to call twice."""
 
 
+class NudgeFeed(ABC):
+    """What one listener hears of one kind of nudge."""
+
+    @abstractmethod
+    async def receive(self) -> None:
+        """Wait for a nudge; all that have come by then count as one. Safe to cancel."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Stop; safe to call twice."""
+
+
 class Broker(ABC):
     """A message broker, opened; made by an adapter from a URL."""
 
@@ -166,6 +191,8 @@ class Broker(ABC):
     """What names on the server have between the service's and what they are of."""
     durable: bool = True
     """Whether messages outlive this process."""
+    nudges: ClassVar[bool] = False
+    """Whether it takes nudges to other processes."""
 
     @property
     def trouble(self) -> str | None:
@@ -274,6 +301,18 @@ class Broker(ABC):
     @abstractmethod
     async def open_replies(self, reply_to: str) -> ReplyInbox:
         """Begin to receive the replies sent to `reply_to` from now on."""
+
+    async def nudge(self, nudge: Nudge) -> None:
+        """Tell whoever listens, in any process, and wait for none of them.
+
+        There is nothing to do where the broker takes no nudges.
+        """
+        del nudge
+
+    async def open_nudges(self, nudge: Nudge) -> NudgeFeed | None:
+        """Begin to listen; None where the broker takes no nudges, or not for us."""
+        del nudge
+        return None
 
     async def peek(self, partition: int, limit: int) -> list[bytes] | None:
         """Look at commands that are not settled, at most `limit`, 0 for all; take none.

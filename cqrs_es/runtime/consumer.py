@@ -27,7 +27,7 @@ import structlog
 from cqrs_es import errors, wire
 from cqrs_es.execution.retry import Retry
 from cqrs_es.messages import is_reused
-from cqrs_es.ports.broker import OutgoingReply
+from cqrs_es.ports.broker import Nudge, OutgoingReply
 from cqrs_es.ports.dead_letters import RECEIVED_AT, DeadLetter
 from cqrs_es.ports.store import IMMEDIATELY, ScheduledCommand
 from cqrs_es.runtime.due import NOTHING_DUE, DueIntake, keep_recurring, overdue
@@ -69,6 +69,7 @@ class CommandWorker(Role):
     """Consumes partitions of the command queue into the process's executor."""
 
     name = WORKER
+    hears = frozenset({Nudge.DUE})
 
     def __init__(self, process: Process) -> None:
         self._process = process
@@ -440,7 +441,7 @@ class Consumer:
         else:
             for delivery, _ in rows:
                 self._settle_as_it_is(delivery)
-            self._process.timetable.poke({row.partition for _, row in rows})
+            self._process.nudger.scheduled({row.partition for _, row in rows})
 
     async def _parsed(self, delivery: Delivery) -> CommandMessage | None:
         """Read a message; one that is invalid becomes a dead letter."""

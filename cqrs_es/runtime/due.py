@@ -8,6 +8,7 @@ need no broker, and nothing is lost or doubled between a row and its decision.
 from __future__ import annotations
 
 import asyncio
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +20,7 @@ from cqrs_es import errors
 from cqrs_es.execution.retry import Retry
 from cqrs_es.ports.broker import ANY_SIZE, CommandIntake, Delivery
 from cqrs_es.ports.store import IMMEDIATELY
+from cqrs_es.runtime.nudging import Reliance
 from cqrs_es.runtime.waiting import within
 from cqrs_es.types import time_of
 
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("cqrs_es.worker")
 
-# What another process schedules is noticed within so many seconds.
+# What another process schedules is noticed within so many seconds: where nudges tell of it too,
+# and where they do not.
+NUDGED_SECONDS: Final = 5.0
 LOOK_SECONDS: Final = 1.0
 LISTED_AT_ONCE: Final = 500
 
@@ -83,7 +87,7 @@ async def keep_recurring(process: Process, definition: Recurring) -> None:
         await events.unschedule(others)
     if not kept:
         await events.schedule([following])
-        process.timetable.poke({following.partition})
+        process.nudger.scheduled({following.partition})
 
 
 async def _rows_of(events: EventStore, wanted: ScheduledCommand) -> list[ScheduledCommand]:
@@ -105,14 +109,22 @@ def _is_right(row: ScheduledCommand, definition: Recurring, causes: Causes) -> b
 class Timetable:
     """Knows when the next row of each partition that this process takes is due.
 
-    It looks once for all partitions, when the next row is due that it knows of, and now and then
-    for those of other processes; those of this process are told to it.
+    It looks once for all partitions, when the next row is due that it knows of, when nudges tell
+    of those of other processes, and now and then; those of this process are told to it.
     """
 
     def __init__(self, events: EventStore) -> None:
         self._events = events
         self._due: dict[int, asyncio.Event] = {}
         self._look_now = asyncio.Event()
+        self.reliance = Reliance()
+        self._hinted = True
+        self._next_at = 0.0
+
+    def hint(self) -> None:
+        """Look now: another process has scheduled something, or may have."""
+        self._hinted = True
+        self._look_now.set()
 
     def poke(self, partitions: Collection[int] | None = None) -> None:
         """Wake who takes these partitions, or all: rows were added, or the clock was set."""
@@ -144,12 +156,22 @@ class Timetable:
 
     async def _look(self) -> float:
         """Wake who has something due; return after how many seconds to look again."""
+        hinted, self._hinted = self._hinted, False
         waiting = {number for number, due in self._due.items() if not due.is_set()}
         if not waiting:
-            return LOOK_SECONDS
-        seconds = await self._events.next_due(waiting)
-        self.poke([number for number, left in seconds.items() if left <= 0])
-        return min([LOOK_SECONDS, *(left for left in seconds.values() if left > 0)])
+            return self._pause
+        now = asyncio.get_running_loop().time()
+        found = (await self._events.next_due(waiting)).items()
+        due, later = [n for n, left in found if left <= 0], [left for _, left in found if left > 0]
+        if due and not hinted and now < self._next_at:
+            self.reliance.missed()
+        self._next_at = now + min(later, default=math.inf)
+        self.poke(due)
+        return min([self._pause, *later])
+
+    @property
+    def _pause(self) -> float:
+        return NUDGED_SECONDS if self.reliance.justified else LOOK_SECONDS
 
 
 class DueIntake(CommandIntake):

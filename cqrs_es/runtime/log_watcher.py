@@ -1,4 +1,4 @@
-"""One reader of the log's heads for a whole process, so that its relays need not poll each."""
+"""One reader of the log's heads for a whole process, so that its relays need not look each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import structlog
 
 from cqrs_es import errors
 from cqrs_es.execution.retry import Retry
+from cqrs_es.runtime.nudging import Reliance
 from cqrs_es.runtime.waiting import within
 
 if TYPE_CHECKING:
@@ -19,33 +20,38 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("cqrs_es.runtime")
 
-# Seconds between looks for projectors, whom the topic tells of events sooner.
+# Seconds between looks, at least and at most, where something else tells of events: nudges
+# the relay, the topic a projector. In between they are a part of how long the log has not moved.
 SELDOM_SECONDS: Final = 2.0
-# The longest that a relay waits between looks when the log has not moved for a while, and
-# the part of that while which it may wait.
-QUIET_SECONDS: Final = 0.25
+SELDOM_MOST_SECONDS: Final = 5.0
+SELDOM_PART: Final = 0.2
+# The same of a relay that hears no nudges; there the store says how long it waits at least.
+QUIET_MOST_SECONDS: Final = 0.25
 QUIET_PART: Final = 0.05
 
 
 class LogWatcher:
     """Knows the log's heads, and wakes whoever waits for one to move.
 
-    It looks as often as somebody needs it: for those who wait, each time the store
-    allows (`EventStore.look_seconds`), less often when nothing has come for seconds;
-    while nobody waits, every two seconds.
+    It looks when it is told of a commit, and else as often as somebody needs it: where nudges
+    tell of every commit, or nobody waits, every few seconds; else each time the store allows
+    (`EventStore.look_seconds`), less often when nothing has come for seconds.
     """
 
     def __init__(self, events: EventStore) -> None:
         self._events = events
         self._heads: Mapping[int, int] = {}
+        self.reliance = Reliance()
         self._poked = asyncio.Event()
+        self._hinted = True
         self._changed = asyncio.Condition()
         self._waiting = 0
         self._one = asyncio.Lock()
         self._looked_at = self._moved_at = 0.0
 
-    def poke(self) -> None:
-        """Look at the heads now: something was committed."""
+    def hint(self) -> None:
+        """Look at the heads now: something was committed, or may have been."""
+        self._hinted = True
         self._poked.set()
 
     def head(self, partition: int) -> int:
@@ -58,15 +64,10 @@ class LogWatcher:
             return 1
         return max(0, self.head(assignment.lease.partition) - assignment.position)
 
-    @property
-    def quiet(self) -> bool:
-        """Whether the log has not moved for so long that it is looked at less often."""
-        return (_now() - self._moved_at) * QUIET_PART >= QUIET_SECONDS
-
     async def wait_beyond(self, partition: int, offset: int) -> int:
         """Wait until a partition's head lies beyond an offset; return the head."""
         if not self._waiting and _now() - self._looked_at > self._events.look_seconds:
-            self.poke()
+            self._poked.set()
         self._waiting += 1
         try:
             async with self._changed:
@@ -87,27 +88,29 @@ class LogWatcher:
         retry = Retry(log, "heads unreadable", bears=errors.CqrsError)
         while True:
             async with retry:
-                await self.look()
-            # Commits of this process are noticed at once.
+                hinted, self._hinted = self._hinted, False
+                if await self.look() and not hinted:
+                    self.reliance.missed()
             await within(self._pause(), self._poked.wait())
             self._poked.clear()
 
     def _pause(self) -> float:
-        least = self._events.look_seconds
-        if not self._waiting:
-            return max(least, SELDOM_SECONDS)
-        quiet = (_now() - self._moved_at) * QUIET_PART
-        return max(least, min(quiet, QUIET_SECONDS))
+        quiet, least = _now() - self._moved_at, self._events.look_seconds
+        if self._waiting and not self.reliance.justified:
+            return max(least, min(quiet * QUIET_PART, QUIET_MOST_SECONDS))
+        return max(least, SELDOM_SECONDS, min(quiet * SELDOM_PART, SELDOM_MOST_SECONDS))
 
-    async def look(self) -> None:
-        """Read the heads."""
+    async def look(self) -> bool:
+        """Read the heads; return whether they have moved."""
         heads = await self._events.heads()
         self._looked_at = _now()
-        if heads != self._heads:
-            self._moved_at = self._looked_at
-            async with self._changed:
-                self._heads = heads
-                self._changed.notify_all()
+        if heads == self._heads:
+            return False
+        self._moved_at = self._looked_at
+        async with self._changed:
+            self._heads = heads
+            self._changed.notify_all()
+        return True
 
 
 def _now() -> float:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cqrs_es.registry import Registry
     from cqrs_es.runtime.due import Timetable
     from cqrs_es.runtime.log_watcher import LogWatcher
+    from cqrs_es.runtime.nudging import Nudger
     from cqrs_es.runtime.waiting import Recent
     from cqrs_es.settings import Settings
 
@@ -51,6 +52,7 @@ class Process:
     executor: Executor
     watcher: LogWatcher
     timetable: Timetable
+    nudger: Nudger
     owner: str
     info: Recent[StoreInfo]
     generations: Recent[Mapping[str, int]]

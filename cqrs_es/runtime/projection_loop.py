@@ -266,7 +266,7 @@ class ReactorLoop(Role):
             process.meter.reacted(self._definition.name, to - before)
             assignment.reached(to)
             self.handled += to - before
-            process.timetable.poke(folding.scheduled)
+            process.nudger.scheduled(folding.scheduled)
             folding.scheduled.clear()
             log.info(
                 "reacted",

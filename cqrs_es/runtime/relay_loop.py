@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from cqrs_es import errors
+from cqrs_es.ports.broker import Nudge
 from cqrs_es.runtime.remote import RemoteSender, ended
 from cqrs_es.runtime.roles import RELAY, LagMetrics, Role
 from cqrs_es.runtime.topic import check_same_log, topic_events, topic_within_log
@@ -52,6 +53,7 @@ class Relay(Role):
         self._meter = process.meter
         self._tracing = process.tracing
         self.remote = RemoteSender(process)
+        self.hears = {Nudge.EVENTS, Nudge.DUE} if process.registry.remotes else {Nudge.EVENTS}
 
     def check(self) -> None:
         """Raise `SettingsError` where another service that gets commands can't be reached."""

@@ -18,6 +18,7 @@ from cqrs_es.reactor import reactor_role
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
+    from cqrs_es.ports.broker import Nudge
     from cqrs_es.registry import Registry
     from cqrs_es.runtime.leases import Assignment
     from cqrs_es.telemetry.metrics import Metric, Reading
@@ -66,6 +67,8 @@ class Role(ABC):
     leased_as: str = ""
     """What its members and leases are called in the store, where that is not its name."""
     lag: LagMetrics | None = None
+    hears: Collection[Nudge] = ()
+    """Of what other processes do it wants to be told at once."""
     handled: int = 0
 
     @abstractmethod

@@ -139,9 +139,11 @@ class Supervisor:
         self._keepers = [self._keeper(role, rounds) for role in roles]
         follows_log = bool(self._chosen - {WORKER})
         async with asyncio.TaskGroup() as group:
-            watches = [self._roles[name].watch() for name in sorted(self._chosen)]
+            watches = [role.watch() for role in roles]
             if follows_log:
                 watches.append(process.watcher.run())
+            heard = {nudge for role in roles for nudge in role.hears}
+            watches += (process.nudger.hear(nudge) for nudge in heard)
             watching = [group.create_task(watch) for watch in watches]
             async with asyncio.TaskGroup() as keeping:
                 for keeper in self._keepers:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cqrs_es import errors
-from cqrs_es.ports.broker import OutgoingCommand, OutgoingReply, Topology
+from cqrs_es.ports.broker import Nudge, OutgoingCommand, OutgoingReply, Topology
+from cqrs_es.runtime.waiting import within
 from tests.contract.brokers import (
     EPOCH,
     GIVEN,
@@ -29,7 +30,7 @@ from tests.contract.brokers import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable
 
-    from cqrs_es.ports.broker import Broker, CommandIntake, Delivery
+    from cqrs_es.ports.broker import Broker, CommandIntake, Delivery, NudgeFeed
     from tests.contract.brokers import BrokerServer
 
 
@@ -571,3 +572,73 @@ async def _refused(intake: CommandIntake) -> type[Exception]:
 async def _unavailable(receive: Awaitable[object]) -> None:
     with pytest.raises(errors.BrokerUnavailable):
         await receive
+
+
+# --- Nudges --------------------------------------------------------------------
+
+
+@pytest.fixture(params=["fakeredis", "redis", "amqp"])
+async def nudging(request: pytest.FixtureRequest) -> AsyncIterator[BrokerServer]:
+    """Run a server that takes nudges, with its topology declared."""
+    async with serving(request.param, request) as server:
+        await (await server.open()).declare(PARTITIONS, EPOCH)
+        yield server
+
+
+async def listener(server: BrokerServer, nudge: Nudge) -> NudgeFeed:
+    """Listen as one more process."""
+    feed = await (await server.open()).open_nudges(nudge)
+    assert feed is not None
+    return feed
+
+
+async def test_a_nudge_reaches_all_who_listen_for_its_kind(nudging: BrokerServer) -> None:
+    """Each of them hears it, those of the other kind don't; several at a time are one."""
+    feeds = [await listener(nudging, Nudge.EVENTS) for _ in range(2)]
+    other = await listener(nudging, Nudge.DUE)
+    broker = await nudging.open()
+    for _ in range(2):
+        for _ in range(20):
+            await broker.nudge(Nudge.EVENTS)
+        async with asyncio.timeout(10):
+            for feed in feeds:
+                await feed.receive()
+    assert await within(0.2, _heard(other)) is None
+    await broker.nudge(Nudge.DUE)
+    assert await within(10, _heard(other))
+
+
+async def _heard(feed: NudgeFeed) -> bool:
+    await feed.receive()
+    return True
+
+
+@pytest.mark.parametrize("nudging", ["redis"], indirect=True)  # which is asked whether it is there
+async def test_nudges_of_a_silent_time_are_still_heard(nudging: BrokerServer) -> None:
+    """A feed that has heard nothing for seconds is as good as a new one."""
+    feed, broker = await listener(nudging, Nudge.EVENTS), await nudging.open()
+    assert await within(4.5, _heard(feed)) is None
+    await broker.nudge(Nudge.EVENTS)
+    assert await within(10, _heard(feed))
+
+
+async def test_nobody_needs_to_hear_a_nudge(nudging: BrokerServer) -> None:
+    """Without a listener it is dropped; who listens later hears only what comes later."""
+    broker = await nudging.open()
+    await broker.nudge(Nudge.EVENTS)
+    feed = await listener(nudging, Nudge.EVENTS)
+    assert await within(0.2, _heard(feed)) is None
+    await feed.close()
+    await broker.nudge(Nudge.EVENTS)
+    assert await broker.topology() is not None
+
+
+async def test_a_feed_ends_with_its_connection(nudging: BrokerServer) -> None:
+    """Who listens is told when nothing more can be heard."""
+    broker = await nudging.open()
+    feed = await broker.open_nudges(Nudge.EVENTS)
+    assert feed is not None
+    await broker.close()
+    with pytest.raises(errors.BrokerUnavailable):
+        await within(10, _heard(feed))
+    await feed.close()

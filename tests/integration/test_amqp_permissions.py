@@ -14,6 +14,7 @@ import pytest
 from cqrs_es import errors
 from cqrs_es.brokers import broker_for
 from cqrs_es.client import Client
+from cqrs_es.ports.broker import Nudge
 from cqrs_es.settings import Settings
 from tests.contract.brokers import EPOCH, command, events
 from tests.samples import Totals, counting_app
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from cqrs_es.ports.broker import Broker
+    from cqrs_es.runtime.nudging import Reliance
     from tests.servers import RabbitServer
 
 ROLES = ("init", "worker", "relay", "projector", "sender", "subscriber")
@@ -91,9 +93,15 @@ async def test_every_role_can_do_its_work(
     settings = Settings(store_url=mysql_url, service=users.service, partitions=PARTITIONS)
     init = await users.broker("init", stack)
     async with app.open(settings, broker=init, initialise=True) as opened:
+        hearing: list[Reliance] = []
         for role in ("worker", "relay", "projector"):
             broker = await users.broker(role, stack)
             process = await stack.enter_async_context(app.open(settings, broker=broker))
+            shared = process.process
+            hearing += {
+                "worker": [shared.timetable.reliance],
+                "relay": [shared.watcher.reliance],
+            }.get(role, [])
             runs = "projector:totals" if role == "projector" else role
             await stack.enter_async_context(process.running([runs]))
         sender = Client(users.url("sender"), service=users.service)
@@ -106,6 +114,11 @@ async def test_every_role_can_do_its_work(
             await opened.wait_for("totals", outcome)
             await eventually(lambda: init.last_published(event.partition))  # the relay's user may
             assert await opened.view(Totals, "A") == Totals(total=5, times=1)
+
+            async def heard() -> bool:
+                return all(reliance.justified for reliance in hearing)
+
+            await eventually(heard)
 
 
 MAY: dict[str, set[str]] = {
@@ -137,6 +150,17 @@ async def test_a_role_can_do_nothing_else(users: Users, stack: AsyncExitStack, r
             continue
         with pytest.raises(errors.BrokerUnavailable, match=r"ACCESS_REFUSED.*rabbitmq-grant"):
             await do(broker)
+
+
+async def test_who_may_not_nudge_or_listen_does_without(
+    users: Users, stack: AsyncExitStack
+) -> None:
+    """As before there were nudges: they are not heard, and commands are taken all the same."""
+    broker = await users.broker("sender", stack)
+    assert await broker.open_nudges(Nudge.EVENTS) is None
+    for _ in range(2):
+        await broker.nudge(Nudge.EVENTS)
+    await broker.send([command("1")])
 
 
 async def test_a_user_without_permissions_is_told_so(users: Users) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 NEEDS = {
     "one_at_a_time": ["mariadbd", "initdb"],
+    "latency": ["mariadbd", "redis-server"],
     "queue": ["mariadbd", "redis-server"],
     "http": ["mariadbd", "redis-server"],
 }
@@ -40,6 +41,11 @@ def test_a_benchmark_works(name: str, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", *arguments], cwd=PROJECT, check=True, timeout=240)
     measured = json.loads(found.read_text())
     assert measured["on"]["msgspec"]
+    if name == "latency":
+        for it in measured["milliseconds"].values():
+            assert it["idle"]
+            assert all(it["p50"][what] and it["p99"][what] for what in ("outcome", "topic", "view"))
+        return
     assert {who for found in measured["microseconds"].values() for who in found} >= BESIDE[name]
     for figures in measured["microseconds"].values():
         assert all(rounds["wall"] and rounds["cpu"] for rounds in figures.values())

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cqrs_es.brokers.memory import MemoryBroker
 from cqrs_es.settings import Settings
 from tests.conftest import run_on
 from tests.servers import psql
@@ -16,11 +15,11 @@ from tests.tallies import tallying_app
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
-    from cqrs_es.opened import OpenApplication
     from cqrs_es.runtime.supervisor import Supervisor
 
 ROLES = ({"worker"}, {"relay"}, {"projector:totals", "projector:sums"})
-SECONDS = 5.0  # two rounds of the leases
+SECONDS = 10.0  # of the default lease
+MOST = 14.0  # on PostgreSQL what is prepared and then run counts twice
 
 
 def statements(store_url: str) -> int:
@@ -33,29 +32,26 @@ def statements(store_url: str) -> int:
     return int(psql(store_url, f"SELECT xact_commit {of_database}"))
 
 
-async def works(opened: OpenApplication, supervisor: Supervisor, partitions: int) -> bool:
+async def works(supervisor: Supervisor, partitions: int) -> bool:
     """Tell whether all partitions are held, and all readers know where they are."""
     positions = supervisor.positions()
     known = all(each.role == "worker" or each.offset is not None for each in positions)
-    held = all(len(held) == partitions for held in supervisor.held.values())
-    return held and known and opened.process.watcher.quiet
+    return known and all(len(held) == partitions for held in supervisor.held.values())
 
 
 @pytest.mark.parametrize(
     ("store_url", "partitions"), [("mysql", 256), ("postgres", 16)], indirect=["store_url"]
 )
-async def test_nothing_to_do_costs_little(store_url: str, partitions: int) -> None:
+async def test_nothing_to_do_costs_little(store_url: str, redis_url: str, partitions: int) -> None:
     """Three processes ask a few statements a second, however many partitions there are."""
-    broker = MemoryBroker(event_retention=100)
-    settings = Settings(store_url=store_url, partitions=partitions)
+    settings = Settings(store_url=store_url, broker_url=redis_url, partitions=partitions)
     async with AsyncExitStack() as stack:
         for roles in ROLES:
-            opening = tallying_app().open(settings, broker=broker, initialise=True)
+            opening = tallying_app().open(settings, initialise=True)
             opened = await stack.enter_async_context(opening)
             supervisor = await stack.enter_async_context(opened.running(roles))
-            await eventually(lambda: works(opened, supervisor, partitions), within_seconds=60)  # noqa: B023 - awaited here
-        # What is prepared and then run counts twice on PostgreSQL.
-        most = 17 if store_url.startswith("mysql") else 34
+            await eventually(lambda: works(supervisor, partitions), within_seconds=60)  # noqa: B023 - awaited here
+        most = MOST if store_url.startswith("mysql") else 2 * MOST
 
         async def asks_little() -> bool:
             before = await asyncio.to_thread(statements, store_url)

@@ -224,6 +224,7 @@ def test_the_topology_is_the_contracts() -> None:
         "bank.commands.dead": "fanout",
         "bank.events": "topic",
         "bank.marks": "direct",
+        "bank.nudges": "direct",
     }
     assert exchanges["bank.commands"].arguments == {"alternate-exchange": "bank.commands.dead"}
     commands = ["bank.commands.dead", "bank.commands.0", "bank.commands.1"]

@@ -1,18 +1,32 @@
-"""How often the log's heads are looked at."""
+"""How often the log's heads are looked at, and what nudges of other processes change about it."""
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, ClassVar
 
+import pytest
+
+from cqrs_es.ports.broker import Nudge
+from cqrs_es.runtime import nudging
+from cqrs_es.runtime.due import Timetable
 from cqrs_es.runtime.log_watcher import LogWatcher
+from cqrs_es.runtime.nudging import Nudger
+from cqrs_es.runtime.waiting import cancelled, within
+from cqrs_es.settings import Settings
 from cqrs_es.stores.memory.dead_letters import MemoryDeadLetters
 from cqrs_es.stores.memory.log import MemoryEvents
 from cqrs_es.types import utc_now
+from tests.contract.brokers import FakeRedisServer
+from tests.samples import Add, Counter
+from tests.tallies import tallying_app
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+
+    from cqrs_es.ports.broker import Broker
 
 
 class Looked(MemoryEvents):
@@ -72,10 +86,157 @@ async def test_heads_are_looked_at_as_often_as_the_store_says() -> None:
     watching = [asyncio.create_task(watcher.run()) for watcher in watchers]
     await looks(cheap, 4)
     assert costly.looks == 1
-    watchers[1].poke()
+    watchers[1].hint()
     await looks(costly, 2)
     await looks(cheap, cheap.looks + 3)
     assert costly.looks == 2
     for task in watching:
         task.cancel()
     await asyncio.wait(watching)
+
+
+# --- Nudges --------------------------------------------------------------------
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[FakeRedisServer]:
+    """Run a broker that several processes can reach."""
+    server = FakeRedisServer()
+    yield server
+    await server.close()
+
+
+def nudger(broker: Broker | None, log: Looked) -> tuple[Nudger, LogWatcher]:
+    """Make what a process has that follows a log."""
+    watcher = LogWatcher(log)
+    return Nudger(broker, watcher, Timetable(log)), watcher
+
+
+@asynccontextmanager
+async def following(broker: Broker, log: Looked) -> AsyncGenerator[LogWatcher]:
+    """Wait for a log to move beyond its head, as a relay in a process of its own."""
+    hearing, watcher = nudger(broker, log)
+    works = [watcher.run(), hearing.hear(Nudge.EVENTS), watcher.wait_beyond(0, 10)]
+    tasks = [asyncio.create_task(work) for work in works]
+
+    async def justified() -> bool:
+        return watcher.reliance.justified
+
+    try:
+        await eventually(justified)
+        yield watcher
+    finally:
+        for task in tasks:
+            await cancelled(task)
+
+
+async def test_what_another_process_commits_is_looked_for_at_once(server: FakeRedisServer) -> None:
+    """Not after the minute that this log's heads are otherwise left alone."""
+    log = log_of(Costly)
+    telling, _ = nudger(await server.open(), log)
+    async with following(await server.open(), log):
+        for _ in range(3):
+            before = log.looks
+            telling.committed()
+            await looks(log, before + 1)
+    await telling.close()
+
+
+async def test_nobody_looks_often_who_is_told(server: FakeRedisServer) -> None:
+    """While nudges are heard a log is looked at every few seconds; without them, often."""
+    log, broker = log_of(Seldom), await server.open()
+    async with following(broker, log):
+        await asyncio.sleep(0.1)  # what is looked at in the beginning
+        before = log.looks
+        await asyncio.sleep(0.5)  # fifty looks, if nobody told of commits
+        assert log.looks <= before + 1
+        await broker.close()
+        await looks(log, before + 5)
+
+
+async def test_what_nobody_told_of_makes_looks_frequent(server: FakeRedisServer) -> None:
+    """A commit of a process that sends no nudges is found all the same, the next ones soon."""
+    log = log_of(Seldom)
+    async with following(await server.open(), log) as watcher:
+        log.create_partitions(2)  # which moves the heads
+
+        async def noticed() -> bool:
+            return not watcher.reliance.justified
+
+        await eventually(noticed)
+        before = log.looks
+        await looks(log, before + 5)
+
+
+async def test_many_commits_are_one_nudge(server: FakeRedisServer) -> None:
+    """However many commits there are, nudges are some milliseconds apart."""
+    broker, log = await server.open(), log_of(Looked)
+    heard = await broker.open_nudges(Nudge.EVENTS)
+    assert heard is not None
+    telling, _ = nudger(broker, log)
+    told = 0
+
+    async def count() -> None:
+        nonlocal told
+        while True:
+            await heard.receive()
+            told += 1
+
+    counting = asyncio.create_task(count())
+    began = asyncio.get_running_loop().time()
+    for _ in range(1_000):
+        telling.committed()
+        await asyncio.sleep(0)
+    await telling.close()
+    seconds = asyncio.get_running_loop().time() - began
+    await asyncio.sleep(0.1)  # the last one
+    await cancelled(counting)
+    assert 1 <= told <= 2 + seconds / nudging.APART_SECONDS
+
+
+async def test_a_broker_that_is_away_keeps_nobody_waiting(
+    server: FakeRedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be told is told once it is back."""
+    monkeypatch.setattr(nudging, "SILENT_SECONDS", 0.2)
+    broker, log = server.connection(), log_of(Costly)
+    telling, _ = nudger(broker, log)
+    async with following(await server.open(), log):
+        await broker.close()
+        before = log.looks
+        telling.committed()
+        await asyncio.sleep(0.1)
+        assert log.looks == before
+        await broker.open()
+        await looks(log, before + 1)
+    await telling.close()
+    await broker.close()
+
+
+async def test_an_application_tells_of_its_commits(server: FakeRedisServer) -> None:
+    """Of events and of scheduled commands, also where it ends right after; its roles listen."""
+    settings, broker = Settings(store_url="memory://", partitions=2), await server.open()
+    feeds = {nudge: await broker.open_nudges(nudge) for nudge in Nudge}
+
+    async def heard(nudge: Nudge) -> bool:
+        feed = feeds[nudge]
+        assert feed is not None
+        await feed.receive()
+        return True
+
+    async with AsyncExitStack() as stack:
+        opening = tallying_app().open(settings, broker=await server.open())
+        opened = await stack.enter_async_context(opening)
+        await opened.execute(Counter, "c", Add(1))
+        assert await within(10, heard(Nudge.EVENTS))
+        await opened.schedule(Counter, "c", Add(1), at=utc_now())
+    assert await within(10, heard(Nudge.DUE))
+
+    opening = tallying_app().open(settings, broker=await server.open())
+    async with opening as opened, opened.running({"worker", "relay"}):
+
+        async def listening() -> bool:
+            process = opened.process
+            return process.watcher.reliance.justified and process.timetable.reliance.justified
+
+        await eventually(listening)

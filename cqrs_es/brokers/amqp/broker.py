@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from cqrs_es.ports.broker import (
         CommandIntake,
         EventFeed,
+        Nudge,
+        NudgeFeed,
         OutgoingCommand,
         OutgoingEvent,
         OutgoingReply,
@@ -46,14 +48,16 @@ class Publishers:
     commands: publishing.Publisher
     events: publishing.Publisher
     marks: publishing.Publisher
-    replies: publishing.ReplyPublisher
+    replies: publishing.Poster
+    nudges: publishing.Poster
 
     @classmethod
     def on(cls, bridge: Bridge) -> Publishers:
         """Publish on a connection; channels are opened when they are used."""
-        publisher, replies = publishing.Publisher, publishing.ReplyPublisher
-        kinds = publisher(bridge), publisher(bridge), publisher(bridge)
-        return cls(bridge, *kinds, replies(bridge))
+        publisher, poster = publishing.Publisher, publishing.Poster
+        confirmed = publisher(bridge), publisher(bridge), publisher(bridge)
+        posters = poster(bridge, "replies refused"), poster(bridge, "nudges refused")
+        return cls(bridge, *confirmed, *posters)
 
 
 class Connections:
@@ -116,6 +120,7 @@ class AmqpBroker(Broker):
     """Commands, topic and replies of one service on a RabbitMQ server."""
 
     system = "rabbitmq"
+    nudges = True
     separator = "."
 
     def __init__(self, address: Address, *, service: str) -> None:
@@ -296,6 +301,23 @@ class AmqpBroker(Broker):
         """Make or empty a sender's queue, and begin to consume it."""
         prepare = partial(topology.declare_replies, names=self._names, reply_to=reply_to)
         return consuming.AmqpInbox(await self._consume(prepare, consuming.REPLIES_PREFETCH))
+
+    async def nudge(self, nudge: Nudge) -> None:
+        """Post it, unless the server has refused one on this connection."""
+        publishers = await self._connections.publishing()
+        if not publishers.nudges.refused and not publishers.bridge.blocked:
+            publishers.nudges.post([publishing.nudge_message(self._names, nudge)])
+
+    async def open_nudges(self, nudge: Nudge) -> NudgeFeed | None:
+        """Bind a queue of one's own; None, with a warning, where that is refused."""
+        prepare = partial(topology.declare_nudges, names=self._names, nudge=nudge)
+        try:
+            return consuming.AmqpNudges(await self._consume(prepare, consuming.FEED_PREFETCH))
+        except errors.BrokerUnavailable as exc:
+            if isinstance(exc.__cause__, NotFound | AccessRefused):
+                log.warning("nudges not heard", error=exc.message)
+                return None
+            raise
 
     # --- Depth -----------------------------------------------------------------
 

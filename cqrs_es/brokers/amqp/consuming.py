@@ -30,6 +30,7 @@ from cqrs_es.ports.broker import (
     CommandIntake,
     Delivery,
     EventFeed,
+    NudgeFeed,
     ReplyInbox,
     TopicEvent,
 )
@@ -429,6 +430,22 @@ def _events(arrived: Sequence[Arrived]) -> Iterator[TopicEvent]:
             log.warning("no event", message_id=ascii(message_id)[:60])
             continue
         yield TopicEvent(int(match[1]), int(match[2]), message.body)
+
+
+class AmqpNudges(NudgeFeed):
+    """One listener's queue; it is gone when this is closed."""
+
+    def __init__(self, consumer: Consumer) -> None:
+        self._consumer = consumer
+
+    async def receive(self) -> None:
+        """Wait for one; acknowledge all that have arrived."""
+        arrived = await self._consumer.receive(FEED_PREFETCH)
+        self._consumer.acknowledge([(arrived[-1].tag, True)])
+
+    async def close(self) -> None:
+        """End the consumption; the server deletes the queue."""
+        await self._consumer.close()
 
 
 # --- Replies -------------------------------------------------------------------

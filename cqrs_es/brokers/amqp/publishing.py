@@ -91,6 +91,11 @@ def reply_message(names: Names, reply: OutgoingReply) -> Outgoing:
     )
 
 
+def nudge_message(names: Names, nudge: str) -> Outgoing:
+    """Make a nudge; one that nobody listens for is dropped."""
+    return Outgoing(exchange=names.nudges, routing_key=nudge, body=b"", properties={})
+
+
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """How many of the first messages are confirmed, and why the next one is not."""
@@ -261,15 +266,18 @@ def _batches(messages: Sequence[Outgoing]) -> Iterator[list[Outgoing]]:
         yield batch
 
 
-class ReplyPublisher:
-    """A channel for replies, without confirms: settling a command waits for none of them."""
+class Poster:
+    """A channel without confirms, for what nobody waits for: replies, and nudges."""
 
-    def __init__(self, bridge: Bridge) -> None:
+    def __init__(self, bridge: Bridge, refusal: str) -> None:
+        """Post on a channel of a connection; `refusal` is the log line where it is closed."""
         self._bridge = bridge
+        self._refusal = refusal
         self._channel: Channel | None = None
+        self.refused = False
 
     def post(self, messages: Sequence[Outgoing]) -> None:
-        """Have replies written; whoever misses one asks again."""
+        """Have messages written; whoever misses one can do without, or asks again."""
         self._bridge.post(partial(self._write, messages))
 
     # --- The bridge's thread ---------------------------------------------------
@@ -283,5 +291,5 @@ class ReplyPublisher:
             _write(message, channel)
 
     def _closed(self, error: Exception) -> None:
-        self._channel = None
-        log.warning("replies refused", error=self._bridge.error(error).message)
+        self._channel, self.refused = None, True
+        log.warning(self._refusal, error=self._bridge.error(error).message)

@@ -70,6 +70,11 @@ class Names:
         """Name the queue that keeps the last event published of a partition."""
         return f"{self.service}.marks.{partition}"
 
+    @property
+    def nudges(self) -> str:
+        """The exchange of nudges, with their kind as routing key."""
+        return f"{self.service}.nudges"
+
     def feed(self, subscriber: str) -> str:
         """Name the queue of one subscriber, for as long as it is connected."""
         return f"{self.service}.feeds.{subscriber}"
@@ -114,6 +119,7 @@ def topology(names: Names, partitions: int) -> Topology:
             Exchange(names.commands, "direct", {"alternate-exchange": names.dead}),
             Exchange(names.events, "topic"),
             Exchange(names.marks, "direct"),
+            Exchange(names.nudges, "direct"),
         ),
         queues=(
             Queue(names.dead, names.dead, "", _QUORUM),
@@ -203,6 +209,15 @@ def declare_feed(channel: Channel, names: Names, partitions: list[int]) -> str:
     channel.queue_declare(queue, exclusive=True, auto_delete=True, arguments=arguments)
     for partition in partitions:
         channel.queue_bind(queue, names.events, f"*.*.{partition}")
+    return queue
+
+
+def declare_nudges(channel: Channel, names: Names, nudge: str) -> str:
+    """Create a listener's own queue, as `declare_feed` does; one nudge in it says it all."""
+    queue = names.feed(uuid.uuid4().hex)
+    arguments = {"x-max-length": 1, "x-overflow": "drop-head"}
+    channel.queue_declare(queue, exclusive=True, auto_delete=True, arguments=arguments)
+    channel.queue_bind(queue, names.nudges, nudge)
     return queue
 
 

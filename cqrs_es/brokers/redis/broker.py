@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+from redis.exceptions import NoPermissionError
 
 from cqrs_es import errors
 from cqrs_es.brokers.redis import commands as queues
 from cqrs_es.brokers.redis import topic
 from cqrs_es.brokers.redis.connection import Names, RedisConnection
-from cqrs_es.ports.broker import Broker, ReplyInbox, TopicEvent, Topology
+from cqrs_es.ports.broker import Broker, NudgeFeed, ReplyInbox, TopicEvent, Topology
 from cqrs_es.types import shown
 
 if TYPE_CHECKING:
@@ -19,12 +22,14 @@ if TYPE_CHECKING:
     from cqrs_es.ports.broker import (
         CommandIntake,
         EventFeed,
+        Nudge,
         OutgoingCommand,
         OutgoingEvent,
         OutgoingReply,
         ReadLog,
     )
 
+log = structlog.get_logger("cqrs_es.redis")
 
 REPLIES_KEPT: Final = 1_000  # per sender, about
 REPLIES_EXPIRY_SECONDS: Final = 3_600  # after the last one; a lost one is had again by resending
@@ -44,6 +49,7 @@ class RedisBroker(Broker):
     """Commands, topic and replies of one service on a Redis server."""
 
     system = "redis"
+    nudges = True
 
     def __init__(self, connection: RedisConnection, *, service: str, event_retention: int) -> None:
         self._connection = connection
@@ -166,6 +172,21 @@ class RedisBroker(Broker):
         newest = await self._connection.run("XREVRANGE", stream, "+", "-", "COUNT", 1)
         return RedisInbox(self._connection, stream, newest[0][0].decode() if newest else "0-0")
 
+    async def nudge(self, nudge: Nudge) -> None:
+        """Publish on the channel of that kind, which nobody needs to hear."""
+        await self._connection.run("PUBLISH", self._names.nudges(nudge), b"")
+
+    async def open_nudges(self, nudge: Nudge) -> NudgeFeed | None:
+        """Subscribe to the channel; None where an ACL of the server forbids it."""
+        try:
+            subscription = await self._connection.subscribe(self._names.nudges(nudge))
+        except errors.BrokerUnavailable as exc:
+            if isinstance(exc.__cause__, NoPermissionError):
+                log.warning("nudges not heard", error=exc.message)
+                return None
+            raise
+        return RedisNudges(self._connection, subscription)
+
     async def peek(self, partition: int, limit: int) -> list[bytes] | None:
         """Return the bodies of a command stream's entries."""
         stream, most = self._names.commands(partition), limit or 2**31 - 1
@@ -184,6 +205,31 @@ class RedisBroker(Broker):
             [("XLEN", self._names.commands(partition)) for partition in partitions]
         )
         return dict(zip(partitions, lengths, strict=True))
+
+
+class RedisNudges(NudgeFeed):
+    """What is heard on one channel, by a connection of its own."""
+
+    def __init__(self, connection: RedisConnection, subscription: Any) -> None:
+        self._connection = connection
+        self._subscription = subscription
+
+    async def receive(self) -> None:
+        """Wait for a message, and read those behind it; raises where the server is silent."""
+        asked = False
+        while (heard := await self._connection.hear(self._subscription)) != "message":
+            if heard is None and asked:
+                raise errors.BrokerUnavailable("Redis does not answer a subscriber any more")
+            asked = heard is None
+            if asked:
+                await self._connection.ask(self._subscription)
+        for _ in range(READ_AT_ONCE):
+            if await self._connection.hear(self._subscription, 0) is None:
+                return
+
+    async def close(self) -> None:
+        """Hang up."""
+        await self._subscription.aclose()
 
 
 class RedisInbox(ReplyInbox):

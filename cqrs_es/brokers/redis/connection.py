@@ -147,6 +147,29 @@ class RedisConnection:
             for stream, entries in found or ()
         ]
 
+    async def subscribe(self, channel: str) -> Any:
+        """Begin to hear what is published on a channel; return what `hear` takes."""
+        subscription = self._reads.pubsub()
+        try:
+            async with self._answering():
+                await subscription.subscribe(channel)
+                await subscription.get_message(timeout=ANSWER_SECONDS)  # that it is so
+        except BaseException:
+            await subscription.aclose()
+            raise
+        return subscription
+
+    async def hear(self, subscription: Any, seconds: float = BLOCK_MS / 1000) -> str | None:
+        """Wait a while for the next message; return of what type it is, None without one."""
+        async with self._answering():
+            message = await subscription.get_message(timeout=seconds)
+        return None if message is None else message["type"]
+
+    async def ask(self, subscription: Any) -> None:
+        """Have the server send a message: one that is gone would never say so."""
+        async with self._answering():
+            await subscription.ping()
+
     @asynccontextmanager
     async def _answering(self) -> AsyncGenerator[None]:
         if self._closed:
@@ -217,7 +240,7 @@ def _is_refusal(cause: BaseException | None) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """The keys of a service on Redis, as `docs/contract.md` lays them down."""
+    """The keys and channels of a service on Redis, as `docs/contract.md` lays them down."""
 
     service: str
 
@@ -233,6 +256,10 @@ class Names:
     def events(self, partition: int) -> str:
         """Name the stream of a partition's events."""
         return f"{self.service}:events:{partition}"
+
+    def nudges(self, nudge: str) -> str:
+        """Name the channel of one kind of nudges."""
+        return f"{self.service}:nudges:{nudge}"
 
     def replies(self, reply_to: str) -> str:
         """Name the stream of the replies to one sender."""
