@@ -324,4 +324,7 @@ class Broker(ABC):
 
     @abstractmethod
     async def queue_depth(self) -> Mapping[int, int]:
-        """Return about how many commands wait in each partition."""
+        """Return about how many commands wait in each partition.
+
+        Nothing where the server knows of no partition, as after a loss: that is no empty queue.
+        """

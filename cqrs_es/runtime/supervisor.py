@@ -181,7 +181,8 @@ class Supervisor:
         before = await events.heads()
         if await self.lag() or not all([await role.settled() for role in self._roles.values()]):
             return False
-        if self._executor.pending or sum((await self._process.broker.queue_depth()).values()):
+        depths = await self._process.broker.queue_depth()
+        if self._executor.pending or not depths or sum(depths.values()):
             return False
         process = self._process
         due = await events.next_due([*range(process.partitions), *process.lanes])

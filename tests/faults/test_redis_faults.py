@@ -10,12 +10,16 @@ import pytest
 from redis import Redis
 
 from cqrs_es import errors
+from cqrs_es.application import Application
 from cqrs_es.brokers import broker_for
 from cqrs_es.brokers.redis import connection
+from cqrs_es.runtime.roles import WORKER
+from cqrs_es.settings import Settings
 from tests.bank_data import PROJECT
 from tests.certificates import self_signed
 from tests.contract.brokers import EPOCH, PARTITIONS, bodies, events, send, take
 from tests.proxy import proxy_to
+from tests.samples import Counter, Services
 from tests.servers import free_port, start_redis
 from tests.waiting import eventually
 
@@ -241,3 +245,18 @@ def test_the_queue_is_configured_as_the_page_says(redis: Server) -> None:
         for name, value in wanted.items():
             assert client.config_get(name) == {name: value}
             assert f"`{name} {value}`" in page
+
+
+async def test_a_server_that_has_lost_everything_is_no_empty_queue(redis: Server) -> None:
+    """What was sent since is still to be done, though the server has forgotten how many queues."""
+    app = Application("bank")
+    app.aggregate(Counter, services=lambda _: Services())
+    settings = Settings(store_url="memory://", broker_url=f"redis://127.0.0.1:{redis.port}")
+    async with app.open(settings, initialise=True) as opened:
+        supervisor = opened.supervisor({WORKER})
+        assert await supervisor.idle()
+        client: Any = Redis(port=redis.port)
+        with client:
+            client.flushall()
+        await send(opened.process.broker, 1)
+        assert not await supervisor.idle()
