@@ -4,38 +4,62 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import multiprocessing
 import os
 import random
-import subprocess
-import sys
-from collections import Counter
+import time
+from collections import Counter, defaultdict
+from functools import partial
 from typing import TYPE_CHECKING
 
+import orjson
 import pytest
 
 from cqrs_es import wire
+from cqrs_es.cli.entry import main
 from cqrs_es.commands import new_command
 from cqrs_es.settings import Settings
 from tests.bank_data import PROJECT
-from tests.outside import RedisOutside
-from tests.transfers import Account, Ask, Balance, Close, Ended, Fund, bank
+from tests.outside import Outside, RabbitOutside, RedisOutside
+from tests.stores import sql_of
+from tests.transfers import (
+    Account,
+    Ask,
+    Balance,
+    Begun,
+    Close,
+    Deposited,
+    Ended,
+    Fund,
+    Refunded,
+    Withdrawn,
+    bank,
+)
+from tests.waiting import eventually
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from multiprocessing.process import BaseProcess
     from pathlib import Path
+
+    from cqrs_es.messages import CommandMessage
+    from cqrs_es.opened import OpenApplication
 
 log = logging.getLogger(__name__)
 
 # `make proofs` has more.
 LARGE = "CQRS_ES_TEST_TRANSFERS" in os.environ
 TRANSFERS = int(os.environ.get("CQRS_ES_TEST_TRANSFERS", "200"))
-KILLS = int(os.environ.get("CQRS_ES_TEST_KILLS", "4"))
+KILLS = int(os.environ.get("CQRS_ES_TEST_KILLS", "4"))  # at most
 ACCOUNTS = max(10, TRANSFERS // 10)
 FUNDS = 100
+LOSE_EVERY = 10  # kills
 SMALL_PAIRS = [("sqlite", "memory"), ("mysql", "redis")]
-PAIRS = [*SMALL_PAIRS, ("mysql", "amqp"), ("postgres", "amqp")]
+PAIRS = [("mysql", "redis"), ("mysql", "amqp"), ("postgres", "amqp"), ("sqlite", "memory")]
 STORES = pytest.mark.parametrize(
     ("store_url", "broker"), PAIRS if LARGE else SMALL_PAIRS, indirect=["store_url"]
 )
+ROLES = ("worker", "reactor", "relay", "projector")
 
 
 @pytest.fixture
@@ -44,139 +68,269 @@ def broker_url(request: pytest.FixtureRequest, broker: str) -> str:
     return "memory://" if broker == "memory" else request.getfixturevalue(f"{broker}_url")
 
 
-class Processes:
-    """Processes on one store and broker, which are killed one after another."""
+# Forked from a process that has imported all they need: they start in a moment, also where
+# others are at work, so that there can be a kill every second.
+forking = multiprocessing.get_context("forkserver")
+forking.set_forkserver_preload(
+    [
+        *("cqrs_es.cli.main", "cqrs_es.service", "tests.transfers", __name__),
+        *(f"cqrs_es.stores.{store}.database" for store in ("mysql", "postgres", "sqlite")),
+        *("cqrs_es.brokers.redis.broker", "cqrs_es.brokers.amqp.broker"),
+    ]
+)
 
-    def __init__(self, store_url: str, broker_url: str) -> None:
-        self._environment = os.environ | {
+
+def run_verb(arguments: list[str], environment: dict[str, str], written: str) -> None:
+    """Be `cqrs-es` in a process of its own, whose output goes to a file."""
+    file = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.chdir(PROJECT)
+    os.environ.update(environment)
+    main(arguments)
+
+
+class Bank:
+    """The processes of a bank, one for each role or one for all, and what is sent to it."""
+
+    def __init__(
+        self, store_url: str, broker_url: str, folder: Path, chance: random.Random, name: str
+    ) -> None:
+        self.settings = Settings(store_url=store_url)
+        self._environment = {
             "CQRS_ES_APP": "tests.transfers:app",
             "CQRS_ES_STORE_URL": store_url,
             "CQRS_ES_BROKER_URL": broker_url,
+            "CQRS_ES_SERVICE": name,
             "CQRS_ES_LEASE_SECONDS": "1",
         }
-        self._running: dict[tuple[str, ...], subprocess.Popen[bytes]] = {}
+        self._chance, self._name, self._folder = chance, name, folder
+        self._sent = list(commands(chance))
+        self._file = folder / "commands.jsonl"
+        self._in_one = broker_url == "memory://"
+        self._outside = None if self._in_one else outside(broker_url)
+        self._running: dict[str, BaseProcess] = {}
+        self._started: Counter[str] = Counter()
+        self.kills: Counter[str] = Counter()
+        self.losses = 0
 
-    def start(self, *verb: str) -> subprocess.Popen[bytes]:
-        """Start a process, or start it again."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cqrs_es.cli", *verb],
-            cwd=PROJECT,
-            env=self._environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+    def call(self, verb: str, *arguments: str, seconds: float = 60) -> None:
+        """Run a verb to its end."""
+        process = self._fork(verb, *arguments)
+        try:
+            process.join(seconds)
+            assert process.exitcode == 0, (process.exitcode, self._written(verb).read_text())
+        finally:
+            process.kill()
+
+    def _fork(self, verb: str, *arguments: str) -> BaseProcess:
+        self._started[verb] += 1
+        written = str(self._written(verb))
+        process = forking.Process(
+            target=run_verb, args=([verb, *arguments], self._environment, written), daemon=True
         )
-        self._running[verb] = process
+        process.start()
         return process
 
-    def kill(self, *verb: str) -> None:
-        """Kill a process."""
-        process = self._running.pop(verb)
+    def _written(self, verb: str) -> Path:
+        """Name the output of the last process that was started with a verb."""
+        return self._folder / f"{verb}-{self._started[verb]}.log"
+
+    async def start(self, opened: OpenApplication) -> None:
+        """Start what is not running, and send what has no outcome."""
+        for role in ("run",) if self._in_one else ROLES:
+            await self._start(role, opened)
+        await self._send(opened)
+
+    async def _start(self, role: str, opened: OpenApplication) -> None:
+        if role == "run":
+            self._write(await self.unsettled(opened))
+            self._running[role] = self._fork(role, "--commands", str(self._file))
+        else:
+            self._running[role] = self._fork(role)
+
+    async def _send(self, opened: OpenApplication) -> None:
+        if self._outside is not None:
+            lines = map(wire.encode_command, await self.unsettled(opened))
+            self._outside.send(self._name, map(orjson.loads, lines))
+
+    async def unsettled(self, opened: OpenApplication) -> list[CommandMessage]:
+        """Return what has no outcome yet."""
+        known = await opened.storage.events.find_outcomes([each.id for each in self._sent])
+        return [each for each in self._sent if each.id not in known]
+
+    def _write(self, messages: list[CommandMessage]) -> None:
+        self._file.write_bytes(b"".join(wire.encode_command(each) + b"\n" for each in messages))
+
+    async def kill_one(self, opened: OpenApplication) -> None:
+        """Kill one a moment after it has got partitions to work on, and start it again."""
+        role = self._chance.choice(list(self._running))
+        process, written = self._running[role], self._written(role)
+
+        async def at_work() -> bool:
+            assert process.exitcode is None, written.read_text()
+            return written.exists() and b'"partition taken"' in written.read_bytes()
+
+        await eventually(at_work, within_seconds=60)
+        await asyncio.sleep(self._chance.uniform(0.1, 1.9))
         process.kill()
-        process.wait()
+        process.join()
+        self.kills[role] += 1
+        await self._start(role, opened)
+
+    async def lose_everything(self, opened: OpenApplication) -> None:
+        """Have the broker forget all, where it is one that may; send again what it has lost."""
+        if isinstance(self._outside, RedisOutside):
+            self._outside.lose_everything(self._name)
+            self.losses += 1
+            await self._send(opened)
 
     def stop(self) -> None:
-        """Kill what is left."""
-        for verb in list(self._running):
-            self.kill(*verb)
+        """Kill every process."""
+        for process in self._running.values():
+            process.kill()
+            process.join()
+        self._running.clear()
+
+    async def rebuild(self, opened: OpenApplication) -> None:
+        """Rebuild every view, with nothing else at work: nothing is sent."""
+        self.stop()
+        before = await rows(opened)
+        await asyncio.to_thread(self.call, "rebuild", "balance", seconds=300)
+        assert await rows(opened) == before
+        log.warning("rebuilt, with %s rows and %s events", len(before[0]), sum(before[1].values()))
+        await self.start(opened)
+
+    async def finish(self, opened: OpenApplication) -> None:
+        """Let one process do all that is left."""
+        self.stop()
+        self._write(await self.unsettled(opened))
+        arguments = ("run", "--commands", str(self._file), "--until-idle")
+        await asyncio.to_thread(partial(self.call, *arguments, seconds=1200))
+
+    def close(self) -> None:
+        """Leave no process, and nothing at the broker."""
+        self.stop()
+        if self._outside is not None:
+            self._outside.lose_everything(self._name)
+            self._outside.close()
 
 
-def lose_everything(broker_url: str) -> None:
-    """Have the broker forget all, where it is one that may."""
-    if broker_url.startswith("redis"):
-        outside = RedisOutside(broker_url)
-        outside.lose_everything("transfers")
-        outside.close()
+def outside(broker_url: str) -> Outside:
+    """Connect to a broker as a sender that knows nothing of `cqrs_es`."""
+    return (RedisOutside if broker_url.startswith("redis") else RabbitOutside)(broker_url)
 
 
-async def rebuild(processes: Processes, store_url: str) -> None:
-    """Rebuild every view, with nothing else at work: nothing is sent."""
-    before = await rows(store_url)
-    assert await asyncio.to_thread(processes.start("rebuild", "balance").wait, 300) == 0
-    processes.stop()
-    assert await rows(store_url) == before
-
-
-async def rows(store_url: str) -> tuple[list[str], dict[int, int]]:
+async def rows(opened: OpenApplication) -> tuple[list[str], dict[int, int]]:
     """Return the ids of all scheduled commands, and the heads of the log."""
-    async with bank().open(Settings(store_url=store_url)) as opened:
-        events = opened.storage.events
-        found = await events.list_scheduled(None, 1_000_000)
-        return [each.command_id for each in found], dict(await events.heads())
+    events = opened.storage.events
+    found = await events.list_scheduled(None, 1_000_000)
+    return [each.command_id for each in found], dict(await events.heads())
 
 
-def commands(folder: Path, chance: random.Random) -> tuple[Path, list[str]]:
-    """Write the commands: accounts, some of them closed, and transfers, some for too much.
+async def count_ended(opened: OpenApplication) -> int:
+    """Count the transfers that have ended."""
+    sql = "SELECT COUNT(*) FROM events WHERE event_type = 'Ended'"
+    return int(str((await sql_of(opened.storage.views).query(sql))[0][0]))
 
-    Returns the ids too.
-    """
+
+def commands(chance: random.Random) -> Iterator[CommandMessage]:
+    """Make commands: accounts, some of them closed, and transfers, some for too much."""
     names = [f"a{number}" for number in range(ACCOUNTS)]
-    lines = [new_command(Account, name, Fund(FUNDS)) for name in names]
-    lines += [new_command(Account, name, Close()) for name in names[::5]]
+    for name in names:
+        yield new_command(Account, name, Fund(FUNDS))
+    for name in names[::5]:
+        yield new_command(Account, name, Close())
     for number in range(TRANSFERS):
         source, target = chance.sample(names, 2)
-        amount = chance.randrange(1, FUNDS)
-        lines.append(new_command(Account, source, Ask(f"t{number}", source, target, amount)))
-    file = folder / "commands.jsonl"
-    file.write_bytes(b"\n".join(map(wire.encode_command, lines)) + b"\n")
-    return file, [line.id for line in lines]
+        amount = chance.randrange(1, FUNDS // 2)
+        yield new_command(Account, source, Ask(f"t{number}", source, target, amount))
 
 
-async def check(store_url: str, command_ids: list[str]) -> None:
+async def check(opened: OpenApplication, bank: Bank) -> None:
     """Check that no money came or went, that each transfer has ended once, and nothing is left."""
-    async with bank().open(Settings(store_url=store_url)) as opened:
-        names = [f"a{number}" for number in range(ACCOUNTS)]
-        balances = [(await opened.load(Account, name)).state.balance for name in names]
-        ended: Counter[str] = Counter()
-        hows: Counter[str] = Counter()
-        async for envelope in opened.replay():
-            if isinstance(envelope.data, Ended):
-                ended[envelope.aggregate_id] += 1
-                hows[envelope.data.how] += 1
-        log.warning("transfers ended: %s", dict(hows))
-        assert sum(balances) == ACCOUNTS * FUNDS
-        shown = [await opened.view(Balance, name) for name in names]
-        assert [each.amount for each in shown if each] == balances
-        assert len(await opened.storage.events.find_outcomes(command_ids)) == len(command_ids)
-        assert min(balances) >= 0
-        assert ended == Counter({f"t{number}": 1 for number in range(TRANSFERS)})
-        assert hows.keys() == {"done", "refunded", "refused: not_enough"}
-        assert await opened.storage.events.list_scheduled(None, 10) == []
-        assert await opened.storage.dead_letters.count() == 0
-        assert await opened.parked() == []
+    events = opened.storage.events
+    names = [f"a{number}" for number in range(ACCOUNTS)]
+    balances = [(await opened.load(Account, name)).state.balance for name in names]
+    begun: dict[str, Begun] = {}
+    ends: defaultdict[str, list[str]] = defaultdict(list)
+    moved: defaultdict[str, list[tuple[str, object]]] = defaultdict(list)
+    ids: defaultdict[str, set[str]] = defaultdict(set)
+    async for envelope in opened.replay():
+        who = f"{envelope.aggregate_type}/{envelope.aggregate_id}"
+        ids[envelope.command_id or ""].add(who)
+        match envelope.data:
+            case Begun():
+                assert envelope.aggregate_id not in begun
+                begun[envelope.aggregate_id] = envelope.data
+            case Ended(how):
+                ends[envelope.aggregate_id].append(how)
+            case Withdrawn() | Deposited() | Refunded():
+                transfer = envelope.metadata["process"].removeprefix("transfer/")
+                moved[transfer].append((envelope.aggregate_id, envelope.data))
+            case _:
+                pass
+    hows = Counter(how for each in ends.values() for how in each)
+    log.warning("%s transfers ended: %s", len(ends), dict(hows))
+    assert sum(balances) == ACCOUNTS * FUNDS
+    assert min(balances) >= 0
+    shown = [await opened.view(Balance, name) for name in names]
+    assert [each.amount for each in shown if each] == balances
+    assert ends.keys() == begun.keys() == {f"t{number}" for number in range(TRANSFERS)}
+    for transfer, (how,) in ends.items():
+        assert moved[transfer] == steps(begun[transfer], how), transfer
+    assert hows.keys() == {"done", "refunded", "refused: not_enough"}
+    assert await bank.unsettled(opened) == []
+    assert all(len(each) == 1 for each in ids.values())
+    assert len(await events.find_outcomes(list(ids))) == len(ids)
+    assert await events.list_scheduled(None, 10) == []
+    assert await opened.storage.dead_letters.count() == 0
+    assert await opened.parked() == []
+
+
+def steps(transfer: Begun, how: str) -> list[tuple[str, object]]:
+    """Return what a transfer that has ended so has moved, in order."""
+    source, target, amount = transfer.source, transfer.target, transfer.amount
+    return {
+        "done": [(source, Withdrawn(amount)), (target, Deposited(amount))],
+        "refunded": [(source, Withdrawn(amount)), (source, Refunded(amount))],
+    }.get(how, [])
 
 
 @STORES
 @pytest.mark.timeout(3600)
 async def test_kills_among_transfers(store_url: str, broker_url: str, tmp_path: Path) -> None:
-    """After kills of whatever runs, the sum of all balances is what it was."""
+    """After a kill every second, the sum of all balances is what it was."""
     seed = int(os.environ.get("CQRS_ES_TEST_SEED", random.randrange(2**32)))
     log.warning("CQRS_ES_TEST_SEED=%s", seed)
     chance = random.Random(seed)
-    path, command_ids = commands(tmp_path, chance)
-    file = str(path)
-    processes = Processes(store_url, broker_url)
-    verbs: list[tuple[str, ...]] = [("run", "--commands", file)]
-    if broker_url != "memory://":
-        assert processes.start("init").wait(timeout=60) == 0
-        verbs += [("worker",), ("reactor",), ("relay",), ("projector",)]
+    name = f"transfers-{seed}"
+    bank_of = Bank(store_url, broker_url, tmp_path, chance, name)
+    began = time.monotonic()
     try:
-        for verb in verbs:
-            processes.start(*verb)
-        for kill in range(KILLS):
-            await asyncio.sleep(chance.uniform(0.8, 2.0))
-            victim = chance.choice(verbs)
-            processes.kill(*victim)
-            processes.start(*victim)
-            if kill % 10 == 1:
-                lose_everything(broker_url)
-            if kill == KILLS // 2:
-                processes.stop()
-                await rebuild(processes, store_url)
-                for verb in verbs:
-                    processes.start(*verb)
-        processes.stop()
-        last = processes.start("run", "--commands", file, "--until-idle")
-        assert last.wait(timeout=1200) == 0
+        bank_of.call("init")
+        async with bank(name).open(bank_of.settings) as opened:
+            await kill_until_all_ended(opened, bank_of)
+            await bank_of.finish(opened)
+            seconds = time.monotonic() - began
+            log.warning("%.0f s, kills %s, losses %s", seconds, bank_of.kills, bank_of.losses)
+            await check(opened, bank_of)
     finally:
-        processes.stop()
-    await check(store_url, command_ids)
+        bank_of.close()
+
+
+async def kill_until_all_ended(opened: OpenApplication, bank_of: Bank) -> None:
+    """Kill one a second, about; halfway rebuild the view."""
+    await bank_of.start(opened)
+    rebuilt, ended = False, 0
+    for kill in range(KILLS):
+        await bank_of.kill_one(opened)
+        ended = await count_ended(opened)
+        if kill % LOSE_EVERY == 1:
+            await bank_of.lose_everything(opened)
+            log.warning("%s of %s transfers, %s kills", ended, TRANSFERS, kill + 1)
+        if not rebuilt and (ended > TRANSFERS // 2 or kill == KILLS - 1):
+            await bank_of.rebuild(opened)
+            rebuilt = True
+        if ended == TRANSFERS:
+            break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import uuid
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
@@ -20,6 +21,7 @@ from cqrs_es.ports.clock import SystemClock
 from cqrs_es.settings import Settings
 from cqrs_es.testing import FakeClock, TestApp
 from cqrs_es.types import new_command_id
+from tests.stores import on_sql
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
@@ -551,4 +553,62 @@ async def test_processes_whose_clocks_differ_fire_nothing_early(store_url: str) 
             clock.off = timedelta(hours=-1)
         again = await opened[0].schedule(Stock, "b9", Reserve("book"), at=datetime.now(UTC))
         await eventually(lambda: opened[1].outcome(again), within_seconds=60)
+        assert await events.list_scheduled(None, 10) == []
+
+
+@pytest.mark.parametrize("store_url", ["memory", "sqlite"], indirect=True)
+async def test_a_store_whose_clock_is_set_back_an_hour(store_url: str) -> None:
+    """What is due at once goes on, what is due at a moment waits for it again; both are once."""
+    clock = WrongClock()
+    settings = Settings(store_url=store_url, lease_seconds=2)
+    opening = shop().open(settings, clock=clock, initialise=True)
+    async with opening as opened, opened.running({"worker"}):
+        events = opened.storage.events
+        due = datetime.now(UTC) + timedelta(seconds=0.5)
+        planned = await opened.schedule(Stock, "planned", Reserve("book"), at=due)
+        clock.off = timedelta(hours=-1)
+        for number in range(3):
+            await opened.execute(Purchase, f"p{number}", Order("book"))
+
+        async def reserved() -> int:
+            return (await opened.load(Stock, "book")).state.reserved
+
+        async def all_reserved() -> bool:
+            return await reserved() == 3
+
+        await eventually(all_reserved, within_seconds=60)
+        await asyncio.sleep((due - datetime.now(UTC)).total_seconds() + 0.1)
+        assert await opened.outcome(planned) is None
+        assert len(await events.list_scheduled(None, 10)) == 4  # it, and what is unpaid
+        clock.off = timedelta(0)
+        await eventually(lambda: opened.outcome(planned), within_seconds=60)
+        assert (await opened.load(Stock, "planned")).state.reserved == 1
+        assert await reserved() == 3
+
+
+@on_sql
+async def test_an_hour_without_a_worker_is_made_up_for_in_order(store_url: str) -> None:
+    """What was due meanwhile is decided, once, each target's in the order of its moments."""
+    async with shop().open(Settings(store_url=store_url), initialise=True) as opened:
+        began = datetime.now(UTC) - timedelta(hours=1)
+        wanted = {
+            f"b{shelf}": [f"{minute}" for minute in range(shelf, 60, 4)] for shelf in range(4)
+        }
+        missed = [(stock, minute) for stock, minutes in wanted.items() for minute in minutes]
+        random.Random(7).shuffle(missed)
+        ids = [
+            await opened.schedule(
+                Stock, stock, Reserve(minute), at=began + timedelta(minutes=int(minute))
+            )
+            for stock, minute in missed
+        ]
+        async with opened.running({"worker"}):
+            events = opened.storage.events
+
+            async def all_decided() -> bool:
+                return len(await events.find_outcomes(ids)) == len(ids)
+
+            await eventually(all_decided, within_seconds=60)
+        for stock, minutes in wanted.items():
+            assert [each.data.item for each in await opened.events(Stock, stock)] == minutes
         assert await events.list_scheduled(None, 10) == []

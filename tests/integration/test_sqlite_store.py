@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cqrs_es import errors
+from cqrs_es.ports.leases import Part
 from cqrs_es.stores import storage_for
 from cqrs_es.stores.sql.session import MAX_TRIES, DuplicateKey, RolledBack
 from cqrs_es.stores.sqlite.address import SqliteTarget
@@ -324,3 +325,25 @@ async def test_work_that_waits_for_something_else_is_a_bug(database: SqliteDatab
     with pytest.raises(RuntimeError, match="await nothing but the session"):
         await database.run(work)
     assert await database.read(lambda session: session.fetch("SELECT n FROM numbers")) == []
+
+
+async def test_a_member_that_died_before_the_clock_was_set_back(path: Path) -> None:
+    """It is one for another term, not for as long as it lies ahead; so is what it has leased."""
+    clock = SettableClock()
+    storage = storage_for(f"sqlite:///{path}", clock=clock)
+    await storage.open()
+    try:
+        await storage.initialise(PARTITIONS)
+        leases, part = storage.leases, Part("worker", fit=True, seconds=10.0, held=())
+        await leases.announce("worker", "dead", fit=True, seconds=10.0)
+        await leases.acquire("worker", "dead", [1], 10.0)
+        clock.move(-3600)
+        await leases.take_part("a", [part], 10.0)
+        assert await leases.acquire("worker", "a", [1], 10.0) == []
+        clock.move(10.0)
+        standing = (await leases.take_part("a", [part], 10.0))["worker"]
+        assert [member.owner for member in standing.members] == ["a"]
+        [taken] = await leases.acquire("worker", "a", [1], 10.0)
+        assert taken.inherited
+    finally:
+        await storage.close()

@@ -23,6 +23,9 @@ _OWNER: Final = "SELECT owner, epoch FROM leases WHERE role = ? AND log_partitio
 _RELEASE: Final = "UPDATE leases SET owner = NULL WHERE role = ? AND owner = ?"
 _MEMBER_KEPT: Final = timedelta(hours=1)
 """How long an expired member's row stays, for whoever looks into what happened."""
+AHEAD: Final = 30
+"""What expires so many terms from now, and would be held as long, is from before the clock was
+set back; processes whose `CQRS_ES_LEASE_SECONDS` differ are not that far apart."""
 
 
 class SqlLeases(Leases):
@@ -44,10 +47,13 @@ class SqlLeases(Leases):
                 until = to_time(now + timedelta(seconds=part.seconds))
                 rows.append((part.role, owner, int(part.fit), until))
             await session.write(session.dialect.upsert(MEMBERS), rows)
-            kept = await _extend(session, owner, parts, now + timedelta(seconds=seconds))
+            term = timedelta(seconds=seconds)
+            kept = await _extend(session, owner, parts, now + term)
             where = f"WHERE expires_at > ? AND role IN {marks(len(roles))} ORDER BY role, owner"
             live = await session.fetch(f"{MEMBERS.select} {where}", (to_time(now), *roles))
             members = _members(live)
+            if any(member.expires_at > now + AHEAD * term for member in members):
+                await _call_back(session, now, term)
             return {
                 role: Standing(
                     [lease for lease in kept if lease.role == role],
@@ -156,6 +162,14 @@ class SqlLeases(Leases):
             return await session.fetch(sql, (now, role))
 
         return await self._database.read(work)
+
+
+async def _call_back(session: Session, now: datetime, term: timedelta) -> None:
+    """Have what was set by a clock that has been set back expire after one term."""
+    moments = [session.dialect.to_time(now + term), session.dialect.to_time(now + AHEAD * term)]
+    for table in ("leases", "members"):
+        sql = f"UPDATE {table} SET expires_at = ? WHERE expires_at > ?"  # noqa: S608 - two names
+        await session.execute(sql, moments)
 
 
 class _Claim(NamedTuple):
