@@ -291,10 +291,11 @@ async def check(opened: OpenApplication, bank: Bank) -> None:
 def steps(transfer: Begun, how: str) -> list[tuple[str, object]]:
     """Return what a transfer that has ended so has moved."""
     source, target, amount = transfer.source, transfer.target, transfer.amount
-    return {
+    moves: dict[str, list[tuple[str, object]]] = {
         "done": [(source, Withdrawn(amount)), (target, Deposited(amount))],
         "refunded": [(source, Withdrawn(amount)), (source, Refunded(amount))],
-    }.get(how, [])
+    }
+    return moves.get(how, [])
 
 
 @STORES
