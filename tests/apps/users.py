@@ -112,9 +112,14 @@ async def change(prefix: str, seed: str) -> None:
                 sys.stdout.flush()
 
 
-if __name__ == "__main__":
-    verb, prefix, *rest = sys.argv[1:]
+def main(arguments: list[str]) -> None:
+    verb, prefix, *rest = arguments
     if verb == "register":
         asyncio.run(register(prefix, int(rest[0]), rest[1]))
     else:
         asyncio.run(change(prefix, rest[0]))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

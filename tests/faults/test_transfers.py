@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import multiprocessing
 import os
 import random
+import signal
 import time
 from collections import Counter, defaultdict
 from functools import partial
@@ -19,7 +19,7 @@ from cqrs_es import wire
 from cqrs_es.cli.entry import main
 from cqrs_es.commands import new_command
 from cqrs_es.settings import Settings
-from tests.bank_data import PROJECT
+from tests.forking import fork
 from tests.outside import Outside, RabbitOutside, RedisOutside
 from tests.stores import sql_of
 from tests.transfers import (
@@ -68,28 +68,6 @@ def broker_url(request: pytest.FixtureRequest, broker: str) -> str:
     return "memory://" if broker == "memory" else request.getfixturevalue(f"{broker}_url")
 
 
-# Forked from a process that has imported all they need: they start in a moment, also where
-# others are at work, so that there can be a kill every second.
-forking = multiprocessing.get_context("forkserver")
-forking.set_forkserver_preload(
-    [
-        *("cqrs_es.cli.main", "cqrs_es.service", "tests.transfers", __name__),
-        *(f"cqrs_es.stores.{store}.database" for store in ("mysql", "postgres", "sqlite")),
-        *("cqrs_es.brokers.redis.broker", "cqrs_es.brokers.amqp.broker"),
-    ]
-)
-
-
-def run_verb(arguments: list[str], environment: dict[str, str], written: str) -> None:
-    """Be `cqrs-es` in a process of its own, whose output goes to a file."""
-    file = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.chdir(PROJECT)
-    os.environ.update(environment)
-    main(arguments)
-
-
 class Bank:
     """The processes of a bank, one for each role or one for all, and what is sent to it."""
 
@@ -102,7 +80,7 @@ class Bank:
             "CQRS_ES_STORE_URL": store_url,
             "CQRS_ES_BROKER_URL": broker_url,
             "CQRS_ES_SERVICE": name,
-            "CQRS_ES_LEASE_SECONDS": "1",
+            "CQRS_ES_LEASE_SECONDS": "2",
         }
         self._chance, self._name, self._folder = chance, name, folder
         self._sent = list(commands(chance))
@@ -125,12 +103,8 @@ class Bank:
 
     def _fork(self, verb: str, *arguments: str) -> BaseProcess:
         self._started[verb] += 1
-        written = str(self._written(verb))
-        process = forking.Process(
-            target=run_verb, args=([verb, *arguments], self._environment, written), daemon=True
-        )
-        process.start()
-        return process
+        written = self._written(verb)
+        return fork(main, verb, *arguments, environment=self._environment, output=written)
 
     def _written(self, verb: str) -> Path:
         """Name the output of the last process that was started with a verb."""
@@ -168,14 +142,15 @@ class Bank:
         process, written = self._running[role], self._written(role)
 
         async def at_work() -> bool:
-            assert process.exitcode is None, written.read_text()
-            return written.exists() and b'"partition taken"' in written.read_bytes()
+            taken = written.exists() and b'"partition taken"' in written.read_bytes()
+            return taken or process.exitcode is not None
 
         await eventually(at_work, within_seconds=60)
         await asyncio.sleep(self._chance.uniform(0.1, 1.9))
         process.kill()
         process.join()
-        self.kills[role] += 1
+        # One that is kept from running for a lease ends by itself.
+        self.kills[role if process.exitcode == -signal.SIGKILL else f"{role}, by itself"] += 1
         await self._start(role, opened)
 
     async def lose_everything(self, opened: OpenApplication) -> None:

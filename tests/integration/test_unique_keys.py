@@ -24,6 +24,7 @@ from tests.apps import users
 from tests.apps.users import ADDRESSES, USERS, Leave, Register, User
 from tests.bank_data import PROJECT
 from tests.command_line import Result, cqrs_es
+from tests.forking import fork
 from tests.stores import STORES, sql_of
 
 if TYPE_CHECKING:
@@ -283,20 +284,27 @@ async def deadlocks(opened: OpenApplication, store_url: str) -> int:
 
 
 @on_databases
-async def test_g12_many_processes_register_one_address(store_url: str) -> None:
+@pytest.mark.timeout(3600)
+async def test_g12_many_processes_register_one_address(store_url: str, tmp_path: Path) -> None:
     """One user of all is accepted, the others are rejected, and no server sees a deadlock."""
     settings = Settings(store_url=store_url)
     async with users.app.open(settings, initialise=True) as opened:
         before = await deadlocks(opened, store_url)
         share = -(-REGISTRATIONS // PROCESSES)
+        outputs = [tmp_path / f"{number}.json" for number in range(PROCESSES)]
         processes = [
-            start(store_url, "register", number, share, "ada@x.org") for number in range(PROCESSES)
+            fork(
+                *(users.main, "register", number, share, "ada@x.org"),
+                environment=environment(store_url),
+                output=output,
+            )
+            for number, output in enumerate(outputs)
         ]
         counts: Counter[str] = Counter()
-        for process in processes:
-            out, _ = await asyncio.to_thread(process.communicate, timeout=300)
-            assert process.returncode == 0
-            counts.update(orjson.loads(out))
+        for process, output in zip(processes, outputs, strict=True):
+            await asyncio.to_thread(process.join, 900)
+            assert process.exitcode == 0, output.read_text()
+            counts.update(orjson.loads(output.read_bytes()))
         assert counts == {"accepted": 1, "email_taken": share * PROCESSES - 1}
         winner = await opened.find(User, email="ada@x.org")
         assert winner is not None
