@@ -9,7 +9,7 @@ BENCH_ARGS ?=
 MYSQLD ?= mysqld
 SECONDS_OF_CHAOS ?= 1200
 TRANSFERS ?= 10000
-KILLS ?= 100
+KILLS ?= 5000
 CRASHES ?= 20
 FUNCTION_COMMANDS ?= 10000
 FUZZ_SECONDS ?= 120
@@ -59,12 +59,13 @@ faults: $(VENV)/.installed  ## an hour of chaos: 20 minutes on each of three pai
 	CI=true CQRS_ES_TEST_CHAOS_SECONDS=$(SECONDS_OF_CHAOS) $(BIN)/pytest tests/faults/test_chaos.py \
 		--log-cli-level=WARNING $(PYTEST_ARGS)
 
-proofs: $(VENV)/.installed  ## what events cause, at size: transfers under kills, races, unique values
+proofs: $(VENV)/.installed  ## what events cause, at size: transfers under kills, races, clocks, unique values, rates
 	CI=true CQRS_ES_TEST_TRANSFERS=$(TRANSFERS) CQRS_ES_TEST_KILLS=$(KILLS) CQRS_ES_TEST_RACES=10000 \
 		CQRS_ES_TEST_REGISTRATIONS=1000 CQRS_ES_TEST_REGISTERING=64 CQRS_ES_TEST_KEY_KILLS=30 \
-		$(BIN)/pytest tests/faults/test_transfers.py tests/integration/test_unique_keys.py \
-		tests/contract/test_scheduled.py -k "kills or g12 or decided_or_cancelled" \
-		--timeout=3600 --log-cli-level=WARNING $(PYTEST_ARGS)
+		$(BIN)/pytest tests/faults/test_transfers.py tests/contract/test_scheduled.py \
+		tests/integration/test_causing.py tests/integration/test_unique_keys.py \
+		-k "kills or decided_or_cancelled or clock or hour_without or g12" \
+		--timeout=7200 --log-cli-level=WARNING $(PYTEST_ARGS)
 	$(BIN)/python -m benchmarks.scheduled
 
 bench: $(VENV)/.installed  ## what a command costs: by the queue, by HTTP, and one at a time beside others

@@ -30,9 +30,12 @@ from cqrs_es.commands import new_command
 from cqrs_es.ports.broker import OutgoingCommand
 from cqrs_es.ports.store import ScheduledCommand
 from cqrs_es.settings import Settings
+from cqrs_es.stores.sql.scheduled import DUE
 from cqrs_es.telemetry.metrics import Meter
+from cqrs_es.types import utc_now
 from tests.conftest import run_on
 from tests.servers import psql, start_mariadb, start_postgres
+from tests.stores import sql_of
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
@@ -120,11 +123,19 @@ async def look(opened: OpenApplication, what: str) -> None:
         print(f"{what:9} {name:22} {ms:8.2f} ms", flush=True)
 
 
+async def explain(opened: OpenApplication, what: str) -> None:
+    """Print how the server means to find what is due."""
+    explained = await sql_of(opened.storage.views).query(f"EXPLAIN {DUE}", (0, utc_now(), 100))
+    for line in explained:
+        print(f"{what:9} {' '.join(str(each) for each in line if each is not None)}", flush=True)
+
+
 @contextmanager
-def clocked(what: str, count: int) -> Generator[None]:
+def clocked(what: str, count: int, rates: list[float]) -> Generator[None]:
     began, cpu = time.monotonic(), time.process_time()
     yield
     seconds, cpu = time.monotonic() - began, time.process_time() - cpu
+    rates.append(count / seconds)
     print(f"{what:32} {count / seconds:8.0f}/s {cpu / count * 1e6:8.0f} µs CPU", flush=True)
 
 
@@ -140,11 +151,13 @@ async def decided(opened: OpenApplication, count: int) -> None:
 
 async def race(opened: OpenApplication, what: str, count: int) -> None:
     """Decide commands from the queue and from rows, in turns."""
+    queue: list[float] = []
+    due_rows: list[float] = []
     async with opened.running({"worker"}):
         for turn in range(4):  # the first of which warms up
             messages = [message(number) for number in range(count)]
             queued = [OutgoingCommand(m.key.partition(PARTITIONS), m.id, m.body) for m in messages]
-            with clocked(f"{what} {turn} from the queue", count):
+            with clocked(f"{what} {turn} from the queue", count, queue):
                 await opened.process.broker.send(queued)
                 await decided(opened, count)
             due = datetime.now(UTC) + timedelta(seconds=count / 1_000)
@@ -154,8 +167,10 @@ async def race(opened: OpenApplication, what: str, count: int) -> None:
             for first in range(0, count, 2_000):
                 await opened.storage.events.schedule(rows[first : first + 2_000])
             await asyncio.sleep((due - datetime.now(UTC)).total_seconds())
-            with clocked(f"{what} {turn} from rows", count):
+            with clocked(f"{what} {turn} from rows", count, due_rows):
                 await decided(opened, count)
+    share = statistics.median(due_rows[1:]) / statistics.median(queue[1:])
+    print(f"{what} rows reach {share:.0%} of the queue's rate", flush=True)
 
 
 async def timers(opened: OpenApplication, what: str, meter: Lateness) -> None:
@@ -189,6 +204,9 @@ async def measure(what: str, url: str, rows: int, count: int) -> None:
         print(f"{what} {rows} rows added in {time.monotonic() - began:.0f} s", flush=True)
         if what == "mysql":
             run_on(url, "ANALYZE TABLE bench.outgoing_commands")
+        else:
+            psql(url, "VACUUM ANALYZE outgoing_commands")
+        await explain(opened, what)
         await look(opened, what)
 
 

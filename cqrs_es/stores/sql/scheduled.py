@@ -39,7 +39,7 @@ _FREE: Final = f"""
 _FIND: Final = f"{OUTGOING.select} WHERE command_id IN "
 _FIND_FREE: Final = f"{OUTGOING.select} WHERE {_FREE} AND command_id IN "
 _FREE_IDS: Final = f"SELECT command_id FROM outgoing_commands WHERE {_FREE} AND command_id IN "
-_DUE: Final = f"{OUTGOING.select} WHERE log_partition = ? AND due_at <= ? AND {_FREE}{_IN_ORDER}"
+DUE: Final = f"{OUTGOING.select} WHERE log_partition = ? AND due_at <= ? AND {_FREE}{_IN_ORDER}"
 # By the index, up to the first row that is not held back: MIN would look at every row.
 _NEXT: Final = f"""
     SELECT log_partition, (
@@ -102,7 +102,7 @@ async def find_free(session: Session, command_ids: Sequence[str]) -> set[str]:
 async def due(session: Session, partition: int, limit: int) -> list[ScheduledCommand]:
     """Read the first rows of a partition that are due."""
     now = await session.now()
-    rows = await session.fetch(_DUE, (partition, session.dialect.to_time(now), limit))
+    rows = await session.fetch(DUE, (partition, session.dialect.to_time(now), limit))
     found = map(_scheduled_of, rows)
     return [replace(each, late=now - each.moment) for each in found]
 
