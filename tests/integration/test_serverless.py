@@ -24,8 +24,9 @@ from cqrs_es.http import Action, Gateway
 from cqrs_es.ports.broker import OutgoingCommand, OutgoingEvent
 from cqrs_es.settings import Settings
 from cqrs_es.telemetry import logs
-from tests.bank_data import bank_folder
+from tests.bank_data import PROJECT, bank_folder
 from tests.cloud import Cloud, Doorbell, Subscriber, initialised
+from tests.conftest import run_on
 from tests.lambda_runtime import (
     REGION,
     SCHEDULED,
@@ -35,6 +36,8 @@ from tests.lambda_runtime import (
     records_of,
     request,
 )
+from tests.servers import psql
+from tests.waiting import until
 from worker.app import app
 
 if TYPE_CHECKING:
@@ -366,6 +369,74 @@ def test_a_store_that_a_function_would_lose_is_refused(monkeypatch: pytest.Monke
     with pytest.raises(errors.SettingsError, match="CQRS_ES_STORE_URL"):
         made({"pump": {}}, Invocation())
     made.close()
+
+
+def test_the_documentation_calls_the_handler(handler: serverless.Handler) -> None:
+    """As a test of an application of one's own would."""
+    text = (PROJECT / "docs" / "serverless.md").read_text()
+    example = text.partition("## On your own machine")[2].split("```")[1].removeprefix("python")
+    names: dict[str, Any] = {"handler": handler}
+    exec(example, names)  # noqa: S102 - our own
+    assert names["answer"]["idle"]
+
+
+# --- Freezing ----------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["mysql", "postgres"])
+def sql_url(request: pytest.FixtureRequest) -> str:
+    """Name an empty database."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.mark.usefixtures("dynamodb_url")  # has credentials
+def test_what_a_server_has_hung_up_on_during_a_freeze_is_connected_anew(
+    sql_url: str, dynamodb_server: str, tmp_path: Path
+) -> None:
+    """A frozen function does not hear that; its next invocation, whatever of, is none the worse."""
+    hang_up = _hung_up_by_mysql if sql_url.startswith("mysql") else _hung_up_by_postgres
+    cloud = initialised(sql_url, dynamodb_server, tmp_path)
+    source = QueueSource(cloud.endpoint, "bank-commands.fifo")
+    token, log = "Bearer secret", tmp_path / "function.log"
+    with Sandbox("worker.serverless.handler", cloud.environment, log) as sandbox:
+
+        def post(path: str, **payload: str) -> None:
+            event = request("POST", f"/aggregates/account/{path}", payload, authorization=token)
+            assert sandbox.invoke(event)["statusCode"] == 200
+
+        post("A-1/OpenAccount", account_id="A-1")
+        hang_up(sql_url)
+        post("A-1/DepositMoney", amount="5.00")
+        hang_up(sql_url)
+        cloud.send([account(1, "DepositMoney", amount="6.00")])
+        source.bring(sandbox)
+        assert source.depth() == 0
+        hang_up(sql_url)
+        assert sandbox.invoke(SCHEDULED)["idle"]
+        hang_up(sql_url)
+        row = request("GET", "/views/account_query/A-1", authorization=token)
+        assert body_of(sandbox.invoke(row))["balance"] == "11.00"
+        assert sandbox.starts == 1
+
+
+def _hung_up_by_mysql(url: str) -> None:
+    """End the connections to a database, as its wait_timeout does; wait until they are gone."""
+    server, _, database = url.rpartition("/")
+    these = f"SELECT id FROM information_schema.processlist WHERE db = '{database}'"  # noqa: S608
+    connected = run_on(server, these)
+    assert connected
+    for (id_,) in connected:
+        run_on(server, f"KILL {id_}")
+    until(lambda: not run_on(server, these), "connections stay")
+
+
+def _hung_up_by_postgres(url: str) -> None:
+    server, _, database = url.rpartition("/")
+    these = f"FROM pg_stat_activity WHERE datname = '{database}'"
+    ended = psql(server, f"SELECT pg_terminate_backend(pid) {these}")
+    assert ended.split()
+    until(lambda: psql(server, f"SELECT count(*) {these}").strip() == "0", "connections stay")
 
 
 # --- Whole stories ---------------------------------------------------------------------

@@ -12,7 +12,7 @@ from cqrs_es import errors
 from cqrs_es.stores.mysql.dialect import literal, own_reader, to_format
 from cqrs_es.stores.mysql.failures import mapped_errors
 from cqrs_es.stores.sql.dialect import utc_moment
-from cqrs_es.stores.sql.pool import CLOSE_SECONDS, ServerSession
+from cqrs_es.stores.sql.pool import CLOSE_SECONDS, ServerSession, has_come
 from cqrs_es.stores.sql.session import Query, Work, asked_together
 
 if TYPE_CHECKING:
@@ -100,9 +100,11 @@ class MysqlSession(ServerSession):
 
     @property
     def closed(self) -> bool:
-        """Whether the connection is known to be gone."""
-        closed: bool = self._connection.closed
-        return closed
+        """Whether the server has ended it, or has something to say that nobody asked."""
+        reader, writer = self._connection._reader, self._connection._writer  # noqa: SLF001
+        if writer is None or writer.transport.is_closing():
+            return True
+        return bool(reader.at_eof() or reader._buffer or has_come(writer.transport))  # noqa: SLF001
 
     async def begin(self) -> None:
         """Begin a transaction with the next statement, at the isolation of the session."""

@@ -16,7 +16,7 @@ from cqrs_es.stores.postgres.dialect import POSTGRES, literal, numbered, to_form
 from cqrs_es.stores.postgres.failures import mapped_errors
 from cqrs_es.stores.sql.dialect import utc_moment
 from cqrs_es.stores.sql.own import own_text
-from cqrs_es.stores.sql.pool import CLOSE_SECONDS, ServerSession
+from cqrs_es.stores.sql.pool import CLOSE_SECONDS, ServerSession, has_come
 from cqrs_es.stores.sql.session import Query, Work, asked_together, chunks
 
 if TYPE_CHECKING:
@@ -162,9 +162,11 @@ class PostgresSession(ServerSession):
 
     @property
     def closed(self) -> bool:
-        """Whether the connection is known to be gone."""
-        closed: bool = self._connection.is_closed()
-        return closed
+        """Whether the server has ended it, or has something to say that nobody asked."""
+        connection = self._connection
+        if connection.is_closed() or connection._transport.is_closing():  # noqa: SLF001
+            return True
+        return has_come(connection._transport)  # noqa: SLF001
 
     async def begin(self) -> None:
         """Begin a transaction with the next statement, at the isolation of the session."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -54,6 +55,13 @@ class Limits:
         return cls(lock_wait=seconds * 0.5, idle=seconds * 0.7)
 
 
+def has_come(transport: asyncio.BaseTransport) -> bool:
+    """Tell whether something has come that the event loop has not read yet, be it the end."""
+    waiting = select.poll()
+    waiting.register(transport.get_extra_info("socket"), select.POLLIN)
+    return bool(waiting.poll(0))
+
+
 class ServerSession(Session):
     """A connection to a server, every statement under `deadline` seconds.
 
@@ -90,7 +98,10 @@ class ServerSession(Session):
     @property
     @abstractmethod
     def closed(self) -> bool:
-        """Whether the connection is known to be gone."""
+        """Whether the server has ended the connection, or has something to say that nobody asked.
+
+        After a freeze that was not read yet: `has_come`.
+        """
 
     @abstractmethod
     async def begin(self) -> None:
