@@ -15,7 +15,7 @@ from cqrs_es.ports.broker import Delivery
 from cqrs_es.runtime.consumer import CommandWorker
 from cqrs_es.runtime.handed import consumed
 from cqrs_es.serverless.asgi import answered
-from cqrs_es.serverless.pump import Pump
+from cqrs_es.serverless.collecting import uncollected
 from cqrs_es.settings import Settings
 from cqrs_es.telemetry import logs
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cqrs_es.application import Application
     from cqrs_es.http.requests import Authorize
     from cqrs_es.runtime.process import Process
+    from cqrs_es.serverless.pump import Pump
 
 log = structlog.get_logger("cqrs_es.serverless")
 
@@ -145,12 +146,16 @@ class Handler:
                     " CQRS_ES_STORE_URL to a store on a server, dynamodb://region/prefix say"
                 )
                 raise errors.SettingsError(message)
-            async with AsyncExitStack() as stack:
-                opening = self._app.open(settings, reach_broker=False)
-                opened = await stack.enter_async_context(opening)
-                await stack.enter_async_context(self._gateway.on(opened))
-                self._opened = _Opened(opened.process, stack.pop_all())
+            with uncollected():
+                self._opened = await self._opened_with(settings)
         return self._opened
+
+    async def _opened_with(self, settings: Settings) -> _Opened:
+        async with AsyncExitStack() as stack:
+            opening = self._app.open(settings, reach_broker=False)
+            opened = await stack.enter_async_context(opening)
+            await stack.enter_async_context(self._gateway.on(opened))
+            return _Opened(opened.process, stack.pop_all())
 
 
 class _Opened:
@@ -201,6 +206,8 @@ class _Opened:
             log.warning("no time to pump: give the function a longer time-out")
             return {"idle": False}
         if self._pump is None:
+            from cqrs_es.serverless.pump import Pump  # noqa: PLC0415 - few functions ring
+
             self._pump = Pump(self._process, self._worker)
         if chores:
             await self._pump.chores()
