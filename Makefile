@@ -96,9 +96,9 @@ containers: $(VENV)/.installed  ## build the images, run the compose file with a
 	deploy/containers/build-stand-ins
 	CI=true CQRS_ES_TEST_CONTAINERS=1 $(BIN)/pytest tests/deployment/test_containers.py -s $(PYTEST_ARGS)
 
-deploys: $(VENV)/.installed  ## rolling deploys of changed views on two pairs of servers, and views on every store
+deploys: $(VENV)/.installed  ## rolling deploys on two pairs of servers; views, and restores, on every store
 	CI=true CQRS_ES_TEST_DEPLOYS=1 $(BIN)/pytest tests/faults/test_deploys.py \
-		tests/integration/test_view_versions.py \
+		tests/integration/test_view_versions.py tests/integration/test_restored_store.py \
 		--log-cli-level=WARNING $(PYTEST_ARGS)
 
 serverless: $(VENV)/.installed  ## functions at size: 10,000 commands under kills; the package as it is deployed
