@@ -39,6 +39,7 @@ LIBRARIES: Final = (
     *("eventsourcing", "psycopg", "asyncpg", "aiomysql", "redis", "msgspec", "orjson"),
     *("uvicorn", "fastapi", "sqlalchemy"),
 )
+NAMES: Final = ("one", "two", "three")
 TICKS_PER_SECOND: Final = os.sysconf("SC_CLK_TCK")
 
 
@@ -142,11 +143,12 @@ def environment_of(tree: Path) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A module that is run in a process of its own, from this tree or another."""
+    """A program in a process of its own: a module of this tree or another, or something else."""
 
     name: str
     arguments: Sequence[str]
     tree: Path = PROJECT
+    program: Sequence[str] = (sys.executable, "-m")
 
 
 @dataclass(slots=True)
@@ -161,7 +163,7 @@ class Figures:
 def running(contender: Contender) -> Generator[subprocess.Popen[str]]:
     """Run a contender's process for the length of a block."""
     process = subprocess.Popen(
-        [sys.executable, "-m", *contender.arguments],
+        [*contender.program, *contender.arguments],
         cwd=contender.tree,
         env=environment_of(contender.tree),
         stdin=subprocess.PIPE,
@@ -223,13 +225,12 @@ def cpu_seconds(pid: int) -> float:
 
 
 @contextmanager
-def databases(store: str) -> Generator[tuple[str, str]]:
-    """Make two databases on one private server, with its own durability; yield their URLs."""
+def databases(store: str) -> Generator[Sequence[str]]:
+    """Make databases on one private server, with its own durability; yield their URLs."""
     with tempfile.TemporaryDirectory(prefix="cqrs-es-") as folder, contextlib.ExitStack() as stack:
         match store:
             case "memory":
-                root = "memory://"
-                yield root, root
+                yield ["memory://"] * len(NAMES)
                 return
             case "sqlite":
                 root = f"sqlite:///{folder}/"
@@ -237,15 +238,15 @@ def databases(store: str) -> Generator[tuple[str, str]]:
                 server = start_postgres(Path(folder))
                 stack.callback(server.stop)
                 root = f"postgresql://postgres@127.0.0.1:{server.port}/"
-                for name in ("one", "two"):
+                for name in NAMES:
                     psql(root, f"CREATE DATABASE {name}")
             case _:
                 server = start_mariadb(Path(folder))
                 stack.callback(server.stop)
                 root = f"mysql://root@127.0.0.1:{server.port}/"
-                for name in ("one", "two"):
+                for name in NAMES:
                     run_on(root, f"CREATE DATABASE {name}")
-        yield f"{root}one", f"{root}two"
+        yield [f"{root}{name}" for name in NAMES]
 
 
 # --- Reports -----------------------------------------------------------------

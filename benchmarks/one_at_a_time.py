@@ -3,8 +3,9 @@
     python -m benchmarks.one_at_a_time [--stores memory sqlite postgres mysql] [--against REV]
 
 Every contender is a process of its own that lives through all rounds; rounds take turns, so
-what else the machine does meets all of them. The library `eventsourcing` does the same work
-on a store of the same durability, where it has that store.
+what else the machine does meets all of them. The library `eventsourcing` and the Rust crates
+mysql-es and postgres-es do the same work on a store of the same durability, where they have
+that store.
 """
 
 from __future__ import annotations
@@ -12,24 +13,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from benchmarks import measuring
+from benchmarks.contenders import building
 from benchmarks.measuring import OURS, Contender
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from benchmarks.measuring import Revision
 
 STORES = ("memory", "sqlite", "postgres", "mysql")
+CRATES = {"postgres": "postgres-es", "mysql": "mysql-es"}
 
 
-def contenders(store: str, urls: tuple[str, str], against: Revision | None) -> list[Contender]:
+def contenders(store: str, urls: Sequence[str], against: Revision | None) -> list[Contender]:
     """Return who is measured on a store; each has a database of its own."""
     ours = Contender(OURS, ("benchmarks.contenders.ours", urls[0]))
     if against is not None:
         module = ("benchmarks.contenders.ours", urls[1])
         return [ours, Contender(against.name, module, against.tree)]
-    if store == "mysql":
-        return [ours]
-    module = ("benchmarks.contenders.eventsourcing_bank", urls[1])
-    return [ours, Contender("eventsourcing", module)]
+    found = [ours]
+    if store != "mysql":
+        module = ("benchmarks.contenders.eventsourcing_bank", urls[1])
+        found.append(Contender("eventsourcing", module))
+    if store in CRATES and (program := building.crates()) is not None:
+        found.append(Contender(CRATES[store], (urls[2], "1"), program=(str(program),)))
+    return found
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from urllib.parse import urlsplit
 
 import orjson
@@ -43,6 +43,7 @@ LOOK_SECONDS: Final = 0.02  # each look counts rows
 BATCH: Final = 1000
 QUICK_COMMANDS: Final = 200
 SHARE: Final = 8  # of the commands, for those that need some ten times as long
+CRATES_AT_ONCE: Final = 16
 ALL: Final = "all processes"
 CELERY: Final = "benchmarks.contenders.by_queue.celery_bank"
 ASYNCIO: Final = "benchmarks.contenders.by_queue.asyncio_bank"
@@ -59,6 +60,12 @@ class Moment:
     def now(cls, processes: dict[str, int]) -> Moment:
         """Look at the clocks."""
         return cls(time.monotonic(), {name: cpu_seconds(pid) for name, pid in processes.items()})
+
+    def until(self, end: Moment, count: int) -> dict[str, tuple[float, float]]:
+        """Return wall and CPU of each process and of all, in microseconds for each of `count`."""
+        wall = (end.at - self.at) / count * 1e6
+        cpu = {name: (end.cpu[name] - it) / count * 1e6 for name, it in self.cpu.items()}
+        return {name: (wall, it) for name, it in (cpu | {ALL: sum(cpu.values())}).items()}
 
 
 # --- The servers -------------------------------------------------------------
@@ -114,7 +121,7 @@ def servers(broker: str) -> Generator[Servers]:
 
 @dataclass(slots=True)
 class Service(ABC):
-    """What is measured: its processes, on a database and queues of its own."""
+    """What is measured, on a database and queues of its own."""
 
     servers: Servers
     name: str
@@ -122,6 +129,14 @@ class Service(ABC):
     @abstractmethod
     def fill(self, count: int) -> None:
         """Make the tables, and fill the queue."""
+
+    @abstractmethod
+    def measure(self, count: int) -> dict[str, tuple[float, float]]:
+        """Time it; return wall and CPU of each process, in microseconds a command."""
+
+
+class Consumer(Service):
+    """What takes its commands from a queue."""
 
     @abstractmethod
     def start(self) -> dict[str, subprocess.Popen[bytes]]:
@@ -150,10 +165,7 @@ class Service(ABC):
             while self.decided() < count or not self.caught_up():
                 _check(deadline, started)
             end = Moment.now(processes)
-        left = max(1, count - first)
-        wall = (end.at - begin.at) / left * 1e6
-        cpu = {name: (end.cpu[name] - begin.cpu[name]) / left * 1e6 for name in processes}
-        return {name: (wall, it) for name, it in (cpu | {ALL: sum(cpu.values())}).items()}
+        return begin.until(end, max(1, count - first))
 
 
 def _check(deadline: float, processes: dict[str, subprocess.Popen[bytes]]) -> None:
@@ -167,7 +179,7 @@ def _check(deadline: float, processes: dict[str, subprocess.Popen[bytes]]) -> No
 
 
 @dataclass(slots=True)
-class Bank(Service):
+class Bank(Consumer):
     """The bank as one commit has it."""
 
     tree: Path
@@ -217,7 +229,7 @@ class Bank(Service):
 
 
 @dataclass(slots=True)
-class ByHand(Service):
+class ByHand(Consumer):
     """A module of `contenders/by_queue/`: how its worker is started, by which Python."""
 
     module: str
@@ -251,6 +263,36 @@ class ByHand(Service):
     def decided(self) -> int:
         """Return how many commands have an outcome."""
         return self.servers.query(self.name, "SELECT COUNT(*) FROM processed")
+
+
+@dataclass(slots=True)
+class Crates(Service):
+    """The Rust crates, which have no queue: in-process, and the commands from a file."""
+
+    program: Path
+    at_once: int = CRATES_AT_ONCE
+    commands: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+    def fill(self, count: int) -> None:
+        """Make the database, and the commands."""
+        run_on(self.servers.database, f"CREATE DATABASE {self.name}")
+        self.commands = list(itertools.islice(measuring.commands(), count))
+
+    def measure(self, count: int) -> dict[str, tuple[float, float]]:
+        """Time them from when all are connected; return what others do."""
+        arguments = (f"{self.servers.database}{self.name}", str(self.at_once))
+        contender = measuring.Contender("mysql-es", arguments, program=(str(self.program),))
+        first = count // 10
+        with tempfile.TemporaryDirectory() as folder, measuring.running(contender) as process:
+            file = Path(folder) / "commands.json"
+            file.write_bytes(orjson.dumps(self.commands[:first]))
+            measuring.ask(process, file)
+            file.write_bytes(orjson.dumps(self.commands[first:]))
+            processes = {"worker": process.pid} | self.servers.processes
+            begin = Moment.now(processes)
+            measuring.ask(process, file)
+            end = Moment.now(processes)
+        return begin.until(end, count - first)
 
 
 def quiet(
@@ -295,6 +337,8 @@ def contenders(
         found["celery"] = (by_hand(CELERY, python, *celery, str(chosen.processes)), count // SHARE)
     if chosen.broker == "redis":
         found["asyncio"] = (by_hand(ASYNCIO, sys.executable, ASYNCIO), count // SHARE)
+        if (program := building.crates()) is not None:
+            found["mysql-es"] = (lambda running, name: Crates(running, name, program), count)
     return found
 
 

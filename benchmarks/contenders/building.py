@@ -27,14 +27,30 @@ def celery_python() -> Path | None:
     return python if made else None
 
 
+def crates() -> Path | None:
+    """Return the program of `rust/`, made by cargo as its lock file has it."""
+    target = PROJECT / "build/rust"
+    build: list[str | Path] = [
+        "cargo",
+        "build",
+        "--quiet",
+        "--release",
+        "--locked",
+        "--target-dir",
+        target,
+    ]
+    made = _run([*build, "--manifest-path", HERE / "rust/Cargo.toml"])
+    return target / "release/bank" if made else None
+
+
 def _run(*commands: list[str | Path]) -> bool:
     for command in commands:
         try:
             done = subprocess.run(command, check=False, capture_output=True, text=True)
         except FileNotFoundError:
-            print(f"Left out, since there is no {command[0]}.")
+            print(f"A contender is left out, since there is no {command[0]}.")
             return False
         if done.returncode != 0:
-            print(f"Left out, since this failed: {' '.join(map(str, command))}\n{done.stderr}")
+            print(f"A contender is left out, since this failed: {command}\n{done.stderr}")
             return False
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -27,6 +28,10 @@ BESIDE = {
     "queue": {"celery", "asyncio"},
     "http": {"by hand"},
 }
+CRATES = {
+    "one_at_a_time": {"mysql-es", "postgres-es"},
+    "queue": {"mysql-es"},
+}
 
 
 @pytest.mark.timeout(300)
@@ -46,6 +51,8 @@ def test_a_benchmark_works(name: str, tmp_path: Path) -> None:
             assert it["idle"]
             assert all(it["p50"][what] and it["p99"][what] for what in ("outcome", "topic", "view"))
         return
-    assert {who for found in measured["microseconds"].values() for who in found} >= BESIDE[name]
+    crates = CRATES.get(name, set[str]()) if shutil.which("cargo") else set[str]()
+    contenders = {who for found in measured["microseconds"].values() for who in found}
+    assert contenders >= BESIDE[name] | crates
     for figures in measured["microseconds"].values():
         assert all(rounds["wall"] and rounds["cpu"] for rounds in figures.values())
