@@ -1,31 +1,46 @@
-"""A process killed at each instant that matters, with the whole bank under load; judged at the end.
+"""A process killed at each instant that matters, under load; what it did is judged at the end.
 
-`make crashes` hits every instant many times (`CQRS_ES_TEST_CRASHES`) on every pair of servers,
-`make test` once on one pair.
+The bank, a process for each role, on servers; transfers, which reactors and due rows make, all
+roles in one process, on SQLite and servers; `init` on each database that has SQL. `make crashes`
+hits every instant many times (`CQRS_ES_TEST_CRASHES`), `make test` some of them, by a seed.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import random
 import signal
+import sqlite3
 import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.apps.dying_bank import INSTANTS
+from cqrs_es.settings import Settings
+from tests.apps import dying_init
+from tests.apps.dying import INSTANTS, main
+from tests.conftest import run_on
+from tests.faults import test_transfers
 from tests.faults.test_chaos import chaos
+from tests.faults.test_transfers import Bank, check
+from tests.forking import fork
 from tests.history.checker import assert_promises_held
+from tests.servers import psql
+from tests.transfers import bank
 from tests.waiting import until
+from worker.app import app
 
 if TYPE_CHECKING:
     import subprocess
+    from collections.abc import Sequence
     from pathlib import Path
 
+    from cqrs_es.opened import OpenApplication
     from tests.faults.test_chaos import Chaos
 
 log = logging.getLogger(__name__)
@@ -33,7 +48,10 @@ log = logging.getLogger(__name__)
 CRASHES = int(os.environ.get("CQRS_ES_TEST_CRASHES", "0"))
 ROLES = ("worker", "relay", "projector", "rebuild")
 VIEWS = ("account_query", "bank_totals")
-PATIENCE_SECONDS = 100.0  # within which a process has come to its instant
+AT_ONCE = 2  # instants of each role in `make test`
+TRANSFERS_EACH = 12  # between two deaths
+STATEMENTS_AT_ONCE = 6  # of `init` on each store, in `make test`
+PATIENCE_SECONDS = 300.0 if CRASHES else 100.0  # within which a process has come to its instant
 
 pytestmark = pytest.mark.timeout(CRASHES * 240 + 600)
 
@@ -89,25 +107,37 @@ class Dying:
         return (self._role,)
 
 
-def crash(store: str, broker: str, folder: Path, times: int) -> None:
-    """Hit every instant so many times, in an order of a seed's, and judge the history."""
+def seeded(*on: str) -> random.Random:
+    """Begin what a seed repeats."""
     seed = int(os.environ.get("CQRS_ES_TEST_SEED", random.randrange(2**32)))
-    log.warning("CQRS_ES_TEST_SEED=%s on %s and %s", seed, store, broker)
-    rng = random.Random(seed)
-    with chaos(store, broker, folder, seed, copies=1) as made:
-        dying: list[Dying] = []
-        for role in ROLES:
-            instants = [name for name, (of, *_) in INSTANTS.items() if of == role] * times
-            rng.shuffle(instants)
-            dying.append(Dying(made, role, instants, rng))
+    log.warning("CQRS_ES_TEST_SEED=%s on %s", seed, " and ".join(on))
+    return random.Random(seed)
+
+
+def instants_of(roles: Sequence[str], rng: random.Random, times: int) -> list[str]:
+    """Take each of the roles' instants so many times, in an order of chance."""
+    names = [name for name, instant in INSTANTS.items() if instant.role in roles] * times
+    return rng.sample(names, len(names))
+
+
+def crash(store: str, broker: str, folder: Path, times: int) -> None:
+    """Hit every instant so many times, or some of them once; judge the history."""
+    rng = seeded(store, broker)
+    with chaos(store, broker, folder, rng.randrange(2**32), copies=1) as made:
+        planned = {role: instants_of([role], rng, times or 1) for role in ROLES}
+        if not times:
+            planned = {role: names[:AT_ONCE] for role, names in planned.items()}
+        wanted = Counter(name for names in planned.values() for name in names)
+        dying = [Dying(made, role, names, rng) for role, names in planned.items()]
+        longest = max(map(len, planned.values()))
         until(
             lambda: sum(not each.ended() for each in dying) == 0,  # looks after each of them
             "not all have died",
-            within_seconds=PATIENCE_SECONDS * times * 6,
+            within_seconds=PATIENCE_SECONDS * longest,
         )
         hits = sum((each.hits for each in dying), Counter[str]())
         log.warning("hit %s", dict(hits))
-        assert hits == dict.fromkeys(INSTANTS, times)
+        assert hits == wanted
         for view in VIEWS:
             made.bank.call("rebuild", view)
         drained = made.drain()
@@ -123,14 +153,168 @@ def crash(store: str, broker: str, folder: Path, times: int) -> None:
         assert codes == [0] * len(codes)
 
 
-def test_each_instant_once(tmp_path: Path) -> None:
+def test_some_instants(tmp_path: Path) -> None:
     """Killed where it hurts most, a process breaks no promise."""
-    crash("mysql", "redis", tmp_path, 1)
+    crash("mysql", "redis", tmp_path, 0)
 
 
 @pytest.mark.skipif(not CRASHES, reason="make crashes runs it: it takes minutes")
 @pytest.mark.parametrize("broker", ["redis", "amqp"])
 @pytest.mark.parametrize("store", ["mysql", "postgres"])
 def test_each_instant_often(store: str, broker: str, tmp_path: Path) -> None:
-    """As once, on every pair of servers."""
+    """Each of them, on every pair of servers."""
     crash(store, broker, tmp_path, CRASHES)
+
+
+# --- Reactors and due rows, and SQLite -------------------------------------------------
+
+
+class Deaths(Bank):
+    """Transfers that processes make which have every role, and die one after another.
+
+    After each death one that lives does what was left: see `Dying`.
+    """
+
+    async def suffer(self, opened: OpenApplication, instants: list[str]) -> Counter[str]:
+        """Let one die at each of the instants; return what was hit."""
+        hits: Counter[str] = Counter()
+        left, tries = instants[:], 0
+        while left:
+            instant, tries = left[-1], tries + 1
+            self.write((await self.unsettled(opened))[:TRANSFERS_EACH])
+            runs = ["run", "--commands", str(self.file), "--until-idle"]
+            if INSTANTS[instant].role == "rebuild":
+                await asyncio.to_thread(self.call, *runs)
+                runs = ["rebuild", "balance"]
+            # The second time something happens, unless there was only one in this share.
+            if await asyncio.to_thread(self._die, f"{instant} {1 + tries % 2}", *runs):
+                hits[left.pop()] += 1
+            await asyncio.to_thread(self.call, *runs)
+        return hits
+
+    def _die(self, dies_at: str, *arguments: str) -> bool:
+        """Run a verb; tell whether it has died."""
+        dying, written = self.environment | {"DIES_AT": dies_at}, self.file.with_suffix(".log")
+        process = fork(main, *arguments, environment=dying, output=written)
+        process.join(PATIENCE_SECONDS)
+        code = process.exitcode
+        process.kill()
+        assert code in {0, -signal.SIGKILL}, (dies_at, written.read_text()[-3000:])
+        return code == -signal.SIGKILL
+
+
+async def crash_runs(store_url: str, broker_url: str, folder: Path, instants: list[str]) -> None:
+    """Hit these instants, and judge what became of the transfers."""
+    name = f"transfers-{random.randrange(2**32)}"
+    with pytest.MonkeyPatch.context() as patch:
+        wanted = TRANSFERS_EACH * (2 * len(instants) + 4)  # some instants take a second try
+        patch.setattr(test_transfers, "TRANSFERS", max(wanted, test_transfers.TRANSFERS))
+        deaths = Deaths(store_url, broker_url, folder, seeded(store_url, broker_url), name)
+        try:
+            deaths.call("init")
+            async with bank(name).open(deaths.settings) as opened:
+                hits = await deaths.suffer(opened, instants)
+                log.warning("hit %s", dict(hits))
+                await deaths.finish(opened)
+                await check(opened, deaths)
+        finally:
+            deaths.close()
+    assert hits == Counter(instants)
+
+
+async def test_some_instants_of_reactors_and_due_rows(sqlite_url: str, tmp_path: Path) -> None:
+    """Money is neither lost nor made."""
+    rng = seeded("sqlite")
+    instants = [rng.choice(instants_of([role], rng, 1)) for role in ("reactor", "due")]
+    await crash_runs(sqlite_url, "memory://", tmp_path, instants)
+
+
+@pytest.mark.skipif(not CRASHES, reason="make crashes runs it: it takes minutes")
+@pytest.mark.parametrize(
+    ("store_url", "broker"),
+    [("sqlite", "memory"), ("mysql", "redis"), ("postgres", "amqp")],
+    indirect=["store_url"],
+)
+async def test_each_instant_of_one_process(
+    store_url: str, broker: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """The process that dies has every role; so that of SQLite, where there is no other."""
+    url = "memory://" if broker == "memory" else request.getfixturevalue(f"{broker}_url")
+    instants = instants_of([*ROLES, "due", "reactor"], seeded(store_url), CRASHES)
+    await crash_runs(store_url, url, tmp_path, instants)
+
+
+# --- Migrations ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("store", ["sqlite", "mysql", "postgres"])
+def test_init_that_dies_between_two_statements_is_done_by_the_next(
+    request: pytest.FixtureRequest, store: str, tmp_path: Path
+) -> None:
+    """Whichever they are: the next makes the same of it as one that nothing befell."""
+    if store == "sqlite":
+        server = f"sqlite:///{tmp_path}"
+    else:
+        server = request.getfixturevalue(f"{store}_server").rstrip("/")
+    made: list[str] = []
+
+    def database(name: str) -> str:
+        if store == "mysql":
+            run_on(server, f"CREATE DATABASE {name}")
+        elif store == "postgres":
+            psql(server, f"CREATE DATABASE {name}")
+        made.append(name)
+        return f"{server}/{name}"
+
+    def end_of(number: int) -> tuple[str, str]:
+        """Have `init` die before a statement, there is none of number 0; tell how it ended."""
+        url, written = database(f"dying_{number}"), tmp_path / f"{number}.log"
+        process = fork(dying_init.main, url, number, environment={}, output=written)
+        process.join(PATIENCE_SECONDS)
+        code = process.exitcode
+        process.kill()
+        assert code == (-signal.SIGKILL if number else 0), written.read_text()
+        return url, written.read_text()
+
+    try:
+        whole, printed = end_of(0)
+        statements = int(printed)
+        numbers = [*range(1, statements + 1)]
+        if not CRASHES:
+            numbers = seeded(store).sample(numbers, STATEMENTS_AT_ONCE)
+        for number in numbers:
+            url, _ = end_of(number)
+            asyncio.run(_initialise(url))
+            assert _schema(url) == _schema(whole), url
+        log.warning("%s of %s statements of init on %s", len(numbers), statements, store)
+    finally:
+        for name in made if store != "sqlite" else ():
+            drop = f"DROP DATABASE {name}"
+            run_on(server, drop) if store == "mysql" else psql(server, drop)
+
+
+async def _initialise(url: str) -> None:
+    settings = Settings(store_url=url)
+    async with app.open(settings, initialise=True, reach_broker=False) as opened:
+        assert await opened.storage.events.heads() is not None
+
+
+def _schema(url: str) -> list[object]:
+    """List a database's tables, columns and indexes as its own catalogue has them."""
+    server, _, name = url.rpartition("/")
+    if url.startswith("sqlite"):
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
+            return connection.execute("SELECT name, sql FROM sqlite_master ORDER BY 1").fetchall()
+    if url.startswith("mysql"):
+        of = f"FROM information_schema.{{}} WHERE table_schema = '{name}' ORDER BY 1, 2, 3, 4"
+        columns = "table_name, column_name, column_type, is_nullable, column_default, extra"
+        indexes = "table_name, index_name, seq_in_index, column_name, non_unique"
+        return [
+            *run_on(server, f"SELECT {columns} {of.format('columns')}"),
+            *run_on(server, f"SELECT {indexes} {of.format('statistics')}"),
+        ]
+    columns = "table_name, column_name, data_type, is_nullable, column_default"
+    of = "information_schema.columns WHERE table_schema = 'public' ORDER BY 1, 2"
+    indexes = "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public' ORDER BY 1"
+    asked = f"SELECT {columns} FROM {of}"  # noqa: S608
+    return [*psql(url, asked).split("\n"), *psql(url, indexes).split("\n")]

@@ -75,7 +75,7 @@ class Bank:
         self, store_url: str, broker_url: str, folder: Path, chance: random.Random, name: str
     ) -> None:
         self.settings = Settings(store_url=store_url)
-        self._environment = {
+        self.environment = {
             "CQRS_ES_APP": "tests.transfers:app",
             "CQRS_ES_STORE_URL": store_url,
             "CQRS_ES_BROKER_URL": broker_url,
@@ -84,7 +84,7 @@ class Bank:
         }
         self._chance, self._name, self._folder = chance, name, folder
         self._sent = list(commands(chance))
-        self._file = folder / "commands.jsonl"
+        self.file = folder / "commands.jsonl"
         self._in_one = broker_url == "memory://"
         self._outside = None if self._in_one else outside(broker_url)
         self._running: dict[str, BaseProcess] = {}
@@ -104,7 +104,7 @@ class Bank:
     def _fork(self, verb: str, *arguments: str) -> BaseProcess:
         self._started[verb] += 1
         written = self._written(verb)
-        return fork(main, verb, *arguments, environment=self._environment, output=written)
+        return fork(main, verb, *arguments, environment=self.environment, output=written)
 
     def _written(self, verb: str) -> Path:
         """Name the output of the last process that was started with a verb."""
@@ -118,8 +118,8 @@ class Bank:
 
     async def _start(self, role: str, opened: OpenApplication) -> None:
         if role == "run":
-            self._write(await self.unsettled(opened))
-            self._running[role] = self._fork(role, "--commands", str(self._file))
+            self.write(await self.unsettled(opened))
+            self._running[role] = self._fork(role, "--commands", str(self.file))
         else:
             self._running[role] = self._fork(role)
 
@@ -133,8 +133,9 @@ class Bank:
         known = await opened.storage.events.find_outcomes([each.id for each in self._sent])
         return [each for each in self._sent if each.id not in known]
 
-    def _write(self, messages: list[CommandMessage]) -> None:
-        self._file.write_bytes(b"".join(wire.encode_command(each) + b"\n" for each in messages))
+    def write(self, messages: list[CommandMessage]) -> None:
+        """Write the file of commands that `run` takes."""
+        self.file.write_bytes(b"".join(wire.encode_command(each) + b"\n" for each in messages))
 
     async def kill_one(self, opened: OpenApplication) -> None:
         """Kill one a moment after it has got partitions to work on, and start it again."""
@@ -179,8 +180,8 @@ class Bank:
     async def finish(self, opened: OpenApplication) -> None:
         """Let one process do all that is left."""
         self.stop()
-        self._write(await self.unsettled(opened))
-        arguments = ("run", "--commands", str(self._file), "--until-idle")
+        self.write(await self.unsettled(opened))
+        arguments = ("run", "--commands", str(self.file), "--until-idle")
         await asyncio.to_thread(partial(self.call, *arguments, seconds=1200))
 
     def close(self) -> None:

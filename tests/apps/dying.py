@@ -1,0 +1,201 @@
+"""An application in a process that kills itself at a given instant, as a power cut would.
+
+`DIES_AT` names one of `INSTANTS` and how many times it is to come first: `"committed 3"`.
+What is instrumented is the ports, from outside: the program that dies is the one that is shipped.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import os
+import signal
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from cqrs_es.brokers import memory as _memory
+from cqrs_es.brokers.amqp import broker as _amqp
+from cqrs_es.brokers.amqp import consuming as _amqp_consuming
+from cqrs_es.brokers.redis import broker as _redis
+from cqrs_es.brokers.redis import commands as _redis_commands
+from cqrs_es.cli import entry
+from cqrs_es.ports.broker import Broker, CommandIntake
+from cqrs_es.ports.leases import Leases
+from cqrs_es.ports.store import EventStore
+from cqrs_es.ports.views import SqlTables, ViewTransaction
+from cqrs_es.runtime import due as _due
+from cqrs_es.stores.mysql import session as _mysql
+from cqrs_es.stores.postgres import session as _postgres
+from cqrs_es.stores.sql import storage as _storage
+from cqrs_es.stores.sql.pool import ServerSession
+from cqrs_es.stores.sqlite.connection import Connection
+from cqrs_es.stores.sqlite.session import LocalSession
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_LOADED: Final = (
+    _amqp,
+    _amqp_consuming,
+    _due,
+    _memory,
+    _mysql,
+    _postgres,
+    _redis,
+    _redis_commands,
+    _storage,
+)  # their classes are instrumented
+
+
+def _has_rows(*arguments: Any) -> bool:
+    """Tell whether an append decides rows of `outgoing_commands`."""
+    return any(command.scheduled for chain in arguments[0] for command in chain.commands)
+
+
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """Who dies, of whose method: before it, or after it has done (or brought) something.
+
+    `of` tells by a call's arguments whether it counts.
+    """
+
+    role: str
+    port: type
+    method: str
+    when: str
+    of: Callable[..., bool] = lambda *_: True
+
+
+INSTANTS: Final[dict[str, Instant]] = {
+    "taken": Instant("worker", CommandIntake, "receive", "after"),
+    "decided": Instant("worker", EventStore, "append", "before"),
+    "in the append's transaction": Instant("worker", EventStore, "append", "before commit"),
+    "committed": Instant("worker", EventStore, "append", "after commit"),
+    "replied": Instant("worker", Broker, "reply", "after"),
+    "settled": Instant("worker", CommandIntake, "settle", "after"),
+    "rows taken": Instant("due", EventStore, "due", "after"),
+    "rows decided": Instant("due", EventStore, "append", "before", _has_rows),
+    "rows in the append's transaction": Instant(
+        "due", EventStore, "append", "before commit", _has_rows
+    ),
+    "rows gone": Instant("due", EventStore, "append", "after commit", _has_rows),
+    "read for the topic": Instant("relay", EventStore, "read_log", "after"),
+    "published": Instant("relay", Broker, "publish", "after"),
+    "marked": Instant("relay", Leases, "advance_mark", "after"),
+    "read for a view": Instant("projector", EventStore, "read_log", "after"),
+    "in the view's transaction": Instant("projector", ViewTransaction, "advance", "before commit"),
+    "view committed": Instant("projector", ViewTransaction, "advance", "after commit"),
+    "read for a reactor": Instant("reactor", EventStore, "read_log", "after"),
+    "in the reactor's transaction": Instant(
+        "reactor", ViewTransaction, "schedule", "before commit"
+    ),
+    "rows added": Instant("reactor", ViewTransaction, "schedule", "after commit"),
+    "before the switch": Instant("rebuild", ViewTransaction, "set_generation", "before"),
+    "in the switch": Instant("rebuild", ViewTransaction, "set_generation", "before commit"),
+    "after the switch": Instant("rebuild", ViewTransaction, "set_generation", "after commit"),
+    "before the name leads there": Instant("rebuild", SqlTables, "publish", "before"),
+    "after the name leads there": Instant("rebuild", SqlTables, "publish", "after"),
+}
+
+_in_it: ContextVar[bool] = ContextVar("in_it", default=False)
+_left = 0
+
+
+def _die() -> None:
+    """Kill the process when the instant has come often enough."""
+    global _left  # noqa: PLW0603 - of a process that has one purpose
+    _left -= 1
+    if _left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _implementations(base: type, method: str) -> Iterator[type]:
+    subclass: type
+    for subclass in base.__subclasses__():
+        if method in vars(subclass):
+            yield subclass
+        yield from _implementations(subclass, method)
+
+
+def _replace(cls: type, method: str, by: object) -> None:
+    setattr(cls, method, by)
+
+
+def _wrap(cls: type, instant: Instant) -> None:
+    call, when = vars(cls)[instant.method], instant.when
+
+    @functools.wraps(call)
+    async def wrapped(self: object, *args: Any, **kwargs: Any) -> Any:
+        counts = instant.of(*args)
+        if counts and when == "before":
+            _die()
+        if counts and when.endswith("commit"):
+            _in_it.set(True)
+        result = await call(self, *args, **kwargs)
+        if counts and when == "after" and (result is None or result):
+            _die()
+        return result
+
+    _replace(cls, instant.method, wrapped)
+
+
+def _wrap_commit(cls: type, when: str) -> None:
+    call = vars(cls)["commit"]
+
+    @functools.wraps(call)
+    async def wrapped(self: object) -> None:
+        if _in_it.get() and when == "before commit":
+            _die()
+        await call(self)
+        if _in_it.get() and when == "after commit":
+            _die()
+        _in_it.set(False)
+
+    _replace(cls, "commit", wrapped)
+
+
+def _wrap_local_commit(when: str) -> None:
+    """Do the same of SQLite, whose sessions are on threads of their own."""
+    commit, visit = LocalSession.commit, Connection._visit
+
+    def committed(self: LocalSession) -> None:
+        if _in_it.get() and when == "before commit":
+            _die()
+        commit(self)
+        if _in_it.get() and when == "after commit":
+            _die()
+
+    async def visited(self: Connection, function: Callable[[], Any], *rest: Any) -> Any:
+        return await visit(self, partial(contextvars.copy_context().run, function), *rest)
+
+    _replace(LocalSession, "commit", committed)
+    _replace(Connection, "_visit", visited)
+
+
+def _instrument_at(instant: Instant) -> None:
+    implementations = list(_implementations(instant.port, instant.method))
+    assert implementations, f"nobody has {instant.port.__name__}.{instant.method}"
+    for implementation in implementations:
+        _wrap(implementation, instant)
+    if instant.when.endswith("commit"):
+        for session in _implementations(ServerSession, "commit"):
+            _wrap_commit(session, instant.when)
+        _wrap_local_commit(instant.when)
+
+
+def die_as_told() -> None:
+    """Instrument what `DIES_AT` names, if there is such a variable."""
+    global _left  # noqa: PLW0603 - see `_die`
+    if "DIES_AT" in os.environ:
+        instant, _, times = os.environ["DIES_AT"].rpartition(" ")
+        _left = int(times)
+        _instrument_at(INSTANTS[instant])
+
+
+def main(arguments: list[str]) -> None:
+    """Run a verb in a process that was forked for it."""
+    die_as_told()
+    entry.main(arguments)
