@@ -159,9 +159,10 @@ class Gateway:
             detail = "without authorize the gateway serves its own machine only: see docs/http.md"
             raise Problem(HTTPStatus.FORBIDDEN, "denied", detail)
         requests.check_head(request)
-        reads = request.method in {"GET", "HEAD"}
+        posts = request.method == "POST"
         match requests.segments(request.scope):
-            case ["aggregates", aggregate_type, aggregate_id, "events"] if reads:
+            case ["aggregates", aggregate_type, aggregate_id, "events"] if not posts:
+                _check_method(request, "GET")
                 return await self._stream(request, aggregate_type, aggregate_id)
             case ["aggregates", aggregate_type, aggregate_id, command]:
                 _check_method(request, "POST")

@@ -27,6 +27,7 @@ _ERRORS: Final[Mapping[str, str]] = {
     "401": "Who are you",
     "403": "Not allowed",
     "404": "Unknown type, command, view or id",
+    "408": "The body came too slowly",
     "409": "Rejected: by a domain rule, or in conflict with what has happened",
     "412": "In conflict with If-Match or If-None-Match",
     "413": "The body is too large",
@@ -59,8 +60,9 @@ def openapi(registry: Registry, service: str) -> Part:
     paths["/outcomes/{command_id}"] = {"get": _outcome()}
     paths["/events"] = {"get": _feed(events)}
     for name in ("openapi", "asyncapi"):
-        answer = {"200": _answer("The document", {"type": "object"})}
-        paths[f"/{name}.json"] = {"get": {"operationId": name, "responses": answer}}
+        answers = {"200": _answer("The document", {"type": "object"})}
+        answers |= _problems("401", "403", "503")
+        paths[f"/{name}.json"] = {"get": {"operationId": name, "responses": answers}}
     return {
         "openapi": "3.1.0",
         "info": {"title": service, "version": program.version()},
@@ -103,9 +105,7 @@ def _commands(definition: AggregateDefinition, paths: Part, components: Componen
                     "description": "Sent; there is no outcome yet",
                     "headers": {"Location": _header("Where the outcome will be")},
                 },
-                **_problems(
-                    "400", "401", "403", "404", "409", "412", "413", "415", "422", "500", "503"
-                ),
+                **_problems(*_ERRORS),
             },
         }
         paths[f"/aggregates/{definition.type}/{{id}}/{name}"] = {"post": operation}
@@ -187,7 +187,7 @@ def _feed(events: list[Schema]) -> Part:
     answer = {"description": f"{described}: {', '.join(names)}", "content": content}
     return {
         "operationId": "events",
-        "parameters": _used("types", "partition", "LastEventId"),
+        "parameters": _used("types", "partition", "from", "LastEventId"),
         "responses": {"200": answer, **_problems("400", "401", "403", "503")},
     }
 
@@ -244,7 +244,9 @@ _PARAMETERS: Final[Part] = {
     "view_id": _parameter("path", "view_id", _TEXT, "The row's id"),
     "command_id": _parameter("path", "command_id", messages.COMMAND_ID, "The command's id"),
     "after": _parameter("query", "after", _TEXT, "Where the page before this one ended"),
-    "limit": _parameter("query", "limit", {"type": "integer", "minimum": 1}, "Rows of a page"),
+    "limit": _parameter(
+        "query", "limit", {"type": "integer", "minimum": 1, "maximum": 1000}, "Rows of a page"
+    ),
     "seen": _parameter(
         "query",
         "seen",
@@ -254,6 +256,9 @@ _PARAMETERS: Final[Part] = {
     "types": _parameter("query", "types", _TEXT, "Event types, with commas between them"),
     "partition": _parameter(
         "query", "partition", {"type": "integer", "minimum": 0}, "Of this partition only"
+    ),
+    "from": _parameter(
+        "query", "from", {"enum": ["start", "end"]}, "Where to begin without Last-Event-ID: end"
     ),
     "IdempotencyKey": _parameter(
         "header",

@@ -395,6 +395,20 @@ def test_the_schemas_are_served(web: Served) -> None:
     assert web.get("/asyncapi.json").json["asyncapi"] == "3.0.0"
 
 
+def test_a_path_is_described_with_its_methods_and_what_it_refuses(web: Served) -> None:
+    """Those who are unknown, at every path; other methods, by those that the path has."""
+    for path, item in web.get("/openapi.json").json["paths"].items():
+        (method, operation) = next(iter(item.items()))
+        where = (
+            path.replace("{command_id}", str(uuid.UUID(int=7))).replace("{", "").replace("}", "")
+        )
+        assert web.ask(method.upper(), where, b"", {"X-User": "nobody"}).status == 401
+        assert "401" in operation["responses"], path
+        other = web.ask("DELETE", where)
+        allowed = {each.strip().lower() for each in other.headers["allow"].split(",")}
+        assert (other.code, allowed - {"head"}) == ("method_not_allowed", {method}), path
+
+
 # --- Raw bytes --------------------------------------------------------------------
 
 

@@ -116,6 +116,8 @@ def test_a_body_that_does_not_come_is_408(hasty: Served) -> None:
         answer = read_all(connection)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"/problems/timeout" in answer
+    described = hasty.get("/openapi.json").json["paths"]["/aggregates/note/{id}/Write"]
+    assert "408" in described["post"]["responses"]
     assert not is_written(hasty, "slow")
 
 
