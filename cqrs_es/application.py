@@ -89,7 +89,7 @@ class Application:
         if retries is not None:
             self.policy = replace(self.policy, retries=retries)
         self.registry = Registry()
-        self._opened: OpenApplication | None = None
+        self._open: list[OpenApplication] = []  # where it is open, last opened last
 
     def aggregate(  # noqa: PLR0913 - one argument for each thing that may be said of it
         self,
@@ -196,11 +196,13 @@ class Application:
     def on_store_of(self, settings: Settings) -> Application:
         """Return what of the application runs on the store that the settings name.
 
+        Where that is open this is open, too: handlers know the application as it was written.
         Raises `ConfigurationError` where that leaves out what is needed.
         """
         storage = make_storage(settings, settings.service or self.service, SystemClock())
         suited = Application(self.service, policy=self.policy)
         suited.registry = self.registry.suited(sql=storage.views.sql is not None)
+        suited._open = self._open
         return suited
 
     # --- Opening -------------------------------------------------------------
@@ -299,13 +301,10 @@ class Application:
             if initialise:
                 await opened.initialise(declare=reach_broker)
             await stack.enter_async_context(executor)
-            self._opened, before = opened, self._opened
-            stack.callback(self._restore, before)
+            self._open.append(opened)
+            stack.callback(self._open.remove, opened)
             stack.callback(opened.close)
             yield opened
-
-    def _restore(self, before: OpenApplication | None) -> None:
-        self._opened = before
 
     async def execute(
         self,
@@ -365,10 +364,10 @@ class Application:
     @property
     def opened(self) -> OpenApplication:
         """The application as it is open now; raises `ConfigurationError` where it is not."""
-        if self._opened is None:
+        if not self._open:
             message = "the application is not open: async with app.open(): …"
             raise errors.ConfigurationError(message)
-        return self._opened
+        return self._open[-1]
 
 
 def _closing(stack: AsyncExitStack, server: Server) -> Server:

@@ -55,6 +55,13 @@ def test_it_handles_a_file_and_ends(url: str, sqlite_url: str) -> None:
     assert summary == {"commands": ALL, "events": 26}
 
 
+def test_handlers_find_their_application_open(here: Here, tmp_path: Path) -> None:
+    """The bank's statement reads a view, by the application that its module has."""
+    command = message("DrawStatement", "statement", "bank")
+    arguments = ("run", "--commands", fed(tmp_path, command), "--until-idle", "--json")
+    assert here.done(*arguments).json["commands"] == dict.fromkeys(ALL, 0) | {"accepted": 1}
+
+
 def test_a_file_fed_again_is_all_duplicates(bank: Here) -> None:
     """Nothing is done twice."""
     before = bank.done("view", "account_query", "--json").lines
