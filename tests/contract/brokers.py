@@ -135,6 +135,19 @@ class RealRedisServer(AnyRedisServer):
     def connection(self) -> Broker:
         return broker_for(self.url, service=SERVICE, event_retention=RETENTION)
 
+    @asynccontextmanager
+    async def counting(self, what: str) -> AsyncGenerator[Counted]:
+        """Count what the server does during the block, by its own statistics."""
+        counted, before = Counted(), (await self.raw.info("stats"))[what]
+        yield counted
+        counted.count = (await self.raw.info("stats"))[what] - before - 1  # this very question
+
+
+class Counted:
+    """How often something was done."""
+
+    count = 0
+
 
 class GivenServer(BrokerServer):
     """A service of its own on a server that another package connects to; its topic is a stream."""

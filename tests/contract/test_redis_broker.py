@@ -283,6 +283,51 @@ async def test_a_waiting_intake_survives_a_flush(server: AnyRedisServer, broker:
     assert bodies(waiting.result()) == ["1"]
 
 
+# --- What it costs (only a real server counts it) ------------------------------
+
+
+async def test_what_is_asked_for_at_once_goes_in_few_exchanges(
+    real_server: RealRedisServer,
+) -> None:
+    """Fifty replies at once take no fifty reads of the server, and are in the order of asking."""
+    broker = await _declared(real_server)
+    replies = [OutgoingReply("client-42", "id", str(number).encode()) for number in range(50)]
+    async with real_server.counting("total_reads_processed") as reads:
+        await asyncio.gather(*(broker.reply([reply]) for reply in replies))
+    assert reads.count < 10
+    entries = await real_server.raw.xrange("bank:replies:client-42")
+    assert [int(fields[b"outcome"]) for _, fields in entries] == list(range(50))
+
+
+async def test_each_is_told_of_its_own_error_only(real_server: RealRedisServer) -> None:
+    """One that the server refuses keeps nothing in the same exchange from being done."""
+    broker = await _declared(real_server)
+    await real_server.raw.set("bank:replies:bad", "theirs")
+    answers = await asyncio.gather(
+        *(broker.reply([OutgoingReply(to, "id", b"{}")] * 2) for to in ("one", "bad", "two")),
+        return_exceptions=True,
+    )
+    assert [type(each) for each in answers] == [type(None), errors.ConfigurationError, type(None)]
+    assert await real_server.raw.xlen("bank:replies:one") == 2
+    assert await real_server.raw.xlen("bank:replies:two") == 2
+
+
+async def test_a_command_that_comes_alone_is_taken_in_one_exchange(
+    real_server: RealRedisServer,
+) -> None:
+    """Its owner waits, is woken, and has it."""
+    broker = await _declared(real_server)
+    intake = await broker.open_intake(0, "a")
+    await send(broker, "first")
+    await intake.receive(10)  # from then on the server knows the script
+    receiving = asyncio.create_task(intake.receive(10))
+    await _until_blocked(real_server)
+    async with real_server.counting("total_reads_processed") as reads:
+        await real_server.raw.xadd("bank:commands:0", {"command": "{}"})
+        assert bodies(await receiving) == ["{}"]
+    assert reads.count == 1  # that of the sender: what the owner asks was read when it began
+
+
 # --- Trouble (only a real server makes it) -----------------------------------
 
 

@@ -113,24 +113,25 @@ class RedisIntake(CommandIntake):
         self._redelivered_to = redelivered_to
         self._after = "0-0"
         self._closed = False
-        self._read_script = connection.script(_READ)
+        self._full = False
+        self._read = connection.script(_READ)
 
     async def receive(self, limit: int, most_bytes: int = ANY_SIZE) -> list[Delivery]:
         """Wait for commands; raises `LeaseLost` when a later intake has taken over."""
         while True:
-            deliveries = await self._read(limit, min(most_bytes, READ_BYTES))
-            if deliveries:
+            if self._closed:
+                raise errors.BrokerUnavailable("the intake was closed; open another")
+            wanted: list[str | int] = [self._owner, self._after, limit, min(most_bytes, READ_BYTES)]
+            # Where there was a lot there is more: only else it is worth a wait.
+            if self._full:
+                entries = await self._read([self._stream], wanted)
+            else:
+                entries = await self._read.beyond(self._after, self._stream, wanted)
+            if entries is None:
+                raise errors.LeaseLost
+            self._full = len(entries) == limit
+            if deliveries := self._hand_out(entries):
                 return deliveries
-            await self._wait()
-
-    async def _read(self, limit: int, most_bytes: int) -> list[Delivery]:
-        if self._closed:
-            raise errors.BrokerUnavailable("the intake was closed; open another")
-        wanted: list[str | int] = [self._owner, self._after, limit, most_bytes]
-        entries = await self._read_script([self._stream], wanted)
-        if entries is None:
-            raise errors.LeaseLost
-        return self._hand_out(entries)
 
     def _hand_out(self, entries: list[Any]) -> list[Delivery]:
         if entries:
@@ -148,10 +149,6 @@ class RedisIntake(CommandIntake):
             redelivered=numbers <= self._redelivered_to,
             queued_at=numbers[0] / 1000,
         )
-
-    async def _wait(self) -> None:
-        """Wait until the stream has grown, or a while: what was lost has no other sign."""
-        await self._connection.read({self._stream: self._after}, 1)
 
     async def settle(self, deliveries: Sequence[Delivery]) -> None:
         """Remove commands from the group and the stream at once."""

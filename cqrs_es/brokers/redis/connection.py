@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import itertools
 import re
 from collections.abc import Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
@@ -17,6 +19,7 @@ from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
     MasterDownError,
+    NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
@@ -49,11 +52,72 @@ _WRONG_MODES: Final = {
 _WRONG_TYPE: Final = re.compile(r"^WRONGTYPE|caused error: \('WRONGTYPE")  # alone, or in a pipeline
 
 
-class Script(Protocol):
-    """A script on the server."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Asked:
+    """Commands of one transaction, and who waits for what they answer."""
+
+    commands: Sequence[tuple[Argument, ...]]
+    answers: asyncio.Future[list[Any]]
+
+    def to_send(self) -> Sequence[tuple[Argument, ...]]:
+        """Return what the server is sent: of one command nothing can be done in part."""
+        if len(self.commands) == 1:
+            return self.commands
+        return [("MULTI",), *self.commands, ("EXEC",)]
+
+    def answered(self, answers: list[Any]) -> None:
+        """Take what the server said to each; of a transaction the last answer has all others."""
+        if len(self.commands) > 1 and not _first_error(answers):
+            answers = answers[-1]
+        if self.answers.done():
+            return
+        if exc := _first_error(answers):
+            self.answers.set_exception(exc)
+        else:
+            self.answers.set_result(answers)
+
+    def failed(self, exc: Exception) -> None:
+        """Say that nobody knows what became of it."""
+        if not self.answers.done():
+            self.answers.set_exception(exc)
+
+
+def _first_error(answers: Iterable[object]) -> Exception | None:
+    return next((each for each in answers if isinstance(each, Exception)), None)
+
+
+class Script:
+    """A script on the server, which is sent its text only when it doesn't know it.
+
+    Each method raises `BrokerUnavailable`.
+    """
+
+    def __init__(self, connection: RedisConnection, lua: str) -> None:
+        self._connection = connection
+        self._lua = lua
+        self._sha = hashlib.sha1(lua.encode(), usedforsecurity=False).hexdigest()
 
     async def __call__(self, keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
-        """Run it; raises `BrokerUnavailable`."""
+        """Run it."""
+        more = (len(keys), *keys, *arguments)
+        try:
+            return await self._connection.run("EVALSHA", self._sha, *more)
+        except errors.BrokerUnavailable as exc:
+            if not isinstance(exc.__cause__, NoScriptError):
+                raise
+            return await self._connection.run("EVAL", self._lua, *more)
+
+    async def beyond(self, after: str, stream: str, arguments: Sequence[Argument]) -> Any:
+        """Wait a while until a stream has entries above an id, then run it on that stream.
+
+        One exchange: the server begins with the script the moment that the wait is over.
+        """
+        wait = ("XREAD", "COUNT", 1, "BLOCK", BLOCK_MS, "STREAMS", stream, after)
+        run = ("EVALSHA", self._sha, 1, stream, *arguments)
+        waited, answer = await self._connection.read_in_turn(wait, run)
+        if isinstance(answer, NoScriptError) and not isinstance(waited, Exception):
+            return await self([stream], arguments)
+        return answer
 
 
 class RedisConnection:
@@ -68,6 +132,8 @@ class RedisConnection:
         self._reads: Any = reads
         self._address = address
         self._closed = False
+        self._asked: list[_Asked] = []
+        self._exchanging: asyncio.Task[None] | None = None
 
     @classmethod
     def to(cls, url: str) -> RedisConnection:
@@ -109,8 +175,12 @@ class RedisConnection:
     async def close(self) -> None:
         """Drop every connection, also those that are reading."""
         self._closed = True
+        for each in self._asked:
+            each.failed(NotConnected("it was closed"))
         await self._commands.aclose()
         await self._reads.aclose()
+        if self._exchanging is not None:
+            await asyncio.wait([self._exchanging])
 
     async def run(self, *command: Argument) -> Any:
         """Run one command."""
@@ -118,30 +188,61 @@ class RedisConnection:
             return await self._commands.execute_command(*command)
 
     async def run_together(self, commands: Iterable[tuple[Argument, ...]]) -> list[Any]:
-        """Run commands as one transaction."""
-        async with self._answering(), self._commands.pipeline(transaction=True) as pipeline:
+        """Run commands as one transaction.
+
+        Transactions that are asked for meanwhile go in one exchange, in the order of asking:
+        of what an exchange costs, most is the same for one and for many.
+        """
+        asked = _Asked([*commands], asyncio.get_running_loop().create_future())
+        async with self._answering():
+            self._asked.append(asked)
+            if self._exchanging is None:
+                self._exchanging = asyncio.create_task(self._exchange_all())
+            return await asked.answers
+
+    async def _exchange_all(self) -> None:
+        try:
+            while self._asked:
+                # What nobody waits for any more is not sent.
+                asked = [each for each in self._asked if not each.answers.done()]
+                self._asked = []
+                try:
+                    async with asyncio.timeout(ANSWER_SECONDS):
+                        await self._exchange(asked)
+                except Exception as exc:  # noqa: BLE001 - those who wait are told
+                    for each in asked:
+                        each.failed(exc)
+        finally:
+            self._exchanging = None
+
+    async def _exchange(self, asked: Sequence[_Asked]) -> None:
+        parts = [each.to_send() for each in asked]
+        answers = iter(await self._in_turn(self._commands, itertools.chain(*parts)))
+        for each, part in zip(asked, parts, strict=True):
+            each.answered(list(itertools.islice(answers, len(part))))
+
+    async def _in_turn(self, client: Any, commands: Iterable[tuple[Argument, ...]]) -> list[Any]:
+        """Send commands in one exchange; return what the server said to each, errors too."""
+        async with client.pipeline(transaction=False) as pipeline:
             for command in commands:
                 pipeline.execute_command(*command)
-            results: list[Any] = await pipeline.execute()
-        return results
+            answers: list[Any] = await pipeline.execute(raise_on_error=False)
+        return answers
 
     def script(self, lua: str) -> Script:
-        """Prepare a script; the server is sent its text only when it doesn't know it."""
-        call = self._commands.register_script(lua)
-
-        async def run(keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
-            async with self._answering():
-                return await call(keys, arguments)
-
-        return run
+        """Prepare a script."""
+        return Script(self, lua)
 
     async def read(self, after: Mapping[str, str], count: int) -> list[tuple[str, list[Entry]]]:
         """Wait a while for entries of streams above these ids; return those there are, or none.
 
         At most `count` of each stream. Takes nothing, so that a read cut short is harmless.
         """
+        streams = (*after.keys(), *after.values())
         async with self._answering():
-            found = await self._reads.xread(dict(after), count=count, block=BLOCK_MS)
+            found = await self._reads.execute_command(
+                "XREAD", "COUNT", count, "BLOCK", BLOCK_MS, "STREAMS", *streams
+            )
         return [
             (stream.decode(), [(entry_id.decode(), fields) for entry_id, fields in entries])
             for stream, entries in found or ()
@@ -169,6 +270,18 @@ class RedisConnection:
         """Have the server send a message: one that is gone would never say so."""
         async with self._answering():
             await subscription.ping()
+
+    async def read_in_turn(self, *commands: tuple[Argument, ...]) -> list[Any]:
+        """Send commands, the first of which may wait, in one exchange; return what is answered.
+
+        A script that the server does not know is an answer, too.
+        """
+        async with self._answering():
+            answers = await self._in_turn(self._reads, commands)
+            exc = _first_error(answers)
+            if exc is not None and not isinstance(exc, NoScriptError):
+                raise exc
+            return answers
 
     @asynccontextmanager
     async def _answering(self) -> AsyncGenerator[None]:
