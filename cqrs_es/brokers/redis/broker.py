@@ -19,6 +19,7 @@ from cqrs_es.types import shown
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from cqrs_es.brokers.redis.connection import Argument
     from cqrs_es.ports.broker import (
         CommandIntake,
         EventFeed,
@@ -34,7 +35,16 @@ log = structlog.get_logger("cqrs_es.redis")
 REPLIES_KEPT: Final = 1_000  # per sender, about
 REPLIES_EXPIRY_SECONDS: Final = 3_600  # after the last one; a lost one is had again by resending
 READ_AT_ONCE: Final = 100
-_TRIMMED: Final = ("MAXLEN", "~", REPLIES_KEPT)
+# KEYS: for each reply the stream of its sender. ARGV: how many a stream keeps, about, for how many
+# seconds after the last one; then the replies.
+_REPLY: Final = """
+for i, stream in ipairs(KEYS) do
+  redis.call('XADD', stream, 'MAXLEN', '~', ARGV[1], '*', 'outcome', ARGV[i + 2])
+  if stream ~= KEYS[i + 1] then
+    redis.call('EXPIRE', stream, ARGV[2])
+  end
+end
+"""
 
 _COUNT: Final = re.compile(rb"[1-9][0-9]{0,3}")
 """How many partitions there are; anybody can write to the hash."""
@@ -157,14 +167,12 @@ class RedisBroker(Broker):
 
     async def reply(self, replies: Sequence[OutgoingReply]) -> None:
         """Add outcomes to their senders' streams, and put off the streams' expiry."""
-        additions = [
-            ("XADD", self._names.replies(reply.reply_to), *_TRIMMED, "*", "outcome", reply.outcome)
-            for reply in replies
-        ]
-        streams = {self._names.replies(reply.reply_to) for reply in replies}
-        if additions:
-            expiries = [("EXPIRE", stream, REPLIES_EXPIRY_SECONDS) for stream in streams]
-            await self._connection.run_together([*additions, *expiries])
+        streams = [self._names.replies(reply.reply_to) for reply in replies]
+        outcomes = [reply.outcome for reply in replies]
+        if replies:
+            bounds = (REPLIES_KEPT, REPLIES_EXPIRY_SECONDS)
+            arguments: list[Argument] = [len(streams), *streams, *bounds, *outcomes]
+            await self._connection.run_together([("EVAL", _REPLY, *arguments)])
 
     async def open_replies(self, reply_to: str) -> ReplyInbox:
         """Begin to read a sender's stream behind what it holds now."""

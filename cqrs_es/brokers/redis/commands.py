@@ -82,6 +82,12 @@ end
 return entries
 """
 
+# KEYS: the stream. ARGV: entries. One command costs a process less than a transaction of two.
+_SETTLE = """
+redis.call('XACK', KEYS[1], 'workers', unpack(ARGV))
+return redis.call('XDEL', KEYS[1], unpack(ARGV))
+"""
+
 READ_BYTES: Final = 4 * 1024 * 1024  # at most, whatever a reader has room for
 
 
@@ -154,9 +160,7 @@ class RedisIntake(CommandIntake):
         """Remove commands from the group and the stream at once."""
         tags = [str(delivery.tag) for delivery in deliveries]
         if tags:
-            await self._connection.run_together(
-                [("XACK", self._stream, "workers", *tags), ("XDEL", self._stream, *tags)]
-            )
+            await self._connection.run_together([("EVAL", _SETTLE, 1, self._stream, *tags)])
 
     async def close(self) -> None:
         """Read no more; what is pending waits in the stream for the next owner."""
