@@ -47,6 +47,7 @@ PACKAGES = {
     "rabbitmqctl": "rabbitmq-server",
     "prometheus": "prometheus",
     "promtool": "prometheus",
+    "curl": "curl",
 }
 START_SECONDS = 30.0
 STOP_SECONDS = 20.0
