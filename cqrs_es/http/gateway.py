@@ -7,6 +7,7 @@ repeated after a crash gets the answer that it would have got.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from http import HTTPStatus
@@ -388,7 +389,7 @@ class Gateway:
         self._aggregate(aggregate_type)
         key = AggregateKey(aggregate_type, requests.checked_id(aggregate_id, "the aggregate's id"))
         limit, text = requests.limit_of(request), request.query_params.get("after", "0")
-        if not (text.isascii() and text.isdigit() and int(text) <= wire.MAX_SEQUENCE):
+        if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) > wire.MAX_SEQUENCE:
             raise bad_request("invalid_query", "after must be a sequence, a whole number from 0")
         opened, after = self.opened, int(text)
         (page,) = await opened.storage.events.load([LoadRequest(key, after)])

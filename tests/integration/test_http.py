@@ -304,6 +304,7 @@ def test_rows_come_in_pages(web: Served, note: str) -> None:
         ("/aggregates/note/nothing/events", (404, "unknown_id")),
         ("/aggregates/note/nothing/events?after=7", (404, "unknown_id")),
         ("/aggregates/note/nothing/events?after=x", (400, "invalid_query")),
+        (f"/aggregates/note/nothing/events?after={'9' * 5_000}", (400, "invalid_query")),
         ("/aggregates/nothing/A/events", (404, "unknown_aggregate_type")),
         ("/aggregates/follow/A/events", (404, "unknown_aggregate_type")),
         ("/events?partition=99", (400, "invalid_query")),
