@@ -22,7 +22,7 @@ RANGE_SUITES := tests/unit tests/contract tests/acceptance tests/deployment/test
 	tests/integration/test_amqp_service.py tests/integration/test_tracing.py
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-mysql test-lowest test-newest crashes faults deploys proofs bench \
-	bench-against fuzz recipes containers serverless check format schemas upgrade audit sbom secrets clean
+	bench-against growth fuzz recipes containers serverless check format schemas upgrade audit sbom secrets clean
 
 help:  ## show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -73,6 +73,9 @@ bench: $(VENV)/.installed  ## what a command costs: by the queue, by HTTP, and o
 	$(BIN)/python -m benchmarks.queue $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.latency $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.http $(BENCH_ARGS)
+
+growth: $(VENV)/.installed  ## what becomes of speed and memory with a million rows and 300,000 aggregates
+	$(BIN)/python -m benchmarks.growth $(BENCH_ARGS)
 
 bench-against: $(VENV)/.installed  ## the same of this tree and of another commit, in turns: REV=commit
 	$(BIN)/python -m benchmarks.one_at_a_time --against $(REV) $(BENCH_ARGS)

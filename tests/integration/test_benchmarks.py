@@ -6,10 +6,12 @@ import json
 import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks import charts
 from tests.bank_data import PROJECT
 from tests.servers import installed
 
@@ -21,12 +23,14 @@ NEEDS = {
     "latency": ["mariadbd", "redis-server"],
     "queue": ["mariadbd", "redis-server"],
     "http": ["mariadbd", "redis-server"],
+    "growth": ["mariadbd"],
 }
 # Who must be measured beside this framework.
 BESIDE = {
     "one_at_a_time": {"eventsourcing"},
     "queue": {"celery", "asyncio"},
     "http": {"by hand"},
+    "growth": {"empty", "10 events", "one aggregate"},
 }
 CRATES = {
     "one_at_a_time": {"mysql-es", "postgres-es"},
@@ -54,5 +58,7 @@ def test_a_benchmark_works(name: str, tmp_path: Path) -> None:
     crates = CRATES.get(name, set[str]()) if shutil.which("cargo") else set[str]()
     contenders = {who for found in measured["microseconds"].values() for who in found}
     assert contenders >= BESIDE[name] | crates
+    drawn = ET.fromstring(charts.chart(measured))  # noqa: S314 - our own
+    assert contenders <= {element.text for element in drawn.iter()}
     for figures in measured["microseconds"].values():
         assert all(rounds["wall"] and rounds["cpu"] for rounds in figures.values())
