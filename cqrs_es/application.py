@@ -417,6 +417,7 @@ def execution_policy(
     return replace(
         policy,
         batch_size=settings.batch_size,
+        cache_bytes=settings.cache_bytes,
         handler_timeout=settings.handler_timeout,
         max_event_bytes=settings.max_event_bytes,
         max_message_bytes=settings.max_message_bytes,

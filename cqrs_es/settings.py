@@ -45,6 +45,7 @@ class Settings:
     service: str | None = None
     partitions: int | None = None
     batch_size: int = 500
+    cache_bytes: int = 64 * 1024 * 1024
     handler_timeout: float = 30.0
     lease_seconds: float = 10.0
     outcome_retention_days: float = 30.0
@@ -249,6 +250,7 @@ _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
     "service": _service,
     "partitions": _whole(1, MOST_PARTITIONS),
     "batch_size": _whole(1, 10_000),
+    "cache_bytes": _whole(0, 10**12),
     "handler_timeout": _number(0.01, 86_400),
     "lease_seconds": _number(1, 3600),
     "outcome_retention_days": _number(0.001, 36_500),

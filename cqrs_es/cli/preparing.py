@@ -353,6 +353,7 @@ MEANINGS: Final[Mapping[str, str]] = {
     "service": "the name that queues and topics begin with",
     "partitions": "how many partitions `init` gives a new store; fixed from then on",
     "batch_size": "commands in one transaction, at most",
+    "cache_bytes": "bytes of memory for the states of the aggregates used last, at most",
     "handler_timeout": "seconds that a handler may take",
     "lease_seconds": "seconds after which the partitions of a dead process are taken over",
     "outcome_retention_days": "days for which a command's id is remembered",

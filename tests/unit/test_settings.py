@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cqrs_es.opened import OpenApplication
-    from cqrs_es.ports.store import Chain, ChainResult
+    from cqrs_es.ports.store import Chain, ChainResult, LoadedAggregate, LoadRequest
 
 # Settings that act in a process or on the command line, and the tests that show it.
 ELSEWHERE: Final = {
@@ -122,6 +122,27 @@ async def batch_size() -> None:
         await asyncio.gather(*(opened.execute(Note, str(n), Write("x")) for n in range(6)))
     assert max(appended) <= 2
     assert sum(appended) == 6
+
+
+async def cache_bytes() -> None:
+    """Bound what is kept of aggregates: with nothing, each command loads its own."""
+    assert await _loads_of_two_commands(Settings().cache_bytes) == 1
+    assert await _loads_of_two_commands(0) == 2
+
+
+async def _loads_of_two_commands(cache_bytes: int) -> int:
+    loaded: list[LoadRequest] = []
+    async with app.open(settings(cache_bytes=cache_bytes)) as opened:
+        load = opened.storage.events.load
+
+        async def counting(requests: Sequence[LoadRequest]) -> Sequence[LoadedAggregate]:
+            loaded.extend(requests)
+            return await load(requests)
+
+        cast("Any", opened.storage.events).load = counting
+        for _ in range(2):
+            await opened.execute(Note, "1", Write("x"))
+    return len(loaded)
 
 
 async def handler_timeout() -> None:
@@ -231,8 +252,9 @@ async def remote_urls() -> None:
 HERE: Final[dict[str, Callable[..., Awaitable[None]]]] = {
     act.__name__: act
     for act in (
-        store_url, broker_url, service, partitions, batch_size, handler_timeout, lease_seconds,
-        outcome_retention_days, event_retention, max_event_bytes, max_message_bytes, remote_urls,
+        store_url, broker_url, service, partitions, batch_size, cache_bytes, handler_timeout,
+        lease_seconds, outcome_retention_days, event_retention, max_event_bytes, max_message_bytes,
+        remote_urls,
     )
 }  # fmt: skip
 
