@@ -198,7 +198,8 @@ class OpenApplication:
         command's, `InvalidMessage` for an id or metadata that no message may have,
         `StoreUnavailable` when the store stays away.
         """
-        self.registry.aggregate_of(cls)
+        process = self.process
+        process.registry.aggregate_of(cls)
         message = new_command(
             cls,
             aggregate_id,
@@ -208,7 +209,7 @@ class OpenApplication:
             expected_sequence=expected_sequence,
         )
         fresh = command_id is None
-        received_at = self.process.clock.now() if fresh else None
+        received_at = process.clock.now() if fresh else None
         outcome = await self.submit(message, received_at=received_at, fresh=fresh)
         if is_reused(outcome):
             raise errors.IdReused(outcome.command_id)
@@ -228,9 +229,10 @@ class OpenApplication:
 
         See `Submission` for the others.
         """
-        traced, span = self.process.tracing.executing(message)
-        complete = _with_body(traced, self.process.settings.max_message_bytes)
-        answer = self.process.executor.submit(
+        process = self.process
+        traced, span = process.tracing.executing(message)
+        complete = _with_body(traced, process.settings.max_message_bytes)
+        answer = process.executor.submit(
             complete,
             retrying=retrying,
             untrusted=untrusted,

@@ -43,7 +43,8 @@ IDLE_POLL_SECONDS: Final = 0.02
 # How long the store may take for the summary; it may be away by then.
 SUMMARY_SECONDS: Final = 5.0
 LOG_SECONDS: Final = 1.0
-# Seconds between looks at the store for the lag, while there is none and this process does nothing.
+# Seconds between looks at the store for the lag, at most: while there is none, or it stays as it
+# is, and this process does nothing.
 LAG_SECONDS: Final = 30.0
 # Looks that a rate is taken over.
 RATE_LOOKS: Final = 9
@@ -364,14 +365,18 @@ async def _count_rows(opened: OpenApplication) -> dict[str, int]:
 async def looks(supervisor: Supervisor, seconds: float) -> AsyncIterator[Progress]:
     """Look how far a process is, again and again, for ever."""
     lately = deque[tuple[float, int]](maxlen=RATE_LOOKS)
-    known, asked, lag = -1, 0.0, None
+    known, asked, lag, pause = -1, 0.0, None, seconds
     while True:
         await asyncio.sleep(seconds)
         now, look = time.monotonic(), supervisor.progress
         done, troubles = look.commands + look.published + look.projected, look.troubles
-        if lag != 0 or done != known or now - asked > LAG_SECONDS:
+        if done != known or now - asked >= pause:
             try:
-                lag, known, asked = await supervisor.lag(), done, now
+                before, lag = lag, await supervisor.lag()
+                # One that stays is asked for less and less often: that reader may not even run.
+                pause = 2 * pause if (done, lag) == (known, before) else seconds
+                pause = LAG_SECONDS if lag == 0 else min(pause, LAG_SECONDS)
+                known, asked = done, now
             except errors.CqrsError as exc:
                 lag, troubles = None, (*troubles, exc.message)
         lately.append((now, look.commands))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
+from cqrs_es.telemetry import logs
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
@@ -88,9 +90,12 @@ class Reporter:
     def report(self, batch: Sequence[Sequence[Submission]]) -> None:
         """Say what was done since the last report."""
         done, self._unreported = self._unreported, Counts()
-        seconds = {f"{phase}_seconds": round(self._seconds[phase], 4) for phase in PHASES}
+        spent = self._seconds.copy()
         for phase in PHASES:
             self._seconds[phase] = 0.0
+        if not logs.reads_info(log):
+            return
+        seconds = {f"{phase}_seconds": round(each, 4) for phase, each in spent.items()}
         log.info(
             "batch done",
             **_ids(batch),

@@ -22,7 +22,9 @@ from structlog.tracebacks import ExceptionDictTransformer
 from cqrs_es.telemetry.masking import masked_value, printable
 
 if TYPE_CHECKING:
-    from structlog.typing import EventDict, Processor, WrappedLogger
+    from collections.abc import Callable
+
+    from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
 
     from cqrs_es.settings import LogFormat, LogLevel
 
@@ -60,6 +62,18 @@ def to_logging_unless_configured() -> None:
             wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET),
             logger_factory=structlog.stdlib.LoggerFactory(),
         )
+
+
+def reads_info(log: FilteringBoundLogger) -> bool:
+    """Tell whether lines of information are kept: making one for nobody takes its time too."""
+    bound = log.bind()
+    enabled: Callable[[FilteringBoundLogger, int], bool] | None = getattr(
+        type(bound), "is_enabled_for", None
+    )
+    if enabled is not None and not enabled(bound, logging.INFO):
+        return False
+    beneath: object = getattr(bound, "_logger", None)
+    return not isinstance(beneath, logging.Logger) or beneath.isEnabledFor(logging.INFO)
 
 
 def name_process(**ids: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -12,14 +13,19 @@ import orjson
 import structlog
 from structlog.testing import capture_logs
 
+from cqrs_es import service
+from cqrs_es.settings import Settings
+from cqrs_es.telemetry import logs
 from cqrs_es.testing import TestApp
 from tests.bank_data import PROJECT
 from tests.command_line import EXAMPLE, cqrs_es, environment, message, running
-from tests.samples import AddThenCrash, Counter, counting_app
+from tests.samples import Add, AddThenCrash, Counter, counting_app
 from tests.waiting import until
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pytest
 
 
 def lines(err: str, event: str | None = None) -> list[dict[str, Any]]:
@@ -205,3 +211,49 @@ async def test_a_handler_that_fails_is_logged_with_what_finds_it() -> None:
     assert logged[0]["command_id"] == outcome.command_id
     assert (logged[0]["aggregate"], logged[0]["correlation_id"]) == ("counter/A", "c-1")
     assert logged[0]["exc_info"] is failures[0]
+
+
+async def test_a_reader_that_does_not_run_is_asked_for_seldom(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While events wait for it and nothing moves, the store is asked ever less often."""
+    async with counting_app().open(Settings(store_url="memory://")) as opened:
+        await opened.execute(Counter, "c", Add(1))
+        supervisor = opened.supervisor({"worker"})
+        asked = 0
+        lag = supervisor.lag
+
+        async def counted() -> int:
+            nonlocal asked
+            asked += 1
+            return await lag()
+
+        monkeypatch.setattr(supervisor, "lag", counted)
+        seen = 0
+        async for look in service.looks(supervisor, 0.005):
+            assert look.lag == 1
+            seen += 1
+            if seen == 100:
+                break
+        assert 1 < asked < 20
+
+
+def test_lines_that_nobody_reads_are_not_made() -> None:
+    """By the level of structlog's filter, or of the logger beneath; else they are made."""
+    quiet = structlog.wrap_logger(
+        structlog.PrintLogger(), wrapper_class=structlog.make_filtering_bound_logger(30)
+    )
+    loud = structlog.wrap_logger(
+        structlog.PrintLogger(), wrapper_class=structlog.make_filtering_bound_logger(20)
+    )
+    assert not logs.reads_info(quiet)
+    assert logs.reads_info(loud)
+    beneath = logging.getLogger("cqrs_es.test")
+    routed = structlog.wrap_logger(
+        beneath, wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET)
+    )
+    for level, read in ((logging.WARNING, False), (logging.INFO, True)):
+        beneath.setLevel(level)
+        assert logs.reads_info(routed) == read
+    other = structlog.wrap_logger(structlog.PrintLogger(), wrapper_class=structlog.BoundLogger)
+    assert logs.reads_info(other)

@@ -128,9 +128,9 @@ class MemoryEvents(EventStore):
         self.add_scheduled(plan.scheduled)
         self._held_back |= set(plan.held_back)
         self._held_back -= set(plan.let_go)
-        freed = set(plan.freed_keys)
-        kept = {key: id_ for key, id_ in self._holders.items() if key not in freed}
-        self._holders = (kept if freed else self._holders) | dict(plan.held_keys)
+        for key in plan.freed_keys:
+            self._holders.pop(key, None)
+        self._holders.update(plan.held_keys)
 
     # --- Unique keys ---------------------------------------------------------
 
