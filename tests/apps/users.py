@@ -80,7 +80,7 @@ async def register(prefix: str, users: int, email: str) -> None:
     """Register users with one address at once; print how many outcomes of each kind there are."""
     outcomes: list[Outcome] = []
     while not outcomes:
-        with suppress(errors.StoreLocked):  # by as many as open the one SQLite file
+        with suppress(errors.StoreUnavailable):  # so many open it at once
             async with app.open() as opened:
                 outcomes = await asyncio.gather(
                     *(answered(opened, f"{prefix}-{n}", Register(email)) for n in range(users))
