@@ -1,6 +1,6 @@
 """What becomes of speed and memory as logs, streams and caches grow?
 
-    python -m benchmarks.growth [--subjects log streams hot memory] [--rows 1000000]
+    python -m benchmarks.growth [--subjects log streams hot waiting memory] [--rows 1000000]
 
 On MariaDB, with commands executed in this process, some hundreds at a time; what is compared
 takes turns. CPU is that of this process and of the server together.
@@ -9,6 +9,7 @@ takes turns. CPU is that of this process and of the server together.
   ids of commands that are random, as uuid4 makes them, instead of in the order of time.
 - streams: one command, where nothing is cached, for aggregates of ten events and of many.
 - hot: commands for one aggregate, and for as many aggregates.
+- waiting: each tenth of so many commands that wait on Redis when a worker is started.
 - memory: what this process has grown by, once it has decided for so many aggregates.
 """
 
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
-from benchmarks import measuring
+from benchmarks import measuring, queue
 from benchmarks.measuring import Figures, cpu_seconds
 from cqrs_es import Aggregate, command, event
 from cqrs_es.aggregate import SnapshotEvery
@@ -199,6 +200,36 @@ async def hot(growth: Growth) -> None:
         await growth.race("hot", contenders, growth.chosen.rounds)
 
 
+async def waiting(growth: Growth) -> None:
+    """Compare the tenths of a queue that is long when its worker starts."""
+    count = growth.chosen.waiting
+    with queue.servers("redis") as running:
+        bank = queue.Bank(running, "waiting", measuring.PROJECT, ["worker"])
+        bank.fill(count)
+        started = bank.start()
+        try:
+            processes = {"worker": started["worker"].pid} | running.processes
+            left = (running.outside.queued(bank.name) for _ in iter(_pause, None))
+            moments: list[queue.Moment] = []
+            for tenth in range(11):
+                next(each for each in left if each < count * (1 - tenth / 10) or each == 0)
+                moments.append(queue.Moment.now(processes))
+        finally:
+            started["worker"].terminate()
+            started["worker"].wait(60)
+    found = [one.until(other, count // 10) for one, other in itertools.pairwise(moments)]
+    for name in found[0]:
+        tenths = {
+            f"tenth {n}": Figures(*([each] for each in it[name])) for n, it in enumerate(found, 1)
+        }
+        growth.report.add(f"{count:,} waiting, {name}", tenths)
+
+
+def _pause() -> bool:
+    time.sleep(queue.LOOK_SECONDS)
+    return True
+
+
 async def memory(growth: Growth) -> None:
     """Say what this process takes when it knows many aggregates."""
     async with growth.opened("memory", growth.chosen.cache_bytes) as opened:
@@ -218,7 +249,7 @@ def resident() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / MEGABYTE
 
 
-SUBJECTS: Final = {"log": log, "streams": streams, "hot": hot, "memory": memory}
+SUBJECTS: Final = {"log": log, "streams": streams, "hot": hot, "waiting": waiting, "memory": memory}
 
 
 def main() -> None:
@@ -227,13 +258,14 @@ def main() -> None:
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--rows", type=int, default=1_000_000, help="of events that are there")
     parser.add_argument("--stream", type=int, default=100_000, help="events of the longest one")
+    parser.add_argument("--waiting", type=int, default=300_000, help="commands in the queue")
     parser.add_argument("--aggregates", type=int, default=300_000, help="whose memory is measured")
     parser.add_argument("--cache-bytes", type=int, help="of the aggregates' memory")
     parser.add_argument("--server", nargs="*", default=[], metavar="SETTING", help="of MariaDB")
     chosen = parser.parse_args()
     if chosen.quick:
         chosen.rounds, chosen.commands, chosen.rows = 1, 50, 1_000
-        chosen.stream, chosen.aggregates = 1_200, 1_000
+        chosen.stream, chosen.aggregates, chosen.waiting = 1_200, 1_000, 100
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
     report = measuring.Report("growth", chosen)
     for subject in chosen.subjects:

@@ -36,10 +36,12 @@ from tests.servers import start_mariadb, start_rabbitmq, start_redis
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Sequence
 
 PATIENCE_SECONDS: Final = 240.0
-LOOK_SECONDS: Final = 0.02  # each look counts rows
+LOOK_SECONDS: Final = 0.02
+# A look counts rows, the longer the more there are: then it is repeated less often.
+LOOKS_APART: Final = 20
 BATCH: Final = 1000
 QUICK_COMMANDS: Final = 200
 SHARE: Final = 8  # of the commands, for those that need some ten times as long
@@ -158,24 +160,26 @@ class Consumer(Service):
                 stack.callback(process.wait, 60)
                 stack.callback(process.terminate)
             processes = {role: it.pid for role, it in started.items()} | self.servers.processes
-            deadline = time.monotonic() + PATIENCE_SECONDS
-            while (first := self.decided()) == 0:
-                _check(deadline, started)
+            looks = self._looks(started)
+            first = next(decided for decided in looks if decided > 0)
             begin = Moment.now(processes)
-            while self.decided() < count or not self.caught_up():
-                _check(deadline, started)
+            next(decided for decided in looks if decided >= count and self.caught_up())
             end = Moment.now(processes)
         return begin.until(end, max(1, count - first))
 
-
-def _check(deadline: float, processes: dict[str, subprocess.Popen[bytes]]) -> None:
-    if time.monotonic() > deadline:
+    def _looks(self, processes: dict[str, subprocess.Popen[bytes]]) -> Iterator[int]:
+        """Yield again and again how many commands have an outcome."""
+        deadline, pause = time.monotonic() + PATIENCE_SECONDS, LOOK_SECONDS
+        while time.monotonic() < deadline:
+            for name, process in processes.items():
+                if process.poll() is not None:
+                    message = f"the {name} ended with exit code {process.returncode}"
+                    raise RuntimeError(message)
+            time.sleep(pause)
+            began = time.monotonic()
+            yield self.decided()
+            pause = max(LOOK_SECONDS, LOOKS_APART * (time.monotonic() - began))
         raise TimeoutError
-    for name, process in processes.items():
-        if process.poll() is not None:
-            message = f"the {name} ended with exit code {process.returncode}"
-            raise RuntimeError(message)
-    time.sleep(LOOK_SECONDS)
 
 
 @dataclass(slots=True)

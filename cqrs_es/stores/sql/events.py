@@ -37,6 +37,12 @@ _HEADS: Final = "SELECT log_partition, head FROM log_partitions"
 _VERSIONS: Final = """
     SELECT aggregate_id, MAX(sequence) FROM events
     WHERE aggregate_type = ? AND aggregate_id IN {ids} GROUP BY aggregate_id"""
+# Of one stream the last entry of its index is enough; grouped, databases may read the whole stream.
+_VERSION: Final = """
+    SELECT {place}, MAX(sequence) FROM events
+    WHERE aggregate_type = ? AND aggregate_id = ?"""
+LONG_STREAM: Final = 100
+"""From so many events on, a statement of its own for each stream is worth its parsing."""
 _SNAPSHOT_NUMBERS: Final = """
     SELECT aggregate_id, current_snapshot FROM snapshots
     WHERE aggregate_type = ? AND aggregate_id IN {ids}"""
@@ -205,12 +211,15 @@ async def _lock_and_read(session: Session, chains: Sequence[Chain]) -> AppendSta
     """
     ids, rows = append_plan.command_ids(chains), append_plan.scheduled_ids(chains)
     versions, numbers = append_plan.versioned_keys(chains), append_plan.snapshot_keys(chains)
+    grown = {chain.key for chain in chains if (chain.base_sequence or 0) >= LONG_STREAM}
+    short, long = [k for k in versions if k not in grown], [k for k in versions if k in grown]
     keys, timers = append_plan.unique_keys(chains), append_plan.timer_keys(chains)
     heads, *found = await session.read_locked(
         _of_heads(append_plan.locked_partitions(chains)),
         [
             lambda session: outcomes.find(session, ids),
-            lambda session: _numbers(session, _VERSIONS, versions),
+            lambda session: _numbers(session, _VERSIONS, short),
+            lambda session: _versions_of_long(session, long),
             lambda session: _numbers(session, _SNAPSHOT_NUMBERS, numbers),
             lambda session: scheduled.find_free(session, rows),
             lambda session: unique_keys.find(session, keys),
@@ -220,11 +229,11 @@ async def _lock_and_read(session: Session, chains: Sequence[Chain]) -> AppendSta
     return AppendState(
         heads=dict(heads),
         outcomes=found[0],
-        versions=found[1],
-        snapshot_numbers=found[2],
-        scheduled=found[3],
-        holders=found[4],
-        timers=found[5],
+        versions=found[1] | found[2],
+        snapshot_numbers=found[3],
+        scheduled=found[4],
+        holders=found[5],
+        timers=found[6],
         now=await session.now() if append_plan.counts_from_now(chains) else None,
     )
 
@@ -253,6 +262,18 @@ async def _numbers(
     for aggregate_type, some in _by_type(keys):
         rows = await session.fetch(sql.format(ids=marks(len(some))), (aggregate_type, *some))
         found.update({AggregateKey(aggregate_type, id_): number for id_, number in rows})
+    return found
+
+
+async def _versions_of_long(
+    session: Session, keys: Sequence[AggregateKey]
+) -> dict[AggregateKey, int]:
+    found: dict[AggregateKey, int] = {}
+    for first in range(0, len(keys), PAGES_PER_QUERY):
+        some = keys[first : first + PAGES_PER_QUERY]
+        sql = " UNION ALL ".join(_VERSION.format(place=place) for place in range(len(some)))
+        rows = await session.fetch(sql, [part for key in some for part in (key.type, key.id)])
+        found.update({some[place]: number for place, number in rows if number is not None})
     return found
 
 
