@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 PATIENCE_SECONDS: Final = 240.0
 LOOK_SECONDS: Final = 0.02
-# A look counts rows, the longer the more there are: then it is repeated less often.
+# A look counts rows: where it takes long, it is repeated less often.
 LOOKS_APART: Final = 20
 BATCH: Final = 1000
 QUICK_COMMANDS: Final = 200
