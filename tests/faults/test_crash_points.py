@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -79,7 +80,8 @@ class Dying:
             code = self._process.poll()
             if code is None:
                 waited = time.monotonic() - self._since
-                assert waited < PATIENCE_SECONDS, f"nobody comes to {self._instant!r}"
+                said = self._bank.log_of(self._process)[-3000:]
+                assert waited < PATIENCE_SECONDS, f"nobody comes to {self._instant!r}: {said}"
                 return False
             assert code == -signal.SIGKILL, self._bank.log_of(self._process)[-3000:]
             self.hits[self._instant] += 1
@@ -184,13 +186,16 @@ class Deaths(Bank):
             self.write((await self.unsettled(opened))[:TRANSFERS_EACH])
             runs = ["run", "--commands", str(self.file), "--until-idle"]
             if INSTANTS[instant].role == "rebuild":
-                await asyncio.to_thread(self.call, *runs)
+                await self._live(*runs)
                 runs = ["rebuild", "balance"]
             # The second time something happens, unless there was only one in this share.
             if await asyncio.to_thread(self._die, f"{instant} {1 + tries % 2}", *runs):
                 hits[left.pop()] += 1
-            await asyncio.to_thread(self.call, *runs)
+            await self._live(*runs)
         return hits
+
+    async def _live(self, *arguments: str) -> None:
+        await asyncio.to_thread(partial(self.call, *arguments, seconds=PATIENCE_SECONDS))
 
     def _die(self, dies_at: str, *arguments: str) -> bool:
         """Run a verb; tell whether it has died."""
