@@ -383,3 +383,28 @@ async def _blocked(server: RealRedisServer, clients: int) -> bool:
 async def _unavailable(receive: Awaitable[object]) -> None:
     with pytest.raises(errors.BrokerUnavailable):
         await receive
+
+
+# --- Scripts ------------------------------------------------------------------
+
+
+async def test_thousands_are_settled_at_once(real_server: RealRedisServer) -> None:
+    """A batch may have ten thousand commands; Lua passes fewer values on."""
+    broker = await _declared(real_server)
+    await send(broker, *range(9_000))
+    intake = await broker.open_intake(0, "me")
+    await intake.settle(await take(intake, 9_000))
+    assert (await broker.queue_depth())[0] == 0
+    await intake.close()
+
+
+async def test_a_reply_that_fails_keeps_no_other_back(
+    server: AnyRedisServer, broker: Broker
+) -> None:
+    await server.raw.set("bank:replies:mine", "another program's")
+    inbox = await broker.open_replies("yours")
+    replies = [OutgoingReply(to, "id", b"outcome") for to in ("mine", "yours")]
+    with pytest.raises(errors.ConfigurationError):
+        await broker.reply(replies)
+    assert await inbox.receive() == b"outcome"
+    await inbox.close()

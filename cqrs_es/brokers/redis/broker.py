@@ -36,14 +36,18 @@ REPLIES_KEPT: Final = 1_000  # per sender, about
 REPLIES_EXPIRY_SECONDS: Final = 3_600  # after the last one; a lost one is had again by resending
 READ_AT_ONCE: Final = 100
 # KEYS: for each reply the stream of its sender. ARGV: how many a stream keeps, about, for how many
-# seconds after the last one; then the replies.
+# seconds after the last one; then the replies. One that fails is no reason to keep the others back.
 _REPLY: Final = """
+local failed = false
 for i, stream in ipairs(KEYS) do
-  redis.call('XADD', stream, 'MAXLEN', '~', ARGV[1], '*', 'outcome', ARGV[i + 2])
-  if stream ~= KEYS[i + 1] then
+  local added = redis.pcall('XADD', stream, 'MAXLEN', '~', ARGV[1], '*', 'outcome', ARGV[i + 2])
+  if type(added) == 'table' and added.err then
+    failed = added
+  elseif stream ~= KEYS[i + 1] then
     redis.call('EXPIRE', stream, ARGV[2])
   end
 end
+return failed
 """
 
 _COUNT: Final = re.compile(rb"[1-9][0-9]{0,3}")
