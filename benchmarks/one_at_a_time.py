@@ -17,6 +17,7 @@ from benchmarks.contenders import building
 from benchmarks.measuring import OURS, Contender
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
     from benchmarks.measuring import Revision
@@ -25,7 +26,9 @@ STORES = ("memory", "sqlite", "postgres", "mysql")
 CRATES = {"postgres": "postgres-es", "mysql": "mysql-es"}
 
 
-def contenders(store: str, urls: Sequence[str], against: Revision | None) -> list[Contender]:
+def contenders(
+    store: str, urls: Sequence[str], against: Revision | None, chosen: argparse.Namespace
+) -> list[Contender]:
     """Return who is measured on a store; each has a database of its own."""
     ours = Contender(OURS, ("benchmarks.contenders.ours", urls[0]))
     if against is not None:
@@ -35,7 +38,7 @@ def contenders(store: str, urls: Sequence[str], against: Revision | None) -> lis
     if store != "mysql":
         module = ("benchmarks.contenders.eventsourcing_bank", urls[1])
         found.append(Contender("eventsourcing", module))
-    if store in CRATES and (program := building.crates()) is not None:
+    if store in CRATES and (program := building.crates(quick=chosen.quick)) is not None:
         found.append(Contender(CRATES[store], (urls[2], "1"), program=(str(program),)))
     return found
 
@@ -49,7 +52,7 @@ def main() -> None:
     with measuring.revision(chosen.against) as against:
         for store in chosen.stores:
             with measuring.databases(store) as urls:
-                report.add(store, measuring.race(contenders(store, urls, against), chosen))
+                report.add(store, measuring.race(contenders(store, urls, against, chosen), chosen))
     report.finish()
 
 

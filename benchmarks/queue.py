@@ -341,7 +341,7 @@ def contenders(
         found["celery"] = (by_hand(CELERY, python, *celery, str(chosen.processes)), count // SHARE)
     if chosen.broker == "redis":
         found["asyncio"] = (by_hand(ASYNCIO, sys.executable, ASYNCIO), count // SHARE)
-        if (program := building.crates()) is not None:
+        if (program := building.crates(quick=chosen.quick)) is not None:
             found["mysql-es"] = (lambda running, name: Crates(running, name, program), count)
     return found
 

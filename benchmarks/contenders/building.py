@@ -27,20 +27,18 @@ def celery_python() -> Path | None:
     return python if made else None
 
 
-def crates() -> Path | None:
-    """Return the program of `rust/`, made by cargo as its lock file has it."""
+def crates(*, quick: bool) -> Path | None:
+    """Return the program of `rust/`, made by cargo as its lock file has it.
+
+    That takes minutes: who has none and is `quick` does without.
+    """
     target = PROJECT / "build/rust"
-    build: list[str | Path] = [
-        "cargo",
-        "build",
-        "--quiet",
-        "--release",
-        "--locked",
-        "--target-dir",
-        target,
-    ]
-    made = _run([*build, "--manifest-path", HERE / "rust/Cargo.toml"])
-    return target / "release/bank" if made else None
+    program = target / "release/bank"
+    if quick and not program.exists():
+        return None
+    build: list[str | Path] = ["cargo", "build", "--quiet", "--release", "--locked"]
+    where: list[str | Path] = ["--target-dir", target, "--manifest-path", HERE / "rust/Cargo.toml"]
+    return program if _run([*build, *where]) else None
 
 
 def _run(*commands: list[str | Path]) -> bool:
