@@ -332,10 +332,10 @@ async def test_a_row_is_decided_or_cancelled(database: Database) -> None:
             decided, ended = await asyncio.gather(fire(), end())
         else:
             ended, decided = await asyncio.gather(end(), fire())
-        base += ended and not by_hand
+        base += int(ended and not by_hand)
         assert decided != ended, attempt
-        base += decided
-        fired += decided
+        base += int(decided)
+        fired += int(decided)
         assert bool(await one.events.find_outcomes([timer.command_id])) == decided
         assert await ids(one) == []
     assert (await one.events.heads())[1] == base
