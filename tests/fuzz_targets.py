@@ -11,7 +11,8 @@ import atexit
 import contextlib
 import functools
 import io
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -21,6 +22,7 @@ from typing import Any, Final, cast
 from urllib.parse import unquote_to_bytes
 
 import orjson
+import structlog
 import typer
 
 from cqrs_es import cloudevents, errors, wire
@@ -170,6 +172,22 @@ async def _asked(
     return status
 
 
+@contextlib.contextmanager
+def _logs_as_they_are() -> Iterator[None]:
+    """Undo what the command line does to the logs of its process."""
+    root, known, configured = logging.getLogger(), structlog.get_config(), structlog.is_configured()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        logging.captureWarnings(capture=False)
+        structlog.reset_defaults()
+        if configured:
+            structlog.configure(**known)
+
+
 def arguments(body: bytes) -> None:
     """Give the command line words, one on each line; verbs that go on are left out."""
     words = body.decode("utf-8", "replace").replace("\0", "").split("\n")
@@ -177,6 +195,7 @@ def arguments(body: bytes) -> None:
         return
     quiet = io.TextIOWrapper(io.BytesIO(), errors="replace")
     with (
+        _logs_as_they_are(),
         contextlib.suppress(SystemExit, errors.CqrsError),
         contextlib.redirect_stdout(quiet),
         contextlib.redirect_stderr(quiet),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import importlib.metadata
 import inspect
 import re
@@ -23,8 +24,12 @@ SOURCES = {path: path.read_text() for path in sorted((PROJECT / "cqrs_es").rglob
 # The private names of libraries that are used, each with the reason. Their libraries have an
 # upper bound in pyproject.toml: before it is raised, the names are looked at again.
 PRIVATE = {
-    # aiomysql closes a connection without waiting for the bytes that say so.
+    # aiomysql closes a connection without waiting for the bytes that say so; what the server has
+    # said unasked lies where nobody looks before the next statement.
     ("aiomysql", "_writer"),
+    ("aiomysql", "_reader"),
+    # The same of asyncpg: a connection that the server has ended during a freeze.
+    ("asyncpg", "_transport"),
     # The server's close of a channel: amqp opens it again, without its consumers, and raises
     # the reason in whatever waits on the connection.
     ("amqp", "_on_close"),
@@ -73,8 +78,10 @@ def test_libraries_whose_private_names_are_used_have_an_upper_bound() -> None:
 def test_private_names_of_libraries_are_used_where_it_is_said() -> None:
     """Each is in the list above, so that whoever raises a bound knows what to look at."""
     marked = [line for text in SOURCES.values() for line in text.splitlines() if "SLF001" in line]
-    # The last two are Python's, listed in the modules' `__all__` or documentation.
-    own = ("scenario._log", "dialect._", "sys._current_frames", "asyncio._get_running_loop")
+    # The last three are Python's: two are listed in the modules' `__all__` or documentation, what a
+    # stream holds is looked for below.
+    own = ["scenario._log", "dialect._", "sys._current_frames", "asyncio._get_running_loop"]
+    own.append("reader._buffer")
     foreign = [line for line in marked if not any(name in line for name in own)]
     names = {name for _, name in PRIVATE}
     assert foreign
@@ -85,7 +92,14 @@ async def test_aiomysql_keeps_its_writer_where_we_look_for_it() -> None:
     """It has one while it is connected, and none before."""
     aiomysql = pytest.importorskip("aiomysql.connection")
     assert vars(aiomysql.Connection())["_writer"] is None
+    assert vars(aiomysql.Connection())["_reader"] is None
+    assert "_buffer" in vars(asyncio.StreamReader())
     assert "self._writer.write(" in inspect.getsource(aiomysql.Connection.ensure_closed)
+
+
+def test_asyncpg_keeps_its_transport_where_we_look_for_it() -> None:
+    asyncpg = pytest.importorskip("asyncpg.connection")
+    assert "_transport" in asyncpg.Connection.__slots__
 
 
 def test_amqp_closes_a_channel_by_the_method_that_we_replace() -> None:

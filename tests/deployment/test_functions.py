@@ -42,6 +42,12 @@ PACKAGE_BYTES = 25 * 1000 * 1000
 # same time is slower all the same: some tries are for that, and some allowance.
 TRIES = 10
 SHARED = 1.3
+# Machines differ, and one machine from hour to hour: modules of Python's own tell by how much.
+YARDSTICK = (
+    "import argparse, asyncio, dataclasses, decimal, email.message, http.client, inspect, logging,"
+    " sqlite3, ssl, unittest.mock, xml.dom.minidom, zipfile"
+)
+YARDSTICK_SECONDS = 0.08
 
 
 class _Loader(yaml.SafeLoader):
@@ -157,13 +163,18 @@ def processor_seconds(*command: str) -> float:
     return after.children_user + after.children_system - sum(before[2:4])
 
 
+def slowness() -> float:
+    """Return how much slower this machine is than the one that the budgets are of, at least 1."""
+    return max(1.0, processor_seconds("-c", YARDSTICK) / YARDSTICK_SECONDS)
+
+
 def test_importing_it_is_quick() -> None:
     """A cold start begins with that; what Python itself takes is not counted."""
     taken: list[float] = []
     for _ in range(TRIES):
         python = processor_seconds("-c", "pass")
         taken.append(processor_seconds("-c", "import worker.serverless") - python)
-        if taken[-1] < IMPORT_SECONDS * SHARED:
+        if taken[-1] < IMPORT_SECONDS * SHARED * slowness():
             return
     pytest.fail(f"the import took {min(taken):.3f} s of a processor")
 
@@ -219,6 +230,6 @@ def test_the_first_answer_comes_soon(
             event = request("POST", path, {"account_id": name}, authorization="Bearer secret")
             assert sandbox.invoke(event)["statusCode"] == 200
             taken.append(sandbox.processor_seconds())
-        if taken[-1] < FIRST_ANSWER_SECONDS * SHARED:
+        if taken[-1] < FIRST_ANSWER_SECONDS * SHARED * slowness():
             return
     pytest.fail(f"the first answer took {min(taken):.3f} s of a processor")

@@ -296,7 +296,7 @@ def test_every_setting_is_explained(here: Here, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CQRS_ES_BROKER_URL", "amqp://me:se?cr/et@host:5672/v")
     monkeypatch.setenv("CQRS_ES_BATCH_SIZE", "7")
     explained = {one["name"]: one for one in here.done("settings", "--json").lines}
-    assert len(explained) == len(MEANINGS) == 17
+    assert len(explained) == len(MEANINGS) == 18
     assert explained["CQRS_ES_BATCH_SIZE"]["value"] == 7
     assert explained["CQRS_ES_BATCH_SIZE"]["default"] == 500
     assert explained["CQRS_ES_BROKER_URL"]["value"] == "amqp://me:***@host:5672/v"
