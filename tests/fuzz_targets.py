@@ -12,7 +12,7 @@ import contextlib
 import functools
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -173,7 +173,7 @@ async def _asked(
 
 
 @contextlib.contextmanager
-def _logs_as_they_are() -> Iterator[None]:
+def _logs_as_they_are() -> Generator[None]:
     """Undo what the command line does to the logs of its process."""
     root, known, configured = logging.getLogger(), structlog.get_config(), structlog.is_configured()
     handlers, level = root.handlers[:], root.level
