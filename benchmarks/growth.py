@@ -31,7 +31,7 @@ import structlog
 
 from benchmarks import measuring, queue
 from benchmarks.measuring import Figures, cpu_seconds
-from cqrs_es import Aggregate, command, event
+from benchmarks.summing import Add, Sum
 from cqrs_es.aggregate import SnapshotEvery
 from cqrs_es.application import Application
 from cqrs_es.execution.policy import ExecutionPolicy
@@ -52,28 +52,6 @@ STREAM: Final = 10  # events of each aggregate that is there before
 MOST_EVENTS: Final = 10_000  # of one command
 FILLED_AT_ONCE: Final = 100_000
 MEGABYTE: Final = 1_000_000
-
-
-@command
-class Add:
-    number: int
-    times: int = 1
-
-
-@event
-class Added:
-    number: int
-
-
-@dataclass
-class Sum(Aggregate[Add, Added, None], type="sum"):
-    total: int = 0
-
-    def handle(self, command: Add, services: None) -> Iterator[Added]:
-        yield from itertools.repeat(Added(command.number), command.times)
-
-    def apply(self, event: Added) -> None:
-        self.total += event.number
 
 
 @dataclass(slots=True)

@@ -14,16 +14,16 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
 
-from cqrs_es import Aggregate, command, event, wire
+from benchmarks.summing import Add, Sum
+from cqrs_es import wire
 from cqrs_es.application import Application
 from cqrs_es.brokers.memory import MemoryBroker
 from cqrs_es.commands import new_command
@@ -46,27 +46,6 @@ if TYPE_CHECKING:
 
 PARTITIONS = 16
 AGGREGATES = 2_000
-
-
-@command
-class Add:
-    number: int
-
-
-@event
-class Added:
-    number: int
-
-
-@dataclass
-class Sum(Aggregate[Add, Added, None], type="sum"):
-    total: int = 0
-
-    def handle(self, command: Add, services: None) -> Iterator[Added]:
-        yield Added(command.number)
-
-    def apply(self, event: Added) -> None:
-        self.total += event.number
 
 
 class Lateness(Meter):

@@ -5,45 +5,20 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cqrs_es import Aggregate, command, event
+from benchmarks.summing import Add, Sum
 from cqrs_es.aggregate import SnapshotEvery
 from cqrs_es.application import Application
 from cqrs_es.settings import Settings
 from tests.conftest import run_on
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from cqrs_es.opened import OpenApplication
 
 MOST_EVENTS = 10_000  # of one command
-
-
-@command
-class Add:
-    number: int
-    times: int = 1
-
-
-@event
-class Added:
-    number: int
-
-
-@dataclass
-class Sum(Aggregate[Add, Added, None], type="sum"):
-    total: int = 0
-
-    def handle(self, command: Add, services: None) -> Iterator[Added]:
-        del services
-        yield from itertools.repeat(Added(command.number), command.times)
-
-    def apply(self, event: Added) -> None:
-        self.total += event.number
 
 
 app = Application("tests")

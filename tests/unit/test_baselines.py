@@ -4,42 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from cqrs_es import Aggregate, command, event
+from benchmarks.summing import Sum
 from cqrs_es.application import Application
 from cqrs_es.execution.baselines import ENTRY_BYTES, Baseline, BaselineCache, freeze
 from cqrs_es.settings import Settings
 from cqrs_es.types import AggregateKey
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 STATES = 30_000
-
-
-@command
-class Add:
-    number: int
-
-
-@event
-class Added:
-    number: int
-
-
-@dataclass
-class Sum(Aggregate[Add, Added, None], type="sum"):
-    total: int = 0
-
-    def handle(self, command: Add, services: None) -> Iterator[Added]:
-        del services
-        yield Added(command.number)
-
-    def apply(self, event: Added) -> None:
-        self.total += event.number
 
 
 async def test_a_cached_state_takes_no_more_than_is_counted() -> None:
