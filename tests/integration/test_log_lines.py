@@ -14,6 +14,7 @@ import structlog
 from structlog.testing import capture_logs
 
 from cqrs_es import service
+from cqrs_es.execution import report
 from cqrs_es.settings import Settings
 from cqrs_es.telemetry import logs
 from cqrs_es.testing import TestApp
@@ -257,3 +258,20 @@ def test_lines_that_nobody_reads_are_not_made() -> None:
         assert logs.reads_info(routed) == read
     other = structlog.wrap_logger(structlog.PrintLogger(), wrapper_class=structlog.BoundLogger)
     assert logs.reads_info(other)
+
+
+async def test_a_batch_is_described_to_readers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    described: list[object] = []
+
+    def ids(batch: object) -> dict[str, str]:
+        described.append(batch)
+        return {}
+
+    monkeypatch.setattr(report, "_ids", ids)
+    async with counting_app().open(Settings(store_url="memory://")) as opened:
+        for level in (logging.WARNING, logging.INFO):
+            filtering = structlog.make_filtering_bound_logger(level)
+            log = structlog.wrap_logger(structlog.PrintLogger(), wrapper_class=filtering)
+            monkeypatch.setattr(report, "log", log)
+            await opened.execute(Counter, "c", Add(1))
+    assert len(described) == 1
