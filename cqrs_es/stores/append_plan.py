@@ -1,16 +1,17 @@
 """What an append does, decided from what it read under its locks; no I/O (G2 to G5).
 
-Every store runs the same steps: lock the heads of `locked_partitions`, read an
-`AppendState`, call `plan_append`, write the plan. So the rules are written and
-tested once.
+Every store runs the same steps: lock the heads of the partitions that are `wanted`, read
+an `AppendState`, call `plan_append`, write the plan. So the rules are written and tested
+once. Most appends are plain: events and outcomes, nothing else is read or written.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Final
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 from msgspec.structs import replace
 
 from cqrs_es import errors
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
         Chain,
         ChainResult,
         DecidedCommand,
-        NewEvent,
+        KeyMoves,
         ScheduledCommand,
         Snapshot,
         UniqueKey,
@@ -37,32 +38,87 @@ MOST_TIMERS: Final = 1_000
 """How many timers an aggregate may have."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AppendState:
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """What an append locks and reads, of all its chains.
+
+    `partitions`: whose heads it locks, in that order. `command_ids`: whose outcomes it looks
+    up, each once. `versions`, `snapshots`: the aggregates whose last sequence and snapshot
+    number it reads. `scheduled`: the ids that it takes from `outgoing_commands`. `timers`: the
+    aggregates whose timers it sets or ends. `unique_keys`: whose holders it reads.
+    `counts_from_now`: it has to know the store's time.
+    """
+
+    partitions: Sequence[int]
+    command_ids: Sequence[str]
+    versions: Sequence[AggregateKey]
+    snapshots: Sequence[AggregateKey]
+    scheduled: Sequence[str]
+    timers: Sequence[AggregateKey]
+    unique_keys: Sequence[UniqueKey]
+    counts_from_now: bool
+
+
+def wanted(chains: Sequence[Chain]) -> Wanted:
+    """Say what an append locks and reads; numbers, ids and keys ascending."""
+    partitions: set[int] = set()
+    ids: set[str] = set()
+    scheduled: list[str] = []
+    timers: list[AggregateKey] = []
+    keys: set[UniqueKey] = set()
+    from_now = False
+    for chain in chains:
+        partitions.add(chain.partition)
+        if chain.moves is not None:
+            partitions.update(chain.moves.partitions)
+            keys |= chain.moves.claims | chain.moves.releases
+        timed = False
+        for command in chain.commands:
+            ids.add(command.outcome.command_id)
+            if command.scheduled:
+                scheduled.append(command.outcome.command_id)
+            timed = timed or bool(command.cancels)
+            for caused in command.causes:
+                timed = timed or caused.timer is not None
+                from_now = from_now or isinstance(caused.due, timedelta)
+        if timed:
+            timers.append(chain.key)
+    return Wanted(
+        partitions=sorted(partitions),
+        command_ids=sorted(ids),
+        versions=[chain.key for chain in chains if chain.base_sequence is not None],
+        snapshots=[chain.key for chain in chains if chain.snapshot is not None],
+        scheduled=sorted(scheduled),
+        timers=timers,
+        unique_keys=sorted(keys),
+        counts_from_now=from_now,
+    )
+
+
+_NOTHING: Final[Mapping[Any, Any]] = MappingProxyType({})
+
+
+class AppendState(msgspec.Struct, frozen=True, kw_only=True):
     """What the transaction read under its locks.
 
     `heads`: of every locked partition. `versions`: the last sequence of each
     aggregate that has events. `snapshot_numbers`: of the aggregates in
-    `snapshot_keys` that have one. `scheduled`: those of `scheduled_ids` that have a
+    `Wanted.snapshots` that have one. `scheduled`: those of `Wanted.scheduled` that have a
     row. `now` is the store's time, needed where `counts_from_now`. `timers`: the timers of
-    the aggregates in `timer_keys`, by name, as the ids of their rows. `holders`: of those of
-    `unique_keys` that are held.
+    the aggregates in `Wanted.timers`, by name, as the ids of their rows. `holders`: of those of
+    `Wanted.unique_keys` that are held.
     """
 
     heads: Mapping[int, int]
     versions: Mapping[AggregateKey, int]
     outcomes: Mapping[str, StoredOutcome]
-    snapshot_numbers: Mapping[AggregateKey, int]
+    snapshot_numbers: Mapping[AggregateKey, int] = _NOTHING
     scheduled: Collection[str] = ()
     now: datetime | None = None
-    holders: Mapping[UniqueKey, str] = field(default_factory=dict["UniqueKey", str])
-    timers: Mapping[AggregateKey, Mapping[str, str]] = field(
-        default_factory=dict["AggregateKey", "Mapping[str, str]"]
-    )
+    holders: Mapping[UniqueKey, str] = _NOTHING
+    timers: Mapping[AggregateKey, Mapping[str, str]] = _NOTHING
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AppendPlan:
+class AppendPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What the transaction writes, and what it answers.
 
     Outcomes are sorted by command id: unsorted inserts deadlock. `new_heads`
@@ -78,12 +134,12 @@ class AppendPlan:
     events: Sequence[StoredEvent]
     new_heads: Mapping[int, int]
     inserted_outcomes: Sequence[StoredOutcome]
-    replaced_outcomes: Sequence[StoredOutcome]
-    inserted_snapshots: Sequence[Snapshot]
-    replaced_snapshots: Sequence[Snapshot]
-    dead_letters: Sequence[DeadLetter]
-    settled_letters: Sequence[str]
-    settled_attempts: Sequence[str]
+    replaced_outcomes: Sequence[StoredOutcome] = ()
+    inserted_snapshots: Sequence[Snapshot] = ()
+    replaced_snapshots: Sequence[Snapshot] = ()
+    dead_letters: Sequence[DeadLetter] = ()
+    settled_letters: Sequence[str] = ()
+    settled_attempts: Sequence[str] = ()
     consumed: Sequence[str] = ()
     scheduled: Sequence[ScheduledCommand] = ()
     held_back: Sequence[AggregateKey] = ()
@@ -115,59 +171,6 @@ class AppendPlan:
         )
 
 
-def locked_partitions(chains: Sequence[Chain]) -> list[int]:
-    """Return the partitions whose heads an append locks, in the order it locks them."""
-    moved = {partition for c in chains if c.moves for partition in c.moves.partitions}
-    return sorted(moved | {chain.partition for chain in chains})
-
-
-def versioned_keys(chains: Sequence[Chain]) -> list[AggregateKey]:
-    """Return the aggregates whose versions an append has to read."""
-    return [chain.key for chain in chains if chain.base_sequence is not None]
-
-
-def snapshot_keys(chains: Sequence[Chain]) -> list[AggregateKey]:
-    """Return the aggregates whose snapshot numbers an append has to read."""
-    return [chain.key for chain in chains if chain.snapshot is not None]
-
-
-def command_ids(chains: Sequence[Chain]) -> list[str]:
-    """Return the command ids whose outcomes an append has to look up, sorted, each once."""
-    return sorted({c.outcome.command_id for chain in chains for c in chain.commands})
-
-
-def scheduled_ids(chains: Sequence[Chain]) -> list[str]:
-    """Return the command ids that an append takes from `outgoing_commands`, sorted."""
-    return sorted(c.outcome.command_id for chain in chains for c in chain.commands if c.scheduled)
-
-
-def unique_keys(chains: Sequence[Chain]) -> list[UniqueKey]:
-    """Return the keys whose holders an append has to read, sorted."""
-    return sorted({key for c in chains if c.moves for key in c.moves.claims | c.moves.releases})
-
-
-def counts_from_now(chains: Sequence[Chain]) -> bool:
-    """Tell whether an append has to know the store's time."""
-    return any(
-        isinstance(caused.due, timedelta)
-        for chain in chains
-        for command in chain.commands
-        for caused in command.causes
-    )
-
-
-def timer_keys(chains: Sequence[Chain]) -> list[AggregateKey]:
-    """Return the aggregates whose timers an append has to read: those that it sets or ends."""
-    return [
-        chain.key
-        for chain in chains
-        if any(
-            command.cancels or any(caused.timer is not None for caused in command.causes)
-            for command in chain.commands
-        )
-    ]
-
-
 def plan_append(chains: Sequence[Chain], state: AppendState, recorded_at: datetime) -> AppendPlan:
     """Decide which chains conflict, and give the others their sequences and offsets."""
     draft = _Draft(state, recorded_at, dict(state.heads))
@@ -175,52 +178,73 @@ def plan_append(chains: Sequence[Chain], state: AppendState, recorded_at: dateti
     return draft.finish(results)
 
 
-@dataclass(slots=True)
-class _Draft:
+class _Draft(msgspec.Struct):
     """A plan in the making: chains that pass are added to it one by one."""
 
     state: AppendState
     recorded_at: datetime
     heads: dict[int, int]
-    taken: set[str] = field(default_factory=set[str])
-    events: list[StoredEvent] = field(default_factory=list[StoredEvent])
-    inserted: list[StoredOutcome] = field(default_factory=list[StoredOutcome])
-    replaced: list[StoredOutcome] = field(default_factory=list[StoredOutcome])
-    snapshots: list[Snapshot] = field(default_factory=list["Snapshot"])
-    dead_letters: list[DeadLetter] = field(default_factory=list["DeadLetter"])
-    settled_letters: list[str] = field(default_factory=list[str])
-    settled_attempts: list[str] = field(default_factory=list[str])
-    consumed: list[str] = field(default_factory=list[str])
-    timers: dict[tuple[AggregateKey, str], ScheduledCommand] = field(
-        default_factory=dict["tuple[AggregateKey, str]", "ScheduledCommand"]
-    )
-    sent: list[ScheduledCommand] = field(default_factory=list["ScheduledCommand"])
-    held_back: set[AggregateKey] = field(default_factory=set["AggregateKey"])
-    let_go: set[AggregateKey] = field(default_factory=set["AggregateKey"])
-    holders: dict[UniqueKey, str | None] = field(default_factory=dict["UniqueKey", "str | None"])
+    taken: set[str] = set()
+    events: list[StoredEvent] = []
+    inserted: list[StoredOutcome] = []
+    replaced: list[StoredOutcome] = []
+    snapshots: list[Snapshot] = []
+    dead_letters: list[DeadLetter] = []
+    settled_letters: list[str] = []
+    settled_attempts: list[str] = []
+    consumed: list[str] = []
+    timers: dict[tuple[AggregateKey, str], ScheduledCommand] = {}
+    sent: list[ScheduledCommand] = []
+    held_back: set[AggregateKey] = set()
+    let_go: set[AggregateKey] = set()
+    holders: dict[UniqueKey, str | None] = {}
 
     def settle(self, chain: Chain) -> ChainResult:
         """Add a chain whole, or answer that it conflicts and add nothing of it."""
         if self._conflicts(chain):
             return Conflicted(self._actual(chain))
-        if taken := self._taken(chain):
+        if chain.moves is not None and (taken := self._taken(chain.key, chain.moves)):
             return Conflicted(self._actual(chain), taken)
         outcomes = self._add_commands(chain)
-        self._check_timers(chain)
+        if self.timers:
+            self._check_timers(chain)
         if chain.snapshot is not None:
             self.snapshots.append(chain.snapshot)
-        self._move_keys(chain)
+        if chain.moves is not None:
+            self._move_keys(chain.key, chain.moves)
         return Committed(tuple(outcomes))
 
     def finish(self, results: list[ChainResult]) -> AppendPlan:
         """Put what was added in the order in which it is written."""
-        numbers, before = self.state.snapshot_numbers, self.state.holders
-        moved = sorted(key for key, id_ in self.holders.items() if before.get(key) != id_)
-        return AppendPlan(
+        plan = AppendPlan(
             results=results,
             events=self.events,
             new_heads={p: h for p, h in self.heads.items() if h != self.state.heads[p]},
             inserted_outcomes=sorted(self.inserted, key=_command_id),
+        )
+        return plan if self._is_plain else self._finish(plan)
+
+    @property
+    def _is_plain(self) -> bool:
+        return not (
+            self.replaced
+            or self.snapshots
+            or self.dead_letters
+            or self.settled_letters
+            or self.settled_attempts
+            or self.consumed
+            or self.timers
+            or self.sent
+            or self.held_back
+            or self.let_go
+            or self.holders
+        )
+
+    def _finish(self, plan: AppendPlan) -> AppendPlan:
+        numbers, before = self.state.snapshot_numbers, self.state.holders
+        moved = sorted(key for key, id_ in self.holders.items() if before.get(key) != id_)
+        return replace(
+            plan,
             replaced_outcomes=sorted(self.replaced, key=_command_id),
             inserted_snapshots=[s for s in self.snapshots if s.key not in numbers],
             replaced_snapshots=[s for s in self.snapshots if s.key in numbers],
@@ -239,10 +263,9 @@ class _Draft:
 
     def _conflicts(self, chain: Chain) -> bool:
         return (
-            self._version_differs(chain)
-            or self._snapshot_differs(chain)
-            or self._outcome_exists(chain)
-            or self._row_is_gone(chain)
+            self._actual(chain) != chain.base_sequence
+            or (chain.snapshot is not None and self._number(chain) != chain.snapshot.number - 1)
+            or self._is_in_the_way(chain)
         )
 
     def _actual(self, chain: Chain) -> int | None:
@@ -250,55 +273,44 @@ class _Draft:
             return None
         return self.state.versions.get(chain.key, 0)
 
-    def _version_differs(self, chain: Chain) -> bool:
-        return self._actual(chain) != chain.base_sequence
+    def _number(self, chain: Chain) -> int:
+        return self.state.snapshot_numbers.get(chain.key, 0)
 
-    def _snapshot_differs(self, chain: Chain) -> bool:
-        if chain.snapshot is None:
-            return False
-        return self.state.snapshot_numbers.get(chain.key, 0) != chain.snapshot.number - 1
+    def _is_in_the_way(self, chain: Chain) -> bool:
+        """Whether a command of the chain has an outcome, or its row is gone.
 
-    def _outcome_exists(self, chain: Chain) -> bool:
-        """Whether a command of the chain has an outcome, here or earlier in this append."""
-        ids = {command.outcome.command_id for command in chain.commands}
-        if len(ids) < len(chain.commands) or not self.taken.isdisjoint(ids):
-            return True
-        known = ids & self.state.outcomes.keys()
-        return bool(known) and any(map(self._stands_in_the_way, chain.commands))
+        It has one here or earlier in this append; its row was deleted by whoever cancelled it,
+        or has decided it.
+        """
+        ids: set[str] = set()
+        for command in chain.commands:
+            id_ = command.outcome.command_id
+            if id_ in self.taken or id_ in ids:
+                return True
+            ids.add(id_)
+            known = self.state.outcomes.get(id_)
+            if known is not None and not _is_replaced(known, command):
+                return True
+            if command.scheduled and id_ not in self.state.scheduled:
+                return True
+        return False
 
-    def _stands_in_the_way(self, command: DecidedCommand) -> bool:
-        known = self.state.outcomes.get(command.outcome.command_id)
-        if known is None:
-            return False
-        return not (command.replaces_failed and known.outcome.status is Status.FAILED)
-
-    def _row_is_gone(self, chain: Chain) -> bool:
-        """Whether a command of the chain was cancelled, or decided by another process."""
-        return any(
-            command.scheduled and command.outcome.command_id not in self.state.scheduled
-            for command in chain.commands
-        )
-
-    def _taken(self, chain: Chain) -> frozenset[UniqueKey]:
-        """Return what the chain claims and another holds, here or earlier in this append."""
-        if chain.moves is None:
-            return frozenset()
-        mine = {None, chain.key.id}
-        return frozenset(key for key in chain.moves.claims if self._holder(key) not in mine)
+    def _taken(self, key: AggregateKey, moves: KeyMoves) -> frozenset[UniqueKey]:
+        """Return what a chain claims and another holds, here or earlier in this append."""
+        mine = {None, key.id}
+        return frozenset(claimed for claimed in moves.claims if self._holder(claimed) not in mine)
 
     def _holder(self, key: UniqueKey) -> str | None:
         return self.holders.get(key, self.state.holders.get(key))
 
     # --- Additions ---
 
-    def _move_keys(self, chain: Chain) -> None:
-        """Hold what the chain claims, then give up what it releases, as far as that is its own."""
-        if chain.moves is None:
-            return
-        self.holders |= dict.fromkeys(chain.moves.claims, chain.key.id)
-        for key in chain.moves.releases:
-            if self._holder(key) == chain.key.id:
-                self.holders[key] = None
+    def _move_keys(self, key: AggregateKey, moves: KeyMoves) -> None:
+        """Hold what a chain claims, then give up what it releases, as far as that is its own."""
+        self.holders |= dict.fromkeys(moves.claims, key.id)
+        for released in moves.releases:
+            if self._holder(released) == key.id:
+                self.holders[released] = None
 
     def _add_commands(self, chain: Chain) -> list[Outcome]:
         if chain.partition not in self.heads:
@@ -307,48 +319,36 @@ class _Draft:
         outcomes: list[Outcome] = []
         sequence = chain.base_sequence or 0
         for command in chain.commands:
-            outcomes.append(self._add_command(chain, command, sequence))
-            sequence += len(command.events)
+            outcome = command.outcome
+            if command.events:
+                self._add_events(chain, command, sequence)
+                outcome = outcome.placed(chain.partition, self.heads[chain.partition])
+                sequence += len(command.events)
+            self._add_outcome(StoredOutcome(outcome, command.content_hash, chain.keeps_outcomes))
+            if command.attempted or command.dead_letter is not None or command.replaces_failed:
+                self._add_cares(chain, command)
+            if command.scheduled or command.causes or command.cancels:
+                self._add_causes(chain, command)
+            outcomes.append(outcome)
         return outcomes
-
-    def _add_command(self, chain: Chain, command: DecidedCommand, sequence: int) -> Outcome:
-        self._add_events(chain, command, sequence)
-        outcome = self._completed(chain, command)
-        self._add_outcome(StoredOutcome(outcome, command.content_hash, chain.keeps_outcomes))
-        self._add_cares(chain, command)
-        if command.scheduled or command.causes or command.cancels:
-            self._add_causes(chain, command)
-        return outcome
 
     def _add_events(self, chain: Chain, command: DecidedCommand, sequence: int) -> None:
         offset = self.heads[chain.partition]
         for place, event in enumerate(command.events, start=1):
-            self.events.append(
-                self._stored(chain, command, event, sequence + place, offset + place)
+            stored = StoredEvent(
+                key=chain.key,
+                sequence=sequence + place,
+                event_type=event.event_type,
+                event_version=event.event_version,
+                payload=event.payload,
+                metadata=event.metadata,
+                partition=chain.partition,
+                offset=offset + place,
+                command_id=command.outcome.command_id,
+                recorded_at=self.recorded_at,
             )
+            self.events.append(stored)
         self.heads[chain.partition] = offset + len(command.events)
-
-    def _stored(
-        self, chain: Chain, command: DecidedCommand, event: NewEvent, sequence: int, offset: int
-    ) -> StoredEvent:
-        return StoredEvent(
-            key=chain.key,
-            sequence=sequence,
-            event_type=event.event_type,
-            event_version=event.event_version,
-            payload=event.payload,
-            metadata=event.metadata,
-            partition=chain.partition,
-            offset=offset,
-            command_id=command.outcome.command_id,
-            recorded_at=self.recorded_at,
-        )
-
-    def _completed(self, chain: Chain, command: DecidedCommand) -> Outcome:
-        """Return the outcome with the place of the command's own last event, if it has one."""
-        if not command.events:
-            return command.outcome
-        return command.outcome.placed(chain.partition, self.heads[chain.partition])
 
     def _add_outcome(self, stored: StoredOutcome) -> None:
         known = stored.outcome.command_id in self.state.outcomes
@@ -408,6 +408,10 @@ class _Draft:
             return caused
         assert self.state.now is not None  # noqa: S101 - see `counts_from_now`
         return replace(caused, due=self.state.now + caused.due)
+
+
+def _is_replaced(known: StoredOutcome, command: DecidedCommand) -> bool:
+    return command.replaces_failed and known.outcome.status is Status.FAILED
 
 
 def _command_id(stored: StoredOutcome) -> str:

@@ -108,15 +108,16 @@ class Appender:
 
     async def _read(self, chains: Sequence[Chain]) -> tuple[AppendState, Found]:
         """Read what the plan depends on, in any order: the transaction has it all as conditions."""
-        ids = append_plan.command_ids(chains)
+        wanted = append_plan.wanted(chains)
+        ids = wanted.command_ids
         head = places.head_key(chains[0].partition)
-        snapshots = {places.snapshot_key(k): k for k in append_plan.snapshot_keys(chains)}
-        keys = {places.unique_key(key): key for key in append_plan.unique_keys(chains)}
+        snapshots = {places.snapshot_key(key): key for key in wanted.snapshots}
+        keys = {places.unique_key(key): key for key in wanted.unique_keys}
         probes = [key for chain in chains for key in _probes(chain)]
         small, outcomes, found = await asyncio.gather(
             self._table.get_many([head, *snapshots, *probes, *keys], *_SMALL),
             self._table.get_many(map(places.outcome_key, ids)),
-            scheduled.find_for(self._table, chains),
+            scheduled.find_for(self._table, chains, wanted),
         )
         known = {id_: outcomes.get(places.outcome_key(id_)) for id_ in ids}
         state = AppendState(

@@ -19,7 +19,6 @@ from msgspec.structs import replace
 from cqrs_es import errors
 from cqrs_es.ports.store import HELD_BACK, ScheduledCommand
 from cqrs_es.ports.views import ParkedAggregate
-from cqrs_es.stores import append_plan
 from cqrs_es.stores.dynamodb import items, places
 from cqrs_es.stores.dynamodb.actions import ABSENT, check, condition, delete, put
 from cqrs_es.stores.dynamodb.failures import ConditionFailed, Contended
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from cqrs_es.ports.store import Chain
-    from cqrs_es.stores.append_plan import AppendPlan
+    from cqrs_es.stores.append_plan import AppendPlan, Wanted
     from cqrs_es.stores.dynamodb.actions import Action, Condition, Fields, Key
     from cqrs_es.stores.dynamodb.table import Table
 
@@ -67,26 +66,25 @@ class Found:
         }
 
 
-async def find_for(table: Table, chains: Sequence[Chain]) -> Found:
+async def find_for(table: Table, chains: Sequence[Chain], wanted: Wanted) -> Found:
     """Read what the chains may consume, end or replace; ask nothing where that is nothing."""
-    ids = {places.outgoing_key(id_): id_ for id_ in append_plan.scheduled_ids(chains)}
+    ids = {places.outgoing_key(id_): id_ for id_ in wanted.scheduled}
     targets = {
         places.marker_key(HELD_BACK, chain.key): chain.key
         for chain in chains
         if any(command.scheduled for command in chain.commands)
     }
-    with_timers = append_plan.timer_keys(chains)
 
     async def timers_of(key: AggregateKey) -> list[Pointer]:
         return await table.query(places.all_of(places.timers_of(key)))
 
     found, timers = await asyncio.gather(
-        table.get_many([*ids, *targets]), side_by_side(timers_of, with_timers)
+        table.get_many([*ids, *targets]), side_by_side(timers_of, wanted.timers)
     )
     return Found(
         rows={id_: found[key] for key, id_ in ids.items() if key in found},
         held_back={target for key, target in targets.items() if key in found},
-        timers=dict(zip(with_timers, timers, strict=True)),
+        timers=dict(zip(wanted.timers, timers, strict=True)),
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
 from msgspec.structs import replace
 
 from cqrs_es import errors
@@ -24,18 +24,8 @@ from cqrs_es.ports.store import (
     UniqueKey,
     page_size,
 )
-from cqrs_es.stores.append_plan import (
-    AppendPlan,
-    AppendState,
-    command_ids,
-    locked_partitions,
-    plan_append,
-    scheduled_ids,
-    snapshot_keys,
-    timer_keys,
-    unique_keys,
-    versioned_keys,
-)
+from cqrs_es.stores import append_plan
+from cqrs_es.stores.append_plan import AppendPlan, AppendState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -45,8 +35,7 @@ if TYPE_CHECKING:
     from cqrs_es.types import AggregateKey
 
 
-@dataclass(frozen=True, slots=True)
-class _OutcomeRow:
+class _OutcomeRow(msgspec.Struct, frozen=True):
     stored: StoredOutcome
     recorded_at: datetime
 
@@ -82,23 +71,25 @@ class MemoryEvents(EventStore):
 
     async def append(self, chains: Sequence[Chain], recorded_at: datetime) -> list[ChainResult]:
         """Write what passes its checks; results in the order of `chains`."""
-        plan = plan_append(chains, self._state(chains), recorded_at)
+        plan = append_plan.plan_append(chains, self._state(chains), recorded_at)
         self._write(plan, recorded_at)
         return list(plan.results)
 
     def _state(self, chains: Sequence[Chain]) -> AppendState:
-        ids, snapshots = command_ids(chains), snapshot_keys(chains)
+        wanted = append_plan.wanted(chains)
         return AppendState(
-            heads={p: len(self._partition(p)) for p in locked_partitions(chains)},
-            versions={key: len(self._streams.get(key, ())) for key in versioned_keys(chains)},
-            outcomes={i: self._outcomes[i].stored for i in ids if i in self._outcomes},
-            snapshot_numbers={
-                key: self._snapshots[key].number for key in snapshots if key in self._snapshots
+            heads={p: len(self._partition(p)) for p in wanted.partitions},
+            versions={key: len(self._streams.get(key, ())) for key in wanted.versions},
+            outcomes={
+                i: self._outcomes[i].stored for i in wanted.command_ids if i in self._outcomes
             },
-            scheduled=[i for i in scheduled_ids(chains) if self._is_there(i)],
-            now=self._now(),
-            holders=self._held(unique_keys(chains)),
-            timers=self._timers(timer_keys(chains)),
+            snapshot_numbers={
+                k: self._snapshots[k].number for k in wanted.snapshots if k in self._snapshots
+            },
+            scheduled=[i for i in wanted.scheduled if self._is_there(i)],
+            now=self._now() if wanted.counts_from_now else None,
+            holders=self._held(wanted.unique_keys),
+            timers=self._timers(wanted.timers),
         )
 
     def _timers(self, keys: Sequence[AggregateKey]) -> dict[AggregateKey, dict[str, str]]:
@@ -115,6 +106,8 @@ class MemoryEvents(EventStore):
         for stored in (*plan.inserted_outcomes, *plan.replaced_outcomes):
             at = FOR_EVER if stored.kept else recorded_at
             self._outcomes[stored.outcome.command_id] = _OutcomeRow(stored, at)
+        if plan.is_plain:
+            return
         for snapshot in (*plan.inserted_snapshots, *plan.replaced_snapshots):
             self._snapshots[snapshot.key] = snapshot
         for command_id in plan.settled_attempts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from cqrs_es import errors
 from cqrs_es.ports.store import IMMEDIATELY, EventStore, LoadedAggregate, page_size
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         UniqueKey,
     )
     from cqrs_es.stores.append_plan import AppendPlan
-    from cqrs_es.stores.sql.session import Database, Query, Row, Session
+    from cqrs_es.stores.sql.session import Database, Query, Row, Session, Work
 
 _HEADS: Final = "SELECT log_partition, head FROM log_partitions"
 _VERSIONS: Final = """
@@ -209,33 +209,33 @@ async def _lock_and_read(session: Session, chains: Sequence[Chain]) -> AppendSta
     In one statement, or under REPEATABLE READ, the versions could be older than
     the lock.
     """
-    ids, rows = append_plan.command_ids(chains), append_plan.scheduled_ids(chains)
-    versions, numbers = append_plan.versioned_keys(chains), append_plan.snapshot_keys(chains)
+    wanted = append_plan.wanted(chains)
     grown = {chain.key for chain in chains if (chain.base_sequence or 0) >= LONG_STREAM}
-    short, long = [k for k in versions if k not in grown], [k for k in versions if k in grown]
-    keys, timers = append_plan.unique_keys(chains), append_plan.timer_keys(chains)
-    heads, *found = await session.read_locked(
-        _of_heads(append_plan.locked_partitions(chains)),
-        [
-            lambda session: outcomes.find(session, ids),
-            lambda session: _numbers(session, _VERSIONS, short),
-            lambda session: _versions_of_long(session, long),
-            lambda session: _numbers(session, _SNAPSHOT_NUMBERS, numbers),
-            lambda session: scheduled.find_free(session, rows),
-            lambda session: unique_keys.find(session, keys),
-            lambda session: scheduled.timers(session, _by_type(timers)),
-        ],
-    )
-    return AppendState(
-        heads=dict(heads),
-        outcomes=found[0],
-        versions=found[1] | found[2],
-        snapshot_numbers=found[3],
-        scheduled=found[4],
-        holders=found[5],
-        timers=found[6],
-        now=await session.now() if append_plan.counts_from_now(chains) else None,
-    )
+    short, long = wanted.versions, []
+    if grown:
+        short, long = [k for k in short if k not in grown], [k for k in short if k in grown]
+    works: dict[str, Work[Any]] = {
+        "outcomes": lambda session: outcomes.find(session, wanted.command_ids),
+        "versions": lambda session: _numbers(session, _VERSIONS, short),
+    }
+    if long:
+        works["long"] = lambda session: _versions_of_long(session, long)
+    if wanted.snapshots:
+        works["snapshot_numbers"] = lambda session: _numbers(
+            session, _SNAPSHOT_NUMBERS, wanted.snapshots
+        )
+    if wanted.scheduled:
+        works["scheduled"] = lambda session: scheduled.find_free(session, wanted.scheduled)
+    if wanted.unique_keys:
+        works["holders"] = lambda session: unique_keys.find(session, wanted.unique_keys)
+    if wanted.timers:
+        works["timers"] = lambda session: scheduled.timers(session, _by_type(wanted.timers))
+    heads, *answers = await session.read_locked(_of_heads(wanted.partitions), [*works.values()])
+    found = dict(zip(works, answers, strict=True))
+    if long:
+        found["versions"] |= found.pop("long")
+    now = await session.now() if wanted.counts_from_now else None
+    return AppendState(heads=dict(heads), now=now, **found)
 
 
 def _of_heads(partitions: Sequence[int]) -> Query:
