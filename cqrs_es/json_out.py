@@ -382,8 +382,9 @@ def _float(value: Any) -> object:
 
 def decimal_text(value: Decimal) -> str:
     """Write a Decimal in plain notation; raise `Misfit` where that fills megabytes."""
-    if not value.is_finite():
-        return str(value)
+    text = str(value)
+    if "E" not in text and len(text) <= MOST_DIGITS:  # in plain notation, or not finite
+        return text
     if abs(value.adjusted()) > MOST_DIGITS:
         raise Misfit(f"must have at most {MOST_DIGITS:,} digits in plain notation, not {value:.3e}")
     return format(value, "f")

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
         ReactorDefinition,
     )
     from cqrs_es.execution.baselines import Baseline
+    from cqrs_es.execution.stages import Answer
     from cqrs_es.ports.dead_letters import DeadLetter
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.store import StoreInfo
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from cqrs_es.projection.rebuild import RebuildProgress
     from cqrs_es.registry import Registry
     from cqrs_es.runtime.process import Process
+    from cqrs_es.telemetry.tracing import CommandSpan
     from cqrs_es.view import View
 
 log = structlog.get_logger("cqrs_es.application")
@@ -209,8 +211,14 @@ class OpenApplication:
             expected_sequence=expected_sequence,
         )
         fresh = command_id is None
-        received_at = process.clock.now() if fresh else None
-        outcome = await self.submit(message, received_at=received_at, fresh=fresh)
+        traced, span = process.tracing.executing(message)
+        answer = process.executor.submit(
+            wire.completed(traced, process.settings.max_message_bytes),
+            received_at=process.clock.now() if fresh else None,
+            fresh=fresh,
+            span=span,
+        )
+        outcome = await _kept(answer, span)
         if is_reused(outcome):
             raise errors.IdReused(outcome.command_id)
         return outcome
@@ -231,9 +239,11 @@ class OpenApplication:
         """
         process = self.process
         traced, span = process.tracing.executing(message)
-        complete = _with_body(traced, process.settings.max_message_bytes)
+        if not traced.body:
+            body = wire.encode_command(traced)
+            traced = wire.parse_command(body, process.settings.max_message_bytes)
         answer = process.executor.submit(
-            complete,
+            traced,
             retrying=retrying,
             untrusted=untrusted,
             dropped=dropped,
@@ -241,8 +251,7 @@ class OpenApplication:
             fresh=fresh,
             span=span,
         )
-        # Whoever goes away does not take the command along; its span ends with its outcome.
-        return await (answer if span is NO_SPAN else asyncio.shield(answer))
+        return await _kept(answer, span)
 
     async def schedule(
         self,
@@ -273,7 +282,7 @@ class OpenApplication:
         )
         process = self.process
         due = wire.check_due(at, process.clock.now())
-        complete = _with_body(message, process.settings.max_message_bytes)
+        complete = wire.completed(message, process.settings.max_message_bytes)
         row = ScheduledCommand.of(complete, due, process.partitions)
         await self.storage.events.schedule([row])
         process.nudger.scheduled({row.partition})
@@ -672,8 +681,6 @@ def _decoded(definition: ViewDefinition, row: ViewRow, now: Generations) -> Any:
         raise errors.UndecodableRow(message) from exc
 
 
-def _with_body(message: CommandMessage, max_bytes: int) -> CommandMessage:
-    """Give a message that was made in this process the body that a sender would have sent."""
-    if message.body:
-        return message
-    return wire.parse_command(wire.encode_command(message), max_bytes)
+def _kept(answer: Answer, span: CommandSpan) -> Answer:
+    """Return what to await: who goes away does not take the command along, nor end its span."""
+    return answer if span is NO_SPAN else asyncio.shield(answer)

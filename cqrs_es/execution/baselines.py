@@ -84,7 +84,8 @@ class BaselineCache:
 
     def put(self, key: AggregateKey, baseline: Baseline) -> None:
         """Keep a baseline, dropping those used longest ago if there are too many."""
-        self.drop(key)
+        if key in self._baselines:
+            self.drop(key)
         if not isinstance(baseline.state, bytes):  # of unknown size
             return
         self._baselines[key] = baseline

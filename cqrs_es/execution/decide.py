@@ -82,10 +82,11 @@ class Decider:
         submissions: list[Submission] = []
         commands: list[DecidedCommand] = []
         later: _Later | None = None
+        size = 0
         for index, submission in enumerate(prepared.submissions):
             if not self._begin(submission):
                 continue
-            if lineage is not None and _timer_of(submission) in lineage.ended_timers:
+            if lineage is not None and lineage.has_ended(submission.scheduled):
                 # It is looked up again when its end is committed.
                 later = _Later(submission, 0.0, prepared.submissions[index + 1 :])
                 break
@@ -103,6 +104,7 @@ class Decider:
             decided = self._with_consequences(prepared.definition, submission, decided)
             submissions.append(submission)
             commands.append(self._renewed(submission, decided))
+            size += sum([len(event.payload) + ROW_BYTES for event in decided.events])
             if (
                 decided.holds_back
                 and decided.dead_letter
@@ -124,7 +126,7 @@ class Decider:
                 and prepared.definition.outcomes == "for ever",
             ),
             baseline=None if lineage is None else lineage.baseline,
-            size=sum(len(event.payload) + ROW_BYTES for each in commands for event in each.events),
+            size=size,
             waiting=() if later is None else (later.first, *later.behind),
             wait_seconds=0.0 if later is None else later.seconds,
         )
@@ -136,9 +138,12 @@ class Decider:
         decided: DecidedCommand,
     ) -> DecidedCommand:
         """Tell a process manager of a rejection; have what follows on its own failure wait."""
+        of_process = definition is not None and definition.inputs is not None
+        if decided.outcome.status is Status.ACCEPTED and not of_process:
+            return decided
         if not self._trusted(submission):
             return decided
-        if definition is not None and definition.inputs is not None:
+        if of_process:
             return replace(decided, holds_back=True)
         error = decided.outcome.error
         if decided.outcome.status is Status.REJECTED and error is not None:
@@ -396,6 +401,10 @@ class _Lineage:
         """Return a copy of the present state for a handler to work on."""
         return self.baseline.thaw(self._definition)
 
+    def has_ended(self, row: ScheduledCommand | None) -> bool:
+        """Tell whether a row is of a timer that a command before it has ended."""
+        return row is not None and row.timer in self.ended_timers
+
     @property
     def moves(self) -> KeyMoves | None:
         """How the accepted events move unique keys, None where they move none."""
@@ -516,10 +525,6 @@ class _Yielded:
         self.events.append(NewEvent(spec.name, spec.version, payload, self._metadata))
 
 
-def _timer_of(submission: Submission) -> str | None:
-    return None if submission.scheduled is None else submission.scheduled.timer
-
-
 def _context(submission: Submission) -> CommandContext:
     message = submission.message
     return CommandContext(
@@ -542,8 +547,8 @@ def _accepted(
     cancels: tuple[str, ...] = (),
 ) -> DecidedCommand:
     first = sequence - len(events) + 1
-    numbered = tuple(OutcomeEvent(event.event_type, n) for n, event in enumerate(events, first))
-    outcome = _outcome(submission, Status.ACCEPTED, sequence=sequence, events=numbered)
+    numbered = [OutcomeEvent(event.event_type, n) for n, event in enumerate(events, first)]
+    outcome = _outcome(submission, Status.ACCEPTED, sequence=sequence, events=tuple(numbered))
     return _decided(submission, outcome, events, causes=causes, cancels=cancels)
 
 

@@ -23,7 +23,7 @@ import structlog
 from msgspec.structs import replace
 
 from cqrs_es import errors, wire
-from cqrs_es.execution.baselines import BaselineCache, BaselineLoader
+from cqrs_es.execution.baselines import Baseline, BaselineCache, BaselineLoader
 from cqrs_es.execution.causes import Causes
 from cqrs_es.execution.decide import Decider
 from cqrs_es.execution.inbox import Inbox, known_outcome
@@ -38,12 +38,12 @@ from cqrs_es.telemetry.tracing import NO_SPAN, CommandSpan
 from cqrs_es.types import time_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
     from datetime import datetime
     from types import TracebackType
 
     from cqrs_es.definitions import AggregateDefinition
-    from cqrs_es.execution.baselines import Baseline, Found
+    from cqrs_es.execution.baselines import Found
     from cqrs_es.messages import CommandMessage
     from cqrs_es.ports.clock import Clock
     from cqrs_es.ports.store import ChainResult, EventStore, ScheduledCommand, StoredOutcome
@@ -198,7 +198,8 @@ class Executor:
         alone: _Decidable | None = None
         try:
             while alone is None and (taken := self._inbox.take()):
-                decidable = await self._prepared(taken)
+                at_hand = self._at_hand(taken)
+                decidable = await self._prepared(taken) if at_hand is None else [at_hand]
                 if len(taken) == len(decidable) == 1:
                     alone = decidable[0]
                 else:
@@ -210,6 +211,22 @@ class Executor:
             if self._inbox.is_ready:
                 self._wake()
             await self._decide_alone(alone)
+
+    def _at_hand(self, taken: Sequence[tuple[Submission, ...]]) -> _Decidable | None:
+        """Return a command that came alone, with its aggregate, where the store need not be asked.
+
+        Preparing it as a batch of one takes seven times as long, a tenth of a command in memory.
+        """
+        submissions = taken[0]
+        if len(taken) != 1 or len(submissions) != 1:
+            return None
+        (alone,) = submissions
+        key = alone.message.key
+        definition = self._definition(key)
+        if not alone.fresh or alone.again or definition is None or not self._inbox.holds(alone):
+            return None
+        cached = self._baselines.get(key) if _state_needed(submissions, definition) else None
+        return None if cached is None else (key, submissions, cached)
 
     async def _prepared(self, taken: Sequence[tuple[Submission, ...]]) -> list[_Decidable]:
         """Return what is to be decided, with what was found of each aggregate."""
@@ -339,7 +356,11 @@ class Executor:
         if definition is None or found is None:
             return Prepared(key, submissions, definition)
         try:
-            baseline = await self._loader.baseline(definition, key, found)
+            baseline = (
+                found
+                if isinstance(found, Baseline)
+                else await self._loader.baseline(definition, key, found)
+            )
             _check_whole(key, baseline, submissions)
         except (errors.StoreUnavailable, errors.NeedsNewerCode, KeyboardInterrupt):
             raise
@@ -385,7 +406,8 @@ class Executor:
 
     async def _append(self, batch: Sequence[Decided]) -> list[ChainResult]:
         chains = [decided.chain for decided in batch]
-        with self._reporter.timing("append"), self._hooks.tracing.appending(_spans(batch)):
+        tracing = self._hooks.tracing.appending(each.span for d in batch for each in d.submissions)
+        with self._reporter.timing("append"), tracing:
             return await self._events.append(chains, self._clock.now())
 
     def _conclude(self, batch: Sequence[Decided], results: Sequence[ChainResult]) -> None:
@@ -429,7 +451,7 @@ class Executor:
             self._inbox.answer(each, outcome)
         self._release(decided)
 
-    def _again(self, key: AggregateKey, submissions: Iterable[Submission]) -> None:
+    def _again(self, key: AggregateKey, submissions: Sequence[Submission]) -> None:
         """Decide commands again, on what the store holds now."""
         self._baselines.drop(key)
         self._inbox.release(key, submissions)
@@ -483,16 +505,17 @@ def _check_whole(key: AggregateKey, baseline: Baseline, submissions: Iterable[Su
 
     Where a hole begins, reading a stream ends; what is decided there would conflict for ever.
     """
-    last = max(each.seen for each in submissions)
-    if baseline.sequence < last:
-        message = f"{key}: event {baseline.sequence + 1} is missing before {last}"
-        raise errors.BrokenLog(message)
+    for each in submissions:
+        if baseline.sequence < each.seen:
+            message = f"{key}: event {baseline.sequence + 1} is missing before {each.seen}"
+            raise errors.BrokenLog(message)
 
 
 def _state_needed(submissions: Iterable[Submission], definition: AggregateDefinition) -> bool:
-    return any(
-        each.condemned is None and definition.takes(each.message.type) for each in submissions
-    )
+    for each in submissions:  # not `any`, which makes a generator: it is asked for each command
+        if each.condemned is None and definition.takes(each.message.type):
+            return True
+    return False
 
 
 def _all_of(decided: Decided) -> tuple[Submission, ...]:
@@ -507,7 +530,3 @@ def _scheduled_in(batch: Sequence[Decided]) -> set[int]:
         for command in decided.chain.commands
         for caused in command.causes
     }
-
-
-def _spans(batch: Sequence[Decided]) -> Iterator[CommandSpan]:
-    return (each.span for decided in batch for each in decided.submissions)

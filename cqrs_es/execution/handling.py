@@ -70,7 +70,7 @@ async def take_all(result: Result, each: OnYield, seconds: float | None = None) 
 
 
 async def _drive(result: AsyncIterator[Any] | Awaitable[Any], happen: OnYield) -> None:
-    if not isinstance(result, AsyncIterator):
+    if type(result) is not types.AsyncGeneratorType and not isinstance(result, AsyncIterator):
         _apply_all(await result, happen)
         return
     try:

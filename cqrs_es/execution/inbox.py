@@ -27,7 +27,7 @@ from cqrs_es.execution.report import ids_of
 from cqrs_es.messages import Outcome, Status, id_reused, is_reused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection, Sequence
 
     from cqrs_es.execution.report import Reporter
     from cqrs_es.execution.stages import Answer, Decided, Submission
@@ -117,15 +117,16 @@ class Inbox:
     def _take_line(self, key: AggregateKey, limit: int) -> tuple[Submission, ...]:
         line = self._waiting[key]
         most = 1 if line[0].alone else limit
-        taken = tuple(line.popleft() for _ in range(min(most, len(line))))
-        if not line:
-            del self._waiting[key]
-        return taken
+        if len(line) <= most:
+            return tuple(self._waiting.pop(key))
+        return tuple([line.popleft() for _ in range(most)])
 
-    def release(self, key: AggregateKey, again: Iterable[Submission] = ()) -> None:
+    def release(self, key: AggregateKey, again: Sequence[Submission] = ()) -> None:
         """Let an aggregate's next commands be taken, first those that are decided again."""
         self._busy.discard(key)
         line = self._waiting.get(key)
+        if line is None and not again:
+            return
         before = [structs.replace(each, again=True) for each in again if self.holds(each)]
         for each in before:
             self._begun.discard(each.answer)
@@ -157,9 +158,11 @@ class Inbox:
 
     def take_decided(self) -> list[Decided]:
         """Return what goes into one append: of what is decided, at least one."""
+        if not self._decided:
+            return []
         fits = self._how_many_fit()
         taken, self._decided = self._decided[:fits], self._decided[fits:]
-        self._decided_commands -= sum(len(each.submissions) for each in taken)
+        self._decided_commands -= sum([len(each.submissions) for each in taken])
         if self._ready and self._has_room:
             self._on_ready()
         return taken

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Final
 
+import msgspec
 import structlog
+from msgspec.structs import astuple
 
+from cqrs_es.messages import Status
 from cqrs_es.telemetry import logs
+from cqrs_es.telemetry.metrics import NO_METER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -17,13 +22,14 @@ if TYPE_CHECKING:
     from cqrs_es.messages import CommandMessage, Outcome
     from cqrs_es.telemetry.metrics import Meter, Phase
 
+_NAMES: Final = {status: status.value for status in Status}
+_NOT_TIMED: Final = nullcontext()
 log = structlog.get_logger("cqrs_es.execution")
 
 PHASES: Final[tuple[Phase, ...]] = ("lookup", "load", "decide", "append")
 
 
-@dataclass(slots=True)
-class Counts:
+class Counts(msgspec.Struct):
     """What an executor has done since it was started."""
 
     accepted: int = 0
@@ -34,12 +40,15 @@ class Counts:
     batches: int = 0
     conflicts: int = 0
 
-    def count(self, outcome: Outcome) -> None:
+    def count(self, name: str, events: int) -> None:
         """Count an answer: by its status, or as a duplicate."""
-        name = "duplicate" if outcome.duplicate else outcome.status.value
         setattr(self, name, getattr(self, name) + 1)
-        if not outcome.duplicate:
-            self.events += len(outcome.events)
+        self.events += events
+
+    def since(self, before: Counts) -> Counts:
+        """Return what was done since another count."""
+        pairs = zip(astuple(self), astuple(before), strict=True)
+        return Counts(*(now - then for now, then in pairs))
 
 
 class Reporter:
@@ -55,18 +64,20 @@ class Reporter:
         self._monotonic = monotonic
         self._meter = meter
         self._seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
-        self._unreported = Counts()
         self.counts = Counts()
+        self._reported = Counts()
+        self._read = logs.reads_info(log)
 
-    def timing(self, phase: Phase) -> _Timing:
-        """Count a block's time as that of a phase."""
+    def timing(self, phase: Phase) -> AbstractContextManager[None]:
+        """Count a block's time as that of a phase, where anybody wants to know."""
+        if self._meter is NO_METER and not self._read:
+            return _NOT_TIMED
         return _Timing(phase, self._meter, self._monotonic, self._seconds)
 
     def answered(self, message: CommandMessage, outcome: Outcome) -> None:
         """Count an answer."""
-        name = "duplicate" if outcome.duplicate else outcome.status.value
-        self.counts.count(outcome)
-        self._unreported.count(outcome)
+        name = "duplicate" if outcome.duplicate else _NAMES[outcome.status]
+        self.counts.count(name, 0 if outcome.duplicate else len(outcome.events))
         self._meter.command(message.aggregate_type, message.type, name)
 
     def refused(self, message: CommandMessage, outcome: Outcome) -> None:
@@ -78,23 +89,24 @@ class Reporter:
     def conflict(self) -> None:
         """Count an aggregate whose commands are decided again."""
         self.counts.conflicts += 1
-        self._unreported.conflicts += 1
         self._meter.conflict()
 
     def committed(self, batch: Sequence[Sequence[Submission]]) -> None:
         """Count a batch, by aggregate, and report it."""
         self.counts.batches += 1
-        self._meter.batch(sum(map(len, batch)))
+        self._meter.batch(sum([len(each) for each in batch]))
         self.report(batch)
 
     def report(self, batch: Sequence[Sequence[Submission]]) -> None:
         """Say what was done since the last report."""
-        done, self._unreported = self._unreported, Counts()
+        reported, self._reported = self._reported, copy.copy(self.counts)
+        self._read = logs.reads_info(log)
+        if not self._read:
+            return
+        done = self.counts.since(reported)
         spent = self._seconds.copy()
         for phase in PHASES:
             self._seconds[phase] = 0.0
-        if not logs.reads_info(log):
-            return
         seconds = {f"{phase}_seconds": round(each, 4) for phase, each in spent.items()}
         log.info(
             "batch done",

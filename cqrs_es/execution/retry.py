@@ -121,5 +121,5 @@ class Outage(Retry):
         """Note that the store has answered."""
         if self.failures:
             log.info("store available again", failures=self.failures)
-        self._since = None
-        super().over()
+            self._since = None
+            super().over()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import structlog
@@ -73,7 +74,7 @@ class Supervisor:
         published, roles = self._relay.handled, self._roles.values()
         projected = sum(role.handled for role in roles if isinstance(role, ProjectorLoop))
         return Progress(
-            replace(self._executor.counts),
+            copy(self._executor.counts),
             self._worker.dead,
             published,
             projected,

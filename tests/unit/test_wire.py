@@ -13,10 +13,19 @@ from hypothesis import strategies as st
 
 from cqrs_es import errors
 from cqrs_es.cloudevents import from_cloudevent, timestamp, to_cloudevent
-from cqrs_es.messages import Outcome, OutcomeError, OutcomeEvent, Status, StoredEvent
+from cqrs_es.commands import new_command
+from cqrs_es.messages import (
+    CommandMessage,
+    Outcome,
+    OutcomeError,
+    OutcomeEvent,
+    Status,
+    StoredEvent,
+)
 from cqrs_es.types import AggregateKey
 from cqrs_es.wire import (
     command_id_of,
+    completed,
     decode_outcome,
     encode_command,
     encode_outcome,
@@ -178,6 +187,42 @@ def nested(levels: int) -> bytes:
     """Write a message that nests so deep: the message and its payload are two levels."""
     payload = b'{"x":' * (levels - 2) + b"{}" + b"}" * (levels - 2)
     return orjson.dumps({**VALID, "payload": orjson.Fragment(payload)})
+
+
+@given(
+    st.fixed_dictionaries(
+        {"payload": st.dictionaries(st.text(st.characters(codec="utf-8")), json_values)},
+        optional={
+            "aggregate_id": st.text(max_size=300) | st.uuids() | st.integers(),
+            "command": st.text(max_size=70),
+            "aggregate": st.text(max_size=70),
+            "command_id": st.sampled_from([A_UUID, A_UUID.upper(), "1", "", 1]),
+            "expected_sequence": st.integers() | st.booleans() | st.floats() | st.none(),
+            "metadata": st.dictionaries(st.text(max_size=4), st.text() | st.uuids(), max_size=2),
+            "reply_to": st.text(max_size=4),
+            "version": st.sampled_from(["1.0", "1.0.0", "2.0", "x"]),
+        },
+    ),
+    st.sampled_from([10, 200, 2**20]),
+)
+def test_a_message_made_here_is_what_its_reader_would_have(made: Any, most: int) -> None:
+    """Completed without reading it, or refused for the same reason."""
+    about = {"aggregate": "account", "aggregate_id": "ACCT-001", "command": "Deposit"} | made
+    message = new_command(about.pop("aggregate"), about.pop("aggregate_id"), **about)
+
+    def read() -> CommandMessage:
+        return parse_command(encode_command(message), most)
+
+    def spared() -> CommandMessage:
+        return completed(message, most)
+
+    found: list[object] = []
+    for make in (read, spared):
+        try:
+            found.append(make())
+        except (errors.InvalidMessage, TypeError) as exc:
+            found.append((type(exc), str(exc)))
+    assert found[0] == found[1]
 
 
 def test_a_message_nests_at_most_16_deep() -> None:
