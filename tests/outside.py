@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 PARTITIONS = 16
+UNREAD_CONFIRMS = 1000  # at most, before they are read
 CONFIRM_SECONDS = 60.0
 
 
@@ -174,17 +175,18 @@ class RabbitOutside(Outside):
             self._inboxes.add(queue)
 
     def send_bytes(self, name: str, messages: Sequence[tuple[int, bytes]]) -> None:
-        """Publish them all, then wait until all are confirmed."""
+        """Publish them, and wait until all are confirmed; a broker hangs up on who never reads."""
         self._services.add(name)
         make: Any = amqp.Message
-        for partition, body in messages:
-            message = make(body, delivery_mode=2, content_type="application/json")
-            key = str(partition)
-            self._published += 1
-            self._unconfirmed.add(self._published)
-            self._publishing.basic_publish(message, f"{name}.commands", key, mandatory=True)
-        while self._unconfirmed:
-            self._connection.drain_events(timeout=CONFIRM_SECONDS)
+        for begin in range(0, len(messages), UNREAD_CONFIRMS):
+            for partition, body in messages[begin : begin + UNREAD_CONFIRMS]:
+                message = make(body, delivery_mode=2, content_type="application/json")
+                key = str(partition)
+                self._published += 1
+                self._unconfirmed.add(self._published)
+                self._publishing.basic_publish(message, f"{name}.commands", key, mandatory=True)
+            while self._unconfirmed:
+                self._connection.drain_events(timeout=CONFIRM_SECONDS)
 
     def queued(self, name: str) -> int:
         queues = (f"{name}.commands.{partition}" for partition in range(PARTITIONS))

@@ -48,6 +48,12 @@ class Proxy:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             writer.transport.abort()
 
+    def half_close(self) -> None:
+        """End one direction of every connection, the other goes on; which one is by turns."""
+        for writer in list(self._writers)[::2]:
+            if not writer.is_closing() and writer.can_write_eof():
+                writer.write_eof()
+
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Connect a client with the server until either leaves."""
         try:

@@ -31,7 +31,7 @@ import redis
 
 from tests.conftest import run_on
 from tests.history import recorder
-from tests.history.checker import RELAY, VIEWS, assert_promises_held
+from tests.history.checker import REACTOR, RELAY, VIEWS, assert_promises_held
 from tests.history.records import History
 from tests.history.traffic import Sender
 from tests.outside import Outside, RabbitOutside, RedisOutside
@@ -40,6 +40,7 @@ from tests.proxy import Proxy, proxy_to
 from tests.servers import (
     RabbitServer,
     Server,
+    installed,
     psql,
     start_again,
     start_mariadb,
@@ -57,8 +58,9 @@ log = logging.getLogger(__name__)
 SECONDS = float(os.environ.get("CQRS_ES_TEST_CHAOS_SECONDS", "0"))
 SHORT_FAULTS, SHORT_SECONDS = 5, 12.0  # in `make test`: whichever is first
 LEASE_SECONDS = 3.0  # what `tests.processes` sets
-ROLES = ("worker", "relay", "projector")
+ROLES = ("worker", "relay", "projector", "reactor")
 SENDERS = 3
+SMALL_DISK_BYTES = 2_000_000_000
 PATIENCE = 100.0  # seconds from the end of a fault until all that was sent before is answered
 
 pytestmark = pytest.mark.timeout(SECONDS + 400)
@@ -82,13 +84,18 @@ class Fault:
 
 # Weights: what takes long comes seldom.
 PROCESS_FAULTS = {"kill": 6, "freeze": 2, "stop": 2, "add": 1}
-SERVER_FAULTS = {"restart": 2, "cut": 4, "stall": 2}
+SERVER_FAULTS = {"restart": 2, "cut": 4, "half_close": 2, "stall": 2, "refuse_writes": 2, "fill": 2}
+LONGER = {"freeze", "stall", "refuse_writes", "fill"}
 
 
-def planned(seed: int, broker: str) -> Iterator[Fault]:
+def planned(seed: int, servers: Servers) -> Iterator[Fault]:
     """Plan faults without end."""
     rng = random.Random(seed)
-    weights = PROCESS_FAULTS | SERVER_FAULTS | ({"flush": 1} if broker == "redis" else {})
+    weights = PROCESS_FAULTS | SERVER_FAULTS
+    if servers.broker_name == "redis":
+        weights["flush"] = 1
+    if not servers.disks:
+        del weights["fill"]
     while True:
         (kind,) = rng.choices(list(weights), list(weights.values()))
         role = rng.choice(ROLES)
@@ -96,7 +103,7 @@ def planned(seed: int, broker: str) -> Iterator[Fault]:
             role = rng.choice(("store", "broker"))
         if kind == "flush":
             role = "broker"
-        longest = LEASE_SECONDS * 2 if kind in {"freeze", "stall"} else 1.0
+        longest = LEASE_SECONDS * 2 if kind in LONGER else 1.0
         yield Fault(kind, role, rng.uniform(0, longest))
 
 
@@ -146,30 +153,48 @@ class Servers:
     folder: Path
     store: Server = field(init=False)
     broker: Server | RabbitServer = field(init=False)
+    # Small file systems of their own, by server, where this user may mount them.
+    disks: dict[str, Path] = field(default_factory=dict[str, Path])
 
-    def start(self) -> None:
-        for name in ("store", "broker"):
-            (self.folder / name).mkdir()
-        if self.store_name == "mysql":
-            self.store = start_mariadb(self.folder / "store")
-            run_on(f"mysql://root@127.0.0.1:{self.store.port}", "CREATE DATABASE bank")
-        else:
+    def start(self, *, on_small_disks: bool = False) -> None:
+        store, broker = self.folder / "store", self.folder / "broker"
+        if self.store_name == "postgres":
             # Not below pytest's own folder: the server runs as a user who may not look into it.
-            folder = Path(tempfile.mkdtemp(prefix="cqrs-es-postgres-"))
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-            self.store = start_postgres(folder)
-            psql(f"postgresql://postgres@127.0.0.1:{self.store.port}/", "CREATE DATABASE bank")
-        if self.broker_name == "redis":
-            self.broker = start_redis(self.folder / "broker")
+            store = Path(tempfile.mkdtemp(prefix="cqrs-es-postgres-"))
+            atexit.register(shutil.rmtree, store, ignore_errors=True)
+        for name, folder in (("store", store), ("broker", broker)):
+            folder.mkdir(exist_ok=True)
+            if on_small_disks and _mounted(folder):
+                self.disks[name] = folder
+        if self.store_name == "mysql":
+            self.store = start_mariadb(store)
+            # Root may write where a server is read-only: the bank is another user.
+            for statement in (
+                "CREATE DATABASE bank",
+                "CREATE USER bank",
+                "GRANT ALL ON bank.* TO bank",
+            ):
+                self._tell(statement)
         else:
-            self.broker = start_rabbitmq(self.folder / "broker")
+            self.store = start_postgres(store)
+            self._tell("CREATE DATABASE bank")
+        self.broker = start_redis(broker) if self.broker_name == "redis" else start_rabbitmq(broker)
 
     def stop(self) -> None:
         self.broker.stop()
         self.store.stop()
+        for folder in self.disks.values():
+            subprocess.run([installed("umount"), folder], check=True)
+
+    def _tell(self, statement: str) -> None:
+        """Ask the database as its administrator."""
+        if self.store_name == "mysql":
+            run_on(f"mysql://root@127.0.0.1:{self.store.port}", statement)
+        else:
+            psql(f"postgresql://postgres@127.0.0.1:{self.store.port}/", statement)
 
     def store_url(self, port: int) -> str:
-        user = "mysql://root" if self.store_name == "mysql" else "postgresql://postgres"
+        user = "mysql://bank" if self.store_name == "mysql" else "postgresql://postgres"
         return f"{user}@127.0.0.1:{port}/bank"
 
     def broker_url(self, port: int) -> str:
@@ -184,15 +209,58 @@ class Servers:
             sudden = signal.SIGKILL if self.store_name == "mysql" else signal.SIGQUIT
             self.store.process.send_signal(sudden)
             self.store.process.wait(20)
-            time.sleep(seconds)
-            self.store = start_again(self.store, self.folder / "store.log")
-            return
-        self.broker.kill()
+        else:
+            self.broker.kill()
         time.sleep(seconds)
-        if isinstance(self.broker, RabbitServer):
+        self.start_again(name)
+
+    def start_again(self, name: str) -> None:
+        """Start a server that has ended."""
+        if name == "store":
+            self.store = start_again(self.store, self.folder / "store.log")
+        elif isinstance(self.broker, RabbitServer):
             self.broker = self.broker.start_again()
         else:
             self.broker = start_again(self.broker, self.folder / "broker.log")
+
+    def refuse_writes(self, name: str, *, refused: bool) -> None:
+        """Have a server take no writes, as a replica after a failover, or RabbitMQ's alarms do."""
+        if name == "store" and self.store_name == "mysql":
+            self._tell(f"SET GLOBAL read_only = {int(refused)}")
+        elif name == "store":
+            state = "on" if refused else "off"
+            self._tell(f"ALTER SYSTEM SET default_transaction_read_only = {state}")
+            self._tell("SELECT pg_reload_conf()")
+        elif isinstance(self.broker, RabbitServer):
+            self.broker.control("set_vm_memory_high_watermark", "0.00001" if refused else "0.4")
+        else:
+            client: Any = redis.Redis(port=self.broker.port)
+            with client:
+                client.replicaof(*(("127.0.0.1", "1") if refused else ("NO", "ONE")))
+
+    def fill(self, name: str) -> None:
+        """Take all room there is on a server's disk."""
+        folder = self.disks[name]
+        with (folder / "balloon").open("wb") as balloon:
+            os.posix_fallocate(balloon.fileno(), 0, shutil.disk_usage(folder).free)
+
+    def make_room(self, name: str) -> None:
+        """Give the room back; start a server again that has ended for want of it."""
+        (self.disks[name] / "balloon").unlink()
+        server = self.store if name == "store" else self.broker
+        process = server.node.process if isinstance(server, RabbitServer) else server.process
+        time.sleep(1)  # one that is about to end
+        if process.poll() is not None:
+            self.start_again(name)
+
+
+def _mounted(folder: Path) -> bool:
+    """Mount a file system of its own, in memory; tell whether that may be done."""
+    mount = [installed("mount"), "-t", "tmpfs", "-o", f"size={SMALL_DISK_BYTES}", "tmpfs", folder]
+    done = subprocess.run(mount, check=False, capture_output=True)
+    if done.returncode != 0:
+        log.warning("no disk is filled: %s", done.stderr.decode().strip())
+    return done.returncode == 0
 
 
 # --- The bank and its senders ----------------------------------------------------------
@@ -261,7 +329,7 @@ class Chaos:
         heads = self._heads()
         until(
             lambda: self._has_got_to(heads),
-            f"relay or projectors do not get on after {fault}",
+            f"relay, projectors or reactors do not get on after {fault}",
             within_seconds=PATIENCE,
         )
         self.done[fault.kind] += 1
@@ -276,8 +344,7 @@ class Chaos:
         for sender in self.senders:
             sender.join(PATIENCE)
             assert not sender.is_alive(), f"{len(sender.in_flight)} of {sender.name} unanswered"
-        heads = self._heads()
-        until(lambda: self._has_got_to(heads), "relay or projectors do not get to the end")
+        until(self._is_at_rest, "relay, projectors, reactors or due rows do not get to the end")
         return time.monotonic() - began
 
     def recorded(self) -> History:
@@ -309,8 +376,17 @@ class Chaos:
         rows = recorder.rows(self.store_url, "SELECT log_partition, head FROM log_partitions")
         return {row["log_partition"]: row["head"] for row in rows}
 
+    def _is_at_rest(self) -> bool:
+        """Tell whether all has been published and followed, and nothing is left that it causes."""
+        heads = self._heads()
+        return (
+            self._has_got_to(heads)
+            and not recorder.waiting(self.store_url)
+            and self._heads() == heads
+        )
+
     def _has_got_to(self, heads: dict[int, int]) -> bool:
-        """Tell whether all is published and projected up to these offsets."""
+        """Tell whether relay, views and reactors have got to these offsets."""
         marks: dict[str, dict[int, int]] = defaultdict(dict)
         for row in recorder.rows(self.store_url, "SELECT * FROM checkpoints"):
             marks[row["projector"]][row["log_partition"]] = row["log_offset"]
@@ -321,7 +397,7 @@ class Chaos:
         return all(
             marks[reader].get(partition, 0) >= head
             for partition, head in heads.items()
-            for reader in (RELAY, *(f"{view}__{live.get(view, 1)}" for view in VIEWS))
+            for reader in (RELAY, *(f"{name}__{live.get(name, 1)}" for name in (*VIEWS, REACTOR)))
         )
 
     def _all_live(self) -> None:
@@ -374,6 +450,19 @@ class Chaos:
         time.sleep(fault.seconds)
         self.wires.do(proxy.heal)
 
+    def _half_close(self, fault: Fault) -> None:
+        self.wires.do(self.wires.proxies[fault.role].half_close)
+
+    def _refuse_writes(self, fault: Fault) -> None:
+        self.servers.refuse_writes(fault.role, refused=True)
+        time.sleep(fault.seconds)
+        self.servers.refuse_writes(fault.role, refused=False)
+
+    def _fill(self, fault: Fault) -> None:
+        self.servers.fill(fault.role)
+        time.sleep(fault.seconds)
+        self.servers.make_room(fault.role)
+
     def _flush(self, fault: Fault) -> None:
         del fault
         began = time.monotonic()
@@ -388,7 +477,7 @@ class Chaos:
 def chaos(store: str, broker: str, folder: Path, seed: int, *, copies: int = 2) -> Generator[Chaos]:
     """Run a bank with some processes of each role, and its senders."""
     servers = Servers(store, broker, folder)
-    servers.start()
+    servers.start(on_small_disks=SECONDS > 0)
     with ExitStack() as stack:
         stack.callback(servers.stop)
         wires = Wires({"store": servers.store.port, "broker": servers.broker.port})
@@ -422,7 +511,7 @@ def live_through(store: str, broker: str, folder: Path, seconds: float, faults: 
     log.warning("CQRS_ES_TEST_SEED=%s on %s and %s", seed, store, broker)
     with chaos(store, broker, folder, seed) as made:
         began = time.monotonic()
-        for number, fault in enumerate(planned(seed, broker)):
+        for number, fault in enumerate(planned(seed, made.servers)):
             passed = time.monotonic() - began
             if passed > seconds or number >= faults:
                 break

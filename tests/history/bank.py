@@ -18,13 +18,23 @@ FIELDS = {
     "DepositMoney": {"amount"},
     "WithdrawMoney": {"amount", "atm_id"},
     "WriteCheck": {"check_number", "amount"},
+    "TransferMoney": {"to_account", "amount"},
+    "AssignIban": {"iban"},
 }
 CHANGES = {
     "CustomerDepositedMoney": ("deposit", +1),
     "CustomerWithdrewCash": ("atm withdrawal", -1),
-    "CustomerWroteCheck": ("check", -1),
+    "CustomerWroteCheck": ("{check_number}", -1),
+    "CustomerSentMoney": ("transfer to {to_account}", -1),
+    "CustomerReceivedMoney": ("transfer from {from_account}", +1),
+    "TransferCameBack": ("returned by {to_account}", +1),
 }
 UNKNOWN = ("unknown", 0)
+COLUMNS = {
+    "CustomerDepositedMoney": "deposits_cents",
+    "CustomerWithdrewCash": "withdrawals_cents",
+    "CustomerWroteCheck": "checks_cents",
+}
 MOST = Decimal("999999999999.99")
 
 
@@ -35,12 +45,15 @@ class Account:
     sequence: int = 0
     opened_as: str | None = None
     balance: Decimal = Decimal(0)
+    iban: str | None = None
 
     def after(self, event_type: str, payload: Json) -> Account:
         """Follow one event, adding amounts up: the balance that it states is not believed."""
         if event_type == "AccountOpened":
             opened = replace(self, opened_as=payload["account_id"])
             return replace(opened, sequence=self.sequence + 1)
+        if event_type == "IbanAssigned":
+            return replace(self, iban=payload["iban"], sequence=self.sequence + 1)
         _, sign = CHANGES.get(event_type, UNKNOWN)
         balance = self.balance + sign * Decimal(payload.get("amount", 0))
         return replace(self, balance=balance, sequence=self.sequence + 1)
@@ -48,12 +61,16 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What has to become of a command; `loaded` is whether its account is looked at for that."""
+    """What has to become of a command; `loaded` is whether its account is looked at for that.
+
+    Where `or_code` is given it may be rejected with that instead: other accounts decide that.
+    """
 
     status: str
     code: str | None = None
     events: tuple[tuple[str, Json], ...] = ()
     loaded: bool = True
+    or_code: str | None = None
 
 
 def without_account(message: Json) -> Verdict | None:
@@ -81,6 +98,11 @@ def verdict(message: Json, account: Account) -> Verdict:
         return _accepted("AccountOpened", account_id=payload["account_id"])
     if account.opened_as is None:
         return Verdict("rejected", "account_not_open")
+    if message["type"] == "AssignIban":
+        if payload["iban"] == account.iban:
+            return Verdict("accepted")
+        assigned = _accepted("IbanAssigned", iban=payload["iban"])
+        return replace(assigned, or_code="iban_taken")
     return _moved(message["type"], payload, account)
 
 
@@ -89,11 +111,16 @@ def _moved(command: str, payload: Json, account: Account) -> Verdict:
     money = {"amount": amount, "balance": account.balance + amount}
     if command == "DepositMoney":
         return _accepted("CustomerDepositedMoney", **money)
+    if payload.get("to_account") == account.opened_as:
+        return Verdict("rejected", "same_account")
     if amount > account.balance:
         return Verdict("rejected", "funds_not_available")
     money["balance"] = account.balance - amount
     if command == "WithdrawMoney":
         return _accepted("CustomerWithdrewCash", **money)
+    if command == "TransferMoney":
+        ends = {"from_account": account.opened_as, "to_account": payload["to_account"]}
+        return _accepted("CustomerSentMoney", **ends, **money)
     return _accepted("CustomerWroteCheck", check_number=payload["check_number"], **money)
 
 
@@ -131,12 +158,13 @@ def statement(events: list[tuple[str, Json]]) -> Json:
         if event_type == "AccountOpened":
             row["account_id"] = payload["account_id"]
             continue
+        if event_type == "IbanAssigned":
+            continue
         description, sign = CHANGES.get(event_type, UNKNOWN)
-        if description == "check":
-            description = payload["check_number"]
-            row["written_checks"].append(description)
+        if event_type == "CustomerWroteCheck":
+            row["written_checks"].append(payload["check_number"])
         amount = Decimal(payload.get("amount", 0))
-        row["ledger"].append({"description": description, "amount": amount})
+        row["ledger"].append({"description": description.format(**payload), "amount": amount})
         row["balance"] += sign * amount
     return row
 
@@ -154,12 +182,8 @@ def add_to_day(row: dict[str, int], event_type: str, payload: Json) -> None:
     if event_type not in CHANGES:
         return
     cents = int(Decimal(payload["amount"]) * 100)
-    column = {
-        "CustomerDepositedMoney": "deposits_cents",
-        "CustomerWithdrewCash": "withdrawals_cents",
-        "CustomerWroteCheck": "checks_cents",
-    }[event_type]
-    row[column] += cents
+    if (column := COLUMNS.get(event_type)) is not None:
+        row[column] += cents
     row["held_cents"] += CHANGES[event_type][1] * cents
 
 

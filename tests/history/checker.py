@@ -5,8 +5,7 @@ nothing of what it judges. Each check yields contradictions with the records tha
 them, as few as will do; the shortest is what is shown first.
 
 Its place in time: the service is healed and drained, so whatever was taken has to be
-decided, published and projected. Promises about what an event causes (schedules,
-unique keys) get a check of their own in `CHECKS`, and their records in `History`.
+decided, published and projected, and what that has caused too.
 """
 
 from __future__ import annotations
@@ -39,6 +38,8 @@ if TYPE_CHECKING:
 
 RELAY = "$relay"
 VIEWS = ("account_query", "bank_totals")
+REACTOR = "reactor:transfer"
+CAUSED = ("account", "transfer")  # whom transfers send commands; `transfers_end_once` counts them
 SHOWN_CHARACTERS = 400
 
 
@@ -160,7 +161,8 @@ def one_outcome(known: Known) -> Iterator[Contradiction]:
             yield Contradiction("G2", "two outcomes of one command", (_row(earlier), _row(later)))
     for row in rows:
         if row.command_id not in known.sent:
-            yield Contradiction("G2", "an outcome of a command that nobody sent", (_row(row),))
+            if row.outcome["aggregate_type"] not in CAUSED:
+                yield Contradiction("G2", "an outcome of a command that nobody sent", (_row(row),))
         elif row.command_id not in known.decided:
             sent = _sent(known.sent[row.command_id][0])
             yield Contradiction("G2", "request_hash is of another content", (sent, _row(row)))
@@ -231,7 +233,7 @@ def decisions_are_the_models(known: Known) -> Iterator[Contradiction]:
     for row in known.history.outcomes:
         sent = known.decided.get(row.command_id)
         if sent is None:
-            continue  # said by `one_outcome`
+            continue  # said by `one_outcome`, or nobody's but a transfer's
         place = known.place(row.command_id)
         state = known.state(sent.account, place.before) if place else None
         expected = bank.without_account(sent.message)
@@ -247,6 +249,8 @@ def _unlike(expected: bank.Verdict, known: Known, row: StoredOutcome) -> str | N
     """Say how an outcome and its events differ from what they have to be."""
     outcome, events = row.outcome, known.caused.get(row.command_id, [])
     found = (outcome["status"], code_of(outcome))
+    if expected.or_code is not None and found == ("rejected", expected.or_code):
+        expected = bank.Verdict(*found)
     if found != (expected.status, expected.code):
         return f"the rules say {expected.status}, {expected.code}"
     if not expected.loaded and outcome["sequence"] is not None:
@@ -441,14 +445,16 @@ def _address(history: History, event: StoredEvent) -> tuple[str, str]:
 
 
 def checkpoints_are_at_the_end(known: Known) -> Iterator[Contradiction]:
-    """G6, G7: the relay's marks and the live views' checkpoints are the heads."""
-    names = {RELAY: RELAY} | {view: known.history.live.get(view, view) for view in VIEWS}
+    """G6, G7, G11: marks of the relay, checkpoints of live views and reactors are the heads."""
+    followers = (*VIEWS, REACTOR)
+    names = {RELAY: RELAY} | {name: known.history.live.get(name, name) for name in followers}
     for name, key in names.items():
         checkpoints = known.history.checkpoints.get(key, {})
         for partition, head in known.history.heads.items():
             if checkpoints.get(partition, 0) != head:
                 says = f"{name} is at {checkpoints.get(partition, 0)} of partition {partition}"
-                yield Contradiction("G6" if name == RELAY else "G7", f"{says}, the log at {head}")
+                promise = {RELAY: "G6", REACTOR: "G11"}.get(name, "G7")
+                yield Contradiction(promise, f"{says}, the log at {head}")
     for marker in known.history.parked:
         yield Contradiction("G7", "an account is parked", (f"parked    {_short(marker)}",))
 
@@ -458,7 +464,7 @@ def statements_are_a_fold(known: Known) -> Iterator[Contradiction]:
     rows: dict[str, list[Json]] = defaultdict(list)
     for view_id, payload in known.history.accounts:
         rows[view_id].append(bank.read_statement(payload))
-    streams = {stream[0].aggregate_id: stream for stream in known.streams.values()}
+    streams = {name: stream for (kind, name), stream in known.streams.items() if kind == "account"}
     for account in sorted(rows.keys() | streams.keys()):
         events = [(event.event_type, event.payload) for event in streams.get(account, [])]
         expected = [bank.statement(events)] if events else []
@@ -488,6 +494,8 @@ def totals_are_a_fold(known: Known) -> Iterator[Contradiction]:
     """G7: `bank_totals` has a row for each day on which something was booked."""
     expected: dict[str, dict[str, int]] = defaultdict(lambda: dict(bank.EMPTY_DAY))
     for event in known.history.events:
+        if event.aggregate_type != "account":
+            continue
         bank.add_to_day(expected[_day(event)], event.event_type, event.payload)
     rows: dict[str, list[dict[str, int]]] = defaultdict(list)
     for day, row in known.history.totals:
@@ -511,7 +519,9 @@ def money_is_conserved(known: Known) -> Iterator[Contradiction]:
     moved = Decimal(0)
     for command_id, row in known.outcomes.items():
         sent = known.decided.get(command_id)
-        if sent and row.outcome["status"] == "accepted" and "amount" in sent.message["payload"]:
+        if sent is None or sent.message["type"] == "TransferMoney":
+            continue
+        if row.outcome["status"] == "accepted" and "amount" in sent.message["payload"]:
             sign = 1 if sent.message["type"] == "DepositMoney" else -1
             moved += sign * Decimal(sent.message["payload"]["amount"])
     held = {
@@ -550,6 +560,159 @@ def nothing_is_set_aside_silently(known: Known) -> Iterator[Contradiction]:
             yield Contradiction("G9", "attempts at a command that was decided", records)
 
 
+# --- What events cause, and unique keys ----------------------------------------------------
+
+
+def transfers_end_once(known: Known) -> Iterator[Contradiction]:
+    """G11: each transfer ends once, by as many commands as that takes, and nothing is left."""
+    caused = _caused(known)
+    moves: dict[str, list[StoredEvent]] = defaultdict(list)
+    for event in known.history.events:
+        if event.event_type in {"CustomerReceivedMoney", "TransferCameBack"}:
+            moves[event.metadata.get("process", "")].append(event)
+            yield from _wrong_balance(known, event)
+    for event in known.history.events:
+        if event.event_type == "CustomerSentMoney":
+            moved = moves.pop(f"transfer/{event.command_id}", [])
+            yield from _wrong_transfer(known, event, moved, caused)
+    for name, events in moves.items():
+        says = f"money moved for {name or 'no transfer'}, which nobody began"
+        yield Contradiction("G11", says, tuple(map(_event, events)))
+    for rows in caused.values():
+        for row in rows:
+            says = "an outcome of a command that nobody sent, and nothing caused"
+            yield Contradiction("G2", says, (_row(row),))
+    for row in known.history.scheduled:
+        yield Contradiction("G11", "a scheduled command is left", (f"row       {_short(row)}",))
+
+
+def _caused(known: Known) -> dict[Account, list[StoredOutcome]]:
+    """List the outcomes of commands that nobody sent, by whom they were for."""
+    found: dict[Account, list[StoredOutcome]] = defaultdict(list)
+    for row in known.history.outcomes:
+        account = (row.outcome["aggregate_type"], row.outcome["aggregate_id"])
+        if row.command_id not in known.sent and account[0] in CAUSED:
+            found[account].append(row)
+    return found
+
+
+def _wrong_transfer(
+    known: Known,
+    began: StoredEvent,
+    moved: list[StoredEvent],
+    caused: dict[Account, list[StoredOutcome]],
+) -> Iterator[Contradiction]:
+    """Compare what a transfer did with its steps; take its commands from those that were caused."""
+    process = ("transfer", began.command_id)
+    stream, rows = known.streams.get(process, []), caused.pop(process, [])
+    wrong = _wrong_steps(known, began, stream, moved, caused)
+    if wrong is None and len(rows) != len(stream):
+        wrong = f"its process decided {len(rows)} commands, not {len(stream)}"
+    if wrong is not None:
+        records = (_event(began), *map(_event, stream), *map(_event, moved), *map(_row, rows))
+        yield Contradiction("G11", wrong, records)
+    for each in moved:
+        of = caused.get(each.account, [])
+        of[:] = [row for row in of if row.command_id != each.command_id]
+
+
+def _wrong_steps(
+    known: Known,
+    began: StoredEvent,
+    stream: list[StoredEvent],
+    moved: list[StoredEvent],
+    caused: dict[Account, list[StoredOutcome]],
+) -> str | None:
+    """Say what is wrong with a transfer; take the refusal that it had from what was caused."""
+    source, target = began.payload["from_account"], began.payload["to_account"]
+    amount = Decimal(began.payload["amount"])
+    arrived = len(stream) == 2
+    expected: list[tuple[str, Json]] = [
+        ("TransferBegan", {"from_account": source, "to_account": target, "amount": amount}),
+        ("TransferEnded", {"arrived": arrived}),
+    ]
+    if not arrived:
+        expected.insert(1, ("TransferRefused", {"reason": "account_not_open"}))
+        refusals = caused.get(("account", target), [])
+        refused = next((row for row in refusals if _is_refusal(known, row)), None)
+        if refused is None:
+            return "it came back, and nobody had refused it"
+        refusals.remove(refused)
+    if [(each.event_type, bank.read_event(each.payload)) for each in stream] != expected:
+        return "the process of a transfer did not do its steps, each once"
+    end = (target, "CustomerReceivedMoney") if arrived else (source, "TransferCameBack")
+    if [(e.aggregate_id, e.event_type, Decimal(e.payload["amount"])) for e in moved] != [
+        (*end, amount)
+    ]:
+        return f"its money is to be in {end[0]}, once"
+    return None
+
+
+def _is_refusal(known: Known, row: StoredOutcome) -> bool:
+    place = known.place(row.command_id)
+    account = (row.outcome["aggregate_type"], row.outcome["aggregate_id"])
+    state = known.state(account, place.before) if place else None
+    return code_of(row.outcome) == "account_not_open" and state is not None and not state.opened_as
+
+
+def _wrong_balance(known: Known, event: StoredEvent) -> Iterator[Contradiction]:
+    """Look at the balance after an event of a command that nobody sent."""
+    state = known.state(event.account, event.sequence)
+    if state is None or Decimal(event.payload["balance"]) != state.balance:
+        yield Contradiction("G3", f"the account holds {state}", (_event(event),))
+
+
+def keys_have_one_holder(known: Known) -> Iterator[Contradiction]:
+    """G12: no two accounts have an IBAN at once, and the table has who has which."""
+    holders: dict[str, list[str]] = defaultdict(list)
+    for (_, name), states in known.states.items():
+        if (iban := states[-1].iban) is not None:
+            holders[iban].append(name)
+    for iban, names in holders.items():
+        if len(names) > 1:
+            yield Contradiction("G12", f"{' and '.join(names)} have {iban}")
+    rows = sorted(row["aggregate_id"] for row in known.history.unique_keys)
+    if rows != sorted(name for names in holders.values() for name in names):
+        yield Contradiction("G12", f"unique_keys has {rows}, the log {dict(holders)}")
+    yield from _held_by_two(known)
+    claimed = {(e.payload["iban"], e.account) for e in _assigned(known)}
+    for row in known.history.outcomes:
+        sent = known.decided.get(row.command_id)
+        if sent is not None and code_of(row.outcome) == "iban_taken":
+            iban = sent.message["payload"]["iban"]
+            if not any(iban == held and account != sent.account for held, account in claimed):
+                says = "it is refused as taken, and no other account ever had it"
+                yield Contradiction("G12", says, (_sent(sent), _row(row)))
+
+
+def _held_by_two(known: Known) -> Iterator[Contradiction]:
+    """Compare the times in which an account had an IBAN for certain, as its senders saw it.
+
+    That is from when one was told that it has it, until somebody sent what took another.
+    """
+    spans: dict[str, list[tuple[float, float, StoredEvent]]] = defaultdict(list)
+    following: dict[Account, float] = {}
+    for event in reversed(_assigned(known)):
+        replies = known.replies.get(event.command_id, [])
+        since = min((reply.at for reply in replies), default=float("inf"))
+        until = following.get(event.account, float("inf"))
+        if since < until:
+            spans[event.payload["iban"]].append((since, until, event))
+        sendings = known.sent.get(event.command_id, [])
+        following[event.account] = sendings[0].at if sendings else 0.0
+    for found in spans.values():
+        for earlier, later in pairwise(sorted(found, key=lambda span: span[0])):
+            if later[0] < earlier[1] and earlier[2].account != later[2].account:
+                records = (_event(earlier[2]), _event(later[2]))
+                yield Contradiction("G12", "two accounts had it at once", records)
+
+
+def _assigned(known: Known) -> list[StoredEvent]:
+    """List who was given an IBAN, each account's in their order."""
+    streams = known.streams.values()
+    return [each for stream in streams for each in stream if each.event_type == "IbanAssigned"]
+
+
 CHECKS: tuple[Callable[[Known], Iterator[Contradiction]], ...] = (
     commands_are_kept,
     one_outcome,
@@ -564,6 +727,8 @@ CHECKS: tuple[Callable[[Known], Iterator[Contradiction]], ...] = (
     statements_are_a_fold,
     totals_are_a_fold,
     money_is_conserved,
+    transfers_end_once,
+    keys_have_one_holder,
     nothing_is_set_aside_silently,
 )
 

@@ -52,6 +52,9 @@ def record_tables(history: History, store_url: str) -> None:
     attempts = rows(store_url, "SELECT command_id, attempts FROM command_attempts")
     history.attempts = {row["command_id"]: row["attempts"] for row in attempts}
     history.parked = rows(store_url, "SELECT projector, aggregate_id, reason FROM parked")
+    history.scheduled = waiting(store_url)
+    keys = rows(store_url, "SELECT aggregate_id, name, value_hash FROM unique_keys")
+    history.unique_keys = [row | {"value_hash": str(row["value_hash"])} for row in keys]
 
 
 def _record_views(history: History, store_url: str) -> None:
@@ -85,6 +88,13 @@ def rows(store_url: str, sql: str) -> list[Json]:
     with connection, connection.cursor() as cursor:
         cursor.execute(sql)
         return list(cast("Any", cursor.fetchall()))
+
+
+def waiting(store_url: str) -> list[Json]:
+    """List what was caused or set and is not decided yet; a recurring command is always there."""
+    sql = "SELECT aggregate_id, timer, body FROM outgoing_commands"
+    found = rows(store_url, sql)
+    return [row for row in found if not (row["timer"] or "").startswith("$every ")]
 
 
 def _event(row: Json) -> StoredEvent:

@@ -109,6 +109,9 @@ class History:
     dead_letters: list[Json] = field(default_factory=list[Json])  # id, source, reason, body
     attempts: dict[str, int] = field(default_factory=dict[str, int])
     parked: list[Json] = field(default_factory=list[Json])
+    # What still waits to be decided, without recurring commands: aggregate_id, timer, body.
+    scheduled: list[Json] = field(default_factory=list[Json])
+    unique_keys: list[Json] = field(default_factory=list[Json])  # aggregate_id, name, value_hash
     # What `cqrs-es outcome` said of some commands, by their ids.
     shown: dict[str, Json] = field(default_factory=dict[str, Json])
     # When the broker lost everything it had.

@@ -28,15 +28,34 @@ IN_FLIGHT = 60  # commands of one sender
 PATIENCE_SECONDS = 4.0  # until what was not answered may be sent again
 PAUSE_SECONDS = 0.02
 DAYS = [f"2026-11-{day:02}" for day in range(1, 10)]
+NEVER_OPENED = "nobody"
+NAMES = [
+    "OpenAccount",
+    *["DepositMoney"] * 5,
+    *["WithdrawMoney"] * 3,
+    *["TransferMoney"] * 3,
+    "WriteCheck",
+    "AssignIban",
+]
 
 
-def random_command(rng: random.Random, account: str, sequence: int) -> Json:
-    """Write a command for an account that is thought to be at a sequence.
+def _iban(number: int) -> str:
+    """Make an IBAN of the United Kingdom, its check digits computed [ISO 13616]."""
+    own = f"NWBK6016133192{number:04}"
+    digits = "".join(str(int(letter, 36)) for letter in f"{own}GB00")
+    return f"GB{98 - int(digits) % 97:02}{own}"
+
+
+IBANS = [_iban(number) for number in range(12)]  # fewer than accounts: most are refused
+
+
+def random_command(rng: random.Random, account: str, sequence: int, other: str) -> Json:
+    """Write a command for an account that is thought to be at a sequence; `other` is another.
 
     Most will be accepted, some rejected for each of the reasons that there are,
     few fail.
     """
-    name = rng.choice(["OpenAccount", *["DepositMoney"] * 5, *["WithdrawMoney"] * 3, "WriteCheck"])
+    name = rng.choice(NAMES)
     amount = f"{rng.randint(1, 20_000) / 100:.{rng.choice([0, 1, 2])}f}"
     if amount == "0" or rng.random() < 0.02:
         amount = rng.choice(["0", "-5", "0.001", "1E+3", "1000000000000"])
@@ -45,6 +64,8 @@ def random_command(rng: random.Random, account: str, sequence: int) -> Json:
         "DepositMoney": {"amount": amount},
         "WithdrawMoney": {"amount": amount, "atm_id": f"ATM-{rng.randint(1, 9)}"},
         "WriteCheck": {"check_number": str(rng.randint(1000, 9999)), "amount": amount},
+        "TransferMoney": {"to_account": other, "amount": amount},
+        "AssignIban": {"iban": rng.choice(IBANS)},
     }[name]
     message: Json = {
         "id": str(UUID(int=rng.getrandbits(128), version=4)),
@@ -166,7 +187,8 @@ class Sender(threading.Thread):
             again = self._messages[rng.choice(list(self._answered))]
             return again | ({"payload": {"amount": "1"}} if rng.random() < 0.3 else {})
         account = f"A-{rng.randrange(ACCOUNTS)}"
-        message = random_command(rng, account, self._sequences.get(account, 0))
+        other = NEVER_OPENED if rng.random() < 0.1 else f"A-{rng.randrange(ACCOUNTS)}"
+        message = random_command(rng, account, self._sequences.get(account, 0), other)
         self._messages[message["id"]] = message | {"reply_to": self.name}
         return self._messages[message["id"]]
 

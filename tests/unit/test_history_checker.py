@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 import orjson
 import pytest
@@ -30,7 +31,7 @@ from tests.history.checker import (
     partition_of,
 )
 from tests.history.records import History, Reply, Seen, Sent, StoredEvent, StoredOutcome
-from tests.history.traffic import random_command
+from tests.history.traffic import NEVER_OPENED, random_command
 
 Json = dict[str, Any]
 
@@ -55,6 +56,8 @@ class Life:
     )
     decided: dict[str, StoredOutcome] = field(default_factory=dict[str, StoredOutcome])
     queues: dict[tuple[str, str], deque[Sent]] = field(default_factory=lambda: defaultdict(deque))
+    # Transfers whose money is on its way: the event that it left by.
+    on_its_way: list[StoredEvent] = field(default_factory=list[StoredEvent])
 
     def tick(self) -> float:
         self.now += self.rng.uniform(0.001, 0.01)
@@ -66,9 +69,15 @@ class Life:
         self.queues[sent.account].append(sent)
 
     def decide_one(self) -> bool:
-        """Decide the first command of any account that has one."""
+        """Decide the first command of any account that has one, or go on with a transfer."""
+        if self.on_its_way and self.rng.random() < 0.3:
+            self._end_transfer(self.on_its_way.pop(0))
+            return True
         waiting = [account for account, queue in self.queues.items() if queue]
         if not waiting:
+            if self.on_its_way:
+                self._end_transfer(self.on_its_way.pop(0))
+                return True
             return False
         sent = self.queues[self.rng.choice(waiting)].popleft()
         self.history.replies.append(Reply(self._answer(sent), self.tick()))
@@ -87,16 +96,22 @@ class Life:
             if row.request_hash == content_hash(sent):
                 return row.outcome | {"duplicate": True}
             error = {"code": "id_reused", "message": "it was sent with other content"}
-            return _outcome(sent) | {"status": "rejected", "error": error}
+            return _outcome(sent.id, sent.account) | {"status": "rejected", "error": error}
         state = self.accounts[sent.account]
         verdict = bank.verdict(sent.message, state)
-        outcome = _outcome(sent) | {
+        if verdict.or_code is not None and self._is_taken(sent):
+            verdict = bank.Verdict("rejected", verdict.or_code)
+        outcome = _outcome(sent.id, sent.account) | {
             "status": verdict.status,
             "sequence": state.sequence + len(verdict.events) if verdict.loaded else None,
             "error": {"code": verdict.code, "message": verdict.code} if verdict.code else None,
         }
         for event_type, payload in verdict.events:
-            self._append(sent, outcome, event_type, _as_text(payload))
+            metadata = sent.message.get("metadata", {})
+            event = self._append(sent.account, sent.id, event_type, payload, metadata)
+            _tell(outcome, event)
+            if event_type == "CustomerSentMoney":
+                self.on_its_way.append(event)
         if verdict.status == "failed":
             letter = {"source": "commands", "reason": verdict.code}
             body = orjson.dumps(sent.message).decode()
@@ -105,29 +120,80 @@ class Life:
         self.history.outcomes.append(row)
         return outcome
 
-    def _append(self, sent: Sent, outcome: Json, event_type: str, payload: Json) -> None:
-        partition = partition_of(sent.account, self.history.partitions)
+    def _is_taken(self, sent: Sent) -> bool:
+        iban = sent.message["payload"]["iban"]
+        return any(
+            state.iban == iban and name != sent.account for name, state in self.accounts.items()
+        )
+
+    def _append(
+        self,
+        account: tuple[str, str],
+        command_id: str,
+        event_type: str,
+        payload: Json,
+        metadata: dict[str, str],
+    ) -> StoredEvent:
+        partition = partition_of(account, self.history.partitions)
         offset = self.history.heads.get(partition, 0) + 1
-        state = self.accounts[sent.account].after(event_type, payload)
-        self.accounts[sent.account] = state
+        written = _as_text(payload)
+        state = self.accounts[account].after(event_type, written)
+        self.accounts[account] = state
         self.history.heads[partition] = offset
-        moment = f"2026-11-23T07:00:{self.now % 60:09.6f}Z"
-        metadata = sent.message.get("metadata", {})
         event = StoredEvent(
-            *sent.account,
+            *account,
             state.sequence,
             event_type,
             "1.0",
-            payload,
+            written,
             metadata,
             partition,
             offset,
-            sent.id,
-            moment,
+            command_id,
+            f"2026-11-23T07:00:{self.now % 60:09.6f}Z",
         )
         self.history.events.append(event)
-        outcome["events"] = [{"type": event_type, "sequence": state.sequence}]
-        outcome["partition"], outcome["offset"] = partition, str(offset)
+        return event
+
+    def _end_transfer(self, left: StoredEvent) -> None:
+        """Have money arrive, or come back: as the process does it, by commands that nobody sent."""
+        process = ("transfer", left.command_id)
+        source, target = left.payload["from_account"], left.payload["to_account"]
+        amount = Decimal(left.payload["amount"])
+        ends = {"from_account": source, "to_account": target, "amount": amount}
+        self._cause(process, "TransferBegan", ends)
+        arrives = self.accounts["account", target].opened_as is not None
+        if not arrives:
+            self._cause(("account", target), None, {})
+            self._cause(process, "TransferRefused", {"reason": "account_not_open"})
+        end = ("account", target if arrives else source)
+        money = {"amount": amount, "balance": self.accounts[end].balance + amount}
+        if arrives:
+            self._cause(end, "CustomerReceivedMoney", {"from_account": source, **money}, process)
+        else:
+            self._cause(end, "TransferCameBack", {"to_account": target, **money}, process)
+        self._cause(process, "TransferEnded", {"arrived": arrives})
+
+    def _cause(
+        self,
+        account: tuple[str, str],
+        event_type: str | None,
+        payload: Json,
+        process: tuple[str, str] | None = None,
+    ) -> None:
+        """Decide a command that nobody sent: with one event, or refused."""
+        command_id = str(UUID(int=self.rng.getrandbits(128), version=4))
+        outcome = _outcome(command_id, account)
+        outcome["sequence"] = self.accounts[account].sequence
+        if event_type is None:
+            error = {"code": "account_not_open", "message": "account not open"}
+            outcome |= {"status": "rejected", "error": error}
+        else:
+            metadata = {"process": "/".join(process)} if process else dict[str, str]()
+            event = self._append(account, command_id, event_type, payload, metadata)
+            outcome["sequence"] = event.sequence
+            _tell(outcome, event)
+        self.history.outcomes.append(StoredOutcome(command_id, "", outcome))
 
     def end(self) -> History:
         """Decide, publish and project the rest."""
@@ -139,15 +205,20 @@ class Life:
         again = len(history.events) // 2
         for event in history.events[again:]:
             history.topic["live"].append(_published(history, event))
-        readers = ("$relay", "account_query__1", "bank_totals__1")
+        readers = ("$relay", "account_query__1", "bank_totals__1", "reactor:transfer")
         history.checkpoints = {reader: dict(history.heads) for reader in readers}
         history.live = {"account_query": "account_query__1", "bank_totals": "bank_totals__1"}
+        for (kind, name), state in self.accounts.items():
+            if kind == "account" and state.iban:
+                history.unique_keys.append({"aggregate_id": name, "name": "iban"})
         for name in ACCOUNTS:
             events = [(e.event_type, e.payload) for e in history.events if e.aggregate_id == name]
             if events:
                 history.accounts.append((name, _as_text(bank.statement(events))))
         days: dict[str, dict[str, int]] = defaultdict(lambda: dict(bank.EMPTY_DAY))
         for event in history.events:
+            if event.aggregate_type != "account":
+                continue
             day = event.metadata.get("booked_on", "2026-11-23")
             bank.add_to_day(days[day], event.event_type, event.payload)
         history.totals = list(days.items())
@@ -173,7 +244,8 @@ def _good_life(seed: int, broker: str) -> bytes:
             life.send(again | ({"payload": FREE} if rng.random() < 0.3 else {}), "again")
         else:
             known = life.accounts["account", name].sequence if (name := rng.choice(ACCOUNTS)) else 0
-            life.send(random_command(rng, name, known), rng.choice(SENDERS))
+            other = NEVER_OPENED if rng.random() < 0.2 else rng.choice(ACCOUNTS)
+            life.send(random_command(rng, name, known, other), rng.choice(SENDERS))
         while rng.random() < 0.5 and life.decide_one():
             pass
         if number == COMMANDS // 2:
@@ -181,12 +253,18 @@ def _good_life(seed: int, broker: str) -> bytes:
     return pickle.dumps(life.end())
 
 
-def _outcome(sent: Sent) -> Json:
+def _tell(outcome: Json, event: StoredEvent) -> None:
+    """Say in an outcome where its event is."""
+    outcome["events"] = [{"type": event.event_type, "sequence": event.sequence}]
+    outcome["partition"], outcome["offset"] = event.log_partition, str(event.log_offset)
+
+
+def _outcome(command_id: str, account: tuple[str, str]) -> Json:
     return {
-        "command_id": sent.id,
+        "command_id": command_id,
         "status": "accepted",
-        "aggregate_type": sent.account[0],
-        "aggregate_id": sent.account[1],
+        "aggregate_type": account[0],
+        "aggregate_id": account[1],
         "sequence": None,
         "partition": None,
         "offset": None,
@@ -233,7 +311,9 @@ def _published(history: History, event: StoredEvent) -> Seen:
         body["correlationid"] = event.metadata["correlation_id"]
     if history.broker == "redis":
         return Seen(f"bank:events:{partition}", f"{offset}-0", body)
-    return Seen(f"account.{event.event_type}.{partition}", f"{partition}-{offset}", body)
+    return Seen(
+        f"{event.aggregate_type}.{event.event_type}.{partition}", f"{partition}-{offset}", body
+    )
 
 
 BROKERS = pytest.mark.parametrize("broker", ["redis", "amqp"])
@@ -267,8 +347,9 @@ def breaks(promise: str) -> Callable[[Mutation], Mutation]:
 
 def accepted(life: History, number: int = 40) -> tuple[int, StoredOutcome]:
     """Return an accepted command of the middle of a life, and the index of its row."""
-    rows = [(n, row) for n, row in enumerate(life.outcomes) if row.outcome["events"]]
-    return rows[number]
+    sent = {each.id for each in life.sent}
+    rows = [(n, row) for n, row in enumerate(life.outcomes) if row.command_id in sent]
+    return [(n, row) for n, row in rows if row.outcome["events"]][number]
 
 
 def changed(life: History, index: int, **fields: Any) -> None:
@@ -300,7 +381,7 @@ def with_balance(life: History) -> int:
 @breaks("G1")
 def a_lost_command(life: History) -> None:
     """The broker had it; nobody decided it."""
-    lost = Sent("one", random_command(random.Random(0), "A-0", 0), life.losses[-1] + 1, 1e6)
+    lost = Sent("one", random_command(random.Random(0), "A-0", 0, "A-1"), life.losses[-1] + 1, 1e6)
     life.sent.append(lost)
 
 
@@ -338,7 +419,7 @@ def a_duplicate_with_another_outcome(life: History) -> None:
 def a_changed_outcome_in_the_verb(life: History) -> None:
     """`cqrs-es outcome` says another thing than the table."""
     command_id, outcome = next(iter(life.shown.items()))
-    life.shown[command_id] = outcome | {"status": "failed"}
+    life.shown[command_id] = outcome | {"sequence": 77}
 
 
 @breaks("G2")
@@ -361,7 +442,9 @@ def an_id_called_reused(life: History) -> None:
     """It was sent with one content only."""
     sent = next(s for s in life.sent if sum(o.id == s.id for o in life.sent) == 1)
     error = {"code": "id_reused", "message": ""}
-    life.replies.append(Reply(_outcome(sent) | {"status": "rejected", "error": error}, 1e6))
+    life.replies.append(
+        Reply(_outcome(sent.id, sent.account) | {"status": "rejected", "error": error}, 1e6)
+    )
 
 
 @breaks("G4")
@@ -619,6 +702,158 @@ def money_from_nowhere(life: History) -> None:
     """An account holds more than was ever paid in."""
     row = _statement(life)
     row["balance"] = str(Decimal(row["balance"]) + 5)
+
+
+def transferred(life: History, event_type: str) -> tuple[StoredEvent, StoredOutcome]:
+    """Return the last event of a kind that a transfer made, and its command's outcome."""
+    event = [each for each in life.events if each.event_type == event_type][-1]
+    return event, next(row for row in life.outcomes if row.command_id == event.command_id)
+
+
+def append(life: History, event: StoredEvent, **fields: Any) -> None:
+    """Append an event of another command of the same transfer, with all that goes with it."""
+    strange = "00000000-0000-4000-8000-000000000000"
+    stream = [each for each in life.events if each.account == event.account]
+    offset = life.heads[event.log_partition] + 1
+    numbers = {"sequence": len(stream) + 1, "log_offset": offset, "command_id": strange}
+    added = replace(event, **(numbers | fields))
+    life.events.append(added)
+    life.topic["live"].append(_published(life, added))
+    life.heads[event.log_partition] = offset
+    for marks in life.checkpoints.values():
+        marks[event.log_partition] = offset
+    outcome = _outcome(strange, event.account) | {"sequence": added.sequence}
+    _tell(outcome, added)
+    life.outcomes.append(StoredOutcome(strange, "", outcome))
+
+
+@breaks("G11")
+def money_that_arrives_twice(life: History) -> None:
+    """What an event caused was decided twice."""
+    event, _ = transferred(life, "CustomerReceivedMoney")
+    balances = [e.payload for e in life.events if e.account == event.account]
+    held = next(each["balance"] for each in reversed(balances) if "balance" in each)
+    balance = str(Decimal(held) + Decimal(event.payload["amount"]))
+    append(life, event, payload=event.payload | {"balance": balance})
+
+
+@breaks("G11")
+def a_deadline_that_fired_and_was_cancelled(life: History) -> None:
+    """A transfer that has ended is told that it takes too long."""
+    event, _ = transferred(life, "TransferEnded")
+    append(life, event, event_type="TransferDelayed", payload={"reason": "too_long"})
+
+
+@breaks("G11")
+def a_transfer_that_stands_still(life: History) -> None:
+    """Money has arrived, and its process never heard of it."""
+    last = {}
+    for event in life.events:
+        last[event.log_partition] = event
+    gone = next(e for e in last.values() if e.event_type == "TransferEnded")
+    life.events.remove(gone)
+    life.outcomes = [row for row in life.outcomes if row.command_id != gone.command_id]
+    life.topic["live"] = [s for s in life.topic["live"] if s.event["commandid"] != gone.command_id]
+    life.heads[gone.log_partition] -= 1
+    for marks in life.checkpoints.values():
+        marks[gone.log_partition] = life.heads[gone.log_partition]
+
+
+@breaks("G11")
+def money_that_nobody_received(life: History) -> None:
+    """The process says that it arrived, and the account holds it as its own that came back."""
+    event, _ = transferred(life, "CustomerReceivedMoney")
+    payload = event.payload | {"to_account": event.payload["from_account"]}
+    came_back = replace(event, event_type="TransferCameBack", payload=payload)
+    life.events[life.events.index(event)] = came_back
+
+
+@breaks("G11")
+def a_refusal_that_nobody_gave(life: History) -> None:
+    """A transfer came back, and no command to the other account was refused."""
+    sent = {each.id for each in life.sent}
+    refused = [r for r in life.outcomes if code_of(r.outcome) == "account_not_open"]
+    life.outcomes.remove(next(row for row in refused if row.command_id not in sent))
+
+
+@breaks("G11")
+def a_row_left_behind(life: History) -> None:
+    """What was caused waits for ever."""
+    life.scheduled.append({"aggregate_id": "A-1", "timer": None, "body": "{}"})
+
+
+@breaks("G11")
+def a_reactor_that_stands_still(life: History) -> None:
+    """It has not seen the end of the log."""
+    partition = next(iter(life.heads))
+    life.checkpoints["reactor:transfer"][partition] -= 1
+
+
+@breaks("G12")
+def two_holders(life: History) -> None:
+    """Two accounts have one IBAN in the end."""
+    iban = bank_of(life)["A-1"].iban
+    assert iban is not None
+    index, event = next(
+        (n, e)
+        for n, e in reversed(list(enumerate(life.events)))
+        if e.event_type == "IbanAssigned" and e.aggregate_id != "A-1"
+    )
+    life.events[index] = replace(event, payload={"iban": iban})
+
+
+@breaks("G12")
+def a_holder_that_the_table_has_forgotten(life: History) -> None:
+    """The next one to ask would get it."""
+    life.unique_keys.pop()
+
+
+@breaks("G12")
+def two_at_once_for_a_while(life: History) -> None:
+    """One account was told that it has it before the other had given it up."""
+    given = [e for e in life.events if e.event_type == "IbanAssigned"]
+    first, following = next(
+        (a, b)
+        for a in given
+        for b in given
+        if a.account == b.account and b.sequence > a.sequence and a.payload != b.payload
+    )
+    told = {r.outcome["command_id"]: r.at for r in reversed(life.replies)}
+    ends = next(s.at for s in life.sent if s.id == following.command_id)
+    index = next(
+        n
+        for n, event in enumerate(life.events)
+        if event.event_type == "IbanAssigned"
+        and event.account != first.account
+        and told[first.command_id] < told[event.command_id]
+    )
+    other = life.events[index]
+    life.events[index] = replace(other, payload=first.payload)
+    life.replies = [
+        replace(r, at=ends - 1e-6) if r.outcome["command_id"] == other.command_id else r
+        for r in life.replies
+    ]
+
+
+@breaks("G12")
+def a_refusal_of_what_is_free(life: History) -> None:
+    """Nobody ever had it."""
+    taken = next(r for r in life.outcomes if code_of(r.outcome) == "iban_taken")
+    iban = next(s for s in life.sent if s.id == taken.command_id).message["payload"]["iban"]
+    for n, event in enumerate(life.events):
+        if event.payload.get("iban") == iban:
+            life.events[n] = replace(event, payload={"iban": "GB00"})
+
+
+def bank_of(life: History) -> dict[str, bank.Account]:
+    """Return what each account is in the end."""
+    found: dict[str, bank.Account] = defaultdict(bank.Account)
+    for event in life.events:
+        if event.aggregate_type == "account":
+            found[event.aggregate_id] = found[event.aggregate_id].after(
+                event.event_type, event.payload
+            )
+    return found
 
 
 @breaks("G9")
