@@ -93,6 +93,8 @@ class Proxy:
                 await writer.drain()
         except OSError:
             return
+        except RuntimeError:  # after `half_close`: there is nobody to pass it on to
+            return
         finally:
             writer.close()
 

@@ -438,7 +438,11 @@ class Executor:
             for each in decided.submissions:
                 each.span.conflicted()
             taken, seen = result.taken, result.actual or 0
-            again = [replace(each, taken=taken, seen=seen) for each in decided.submissions]
+            # What was taken before is kept: the next refusal could else undo the last, for ever.
+            again = [
+                replace(each, taken=(each.taken | taken) if taken else taken, seen=seen)
+                for each in decided.submissions
+            ]
             self._again(decided.key, [*again, *decided.waiting])
             return
         if decided.baseline is not None:

@@ -91,6 +91,22 @@ async def test_commands_behind_a_refused_one_are_decided_without_it() -> None:
         assert await opened.find(User, email="bob@x.org") is None
 
 
+async def test_a_refusal_that_lets_the_next_command_claim_stands() -> None:
+    """Both values are taken, each seen to be only where the other command is decided otherwise."""
+    async with users.app.open(Settings(store_url="memory://")) as opened:
+        await opened.execute(User, "u-1", Register("ada@x.org"))
+        await opened.execute(User, "u-2", Register("bob@x.org"))
+        outcomes = await asyncio.wait_for(
+            asyncio.gather(
+                opened.execute(User, "u-3", Register("ada@x.org")),
+                # At sequence 0 only once the first is refused.
+                opened.execute(User, "u-3", Register("bob@x.org"), expected_sequence=0),
+            ),
+            timeout=10,
+        )
+        assert [code(outcome) for outcome in outcomes] == ["email_taken", "email_taken"]
+
+
 @command
 class Become:
     number: int
