@@ -240,9 +240,12 @@ class Servers:
 
     def fill(self, name: str) -> None:
         """Take all room there is on a server's disk."""
-        folder = self.disks[name]
-        with (folder / "balloon").open("wb") as balloon:
-            os.posix_fallocate(balloon.fileno(), 0, shutil.disk_usage(folder).free)
+        balloon, size = self.disks[name] / "balloon", 0
+        with balloon.open("wb") as file:
+            while free := shutil.disk_usage(balloon).free:
+                with suppress(OSError):  # the server has taken some of it meanwhile
+                    os.posix_fallocate(file.fileno(), size, free)
+                    size += free
 
     def make_room(self, name: str) -> None:
         """Give the room back; start a server again that has ended for want of it."""
