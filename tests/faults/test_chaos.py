@@ -61,7 +61,8 @@ LEASE_SECONDS = 3.0  # what `tests.processes` sets
 ROLES = ("worker", "relay", "projector", "reactor")
 SENDERS = 3
 SMALL_DISK_BYTES = 2_000_000_000
-PATIENCE = 200.0 if SECONDS else 100.0  # seconds from the end of a fault until all that was sent before is answered
+# Seconds from the end of a fault until all that was sent before is answered.
+PATIENCE = 200.0 if SECONDS else 100.0
 
 pytestmark = pytest.mark.timeout(SECONDS + 400)
 
