@@ -260,7 +260,8 @@ class Servers:
 
 def _mounted(folder: Path) -> bool:
     """Mount a file system of its own, in memory; tell whether that may be done."""
-    mount = [installed("mount"), "-t", "tmpfs", "-o", f"size={SMALL_DISK_BYTES}", "tmpfs", folder]
+    options = ["-t", "tmpfs", "-o", f"size={SMALL_DISK_BYTES}"]
+    mount = [installed("mount"), *options, "tmpfs", str(folder)]
     done = subprocess.run(mount, check=False, capture_output=True)
     if done.returncode != 0:
         log.warning("no disk is filled: %s", done.stderr.decode().strip())

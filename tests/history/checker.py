@@ -582,8 +582,8 @@ def transfers_end_once(known: Known) -> Iterator[Contradiction]:
         for row in rows:
             says = "an outcome of a command that nobody sent, and nothing caused"
             yield Contradiction("G2", says, (_row(row),))
-    for row in known.history.scheduled:
-        yield Contradiction("G11", "a scheduled command is left", (f"row       {_short(row)}",))
+    for left in known.history.scheduled:
+        yield Contradiction("G11", "a scheduled command is left", (f"row       {_short(left)}",))
 
 
 def _caused(known: Known) -> dict[Account, list[StoredOutcome]]:

@@ -716,7 +716,8 @@ def append(life: History, event: StoredEvent, **fields: Any) -> None:
     stream = [each for each in life.events if each.account == event.account]
     offset = life.heads[event.log_partition] + 1
     numbers = {"sequence": len(stream) + 1, "log_offset": offset, "command_id": strange}
-    added = replace(event, **(numbers | fields))
+    fields |= numbers
+    added = replace(event, **fields)
     life.events.append(added)
     life.topic["live"].append(_published(life, added))
     life.heads[event.log_partition] = offset
