@@ -748,9 +748,7 @@ def a_deadline_that_fired_and_was_cancelled(life: History) -> None:
 @breaks("G11")
 def a_transfer_that_stands_still(life: History) -> None:
     """Money has arrived, and its process never heard of it."""
-    last = {}
-    for event in life.events:
-        last[event.log_partition] = event
+    last = {event.log_partition: event for event in life.events}
     gone = next(e for e in last.values() if e.event_type == "TransferEnded")
     life.events.remove(gone)
     life.outcomes = [row for row in life.outcomes if row.command_id != gone.command_id]
