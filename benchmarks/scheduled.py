@@ -1,21 +1,24 @@
 """What scheduled commands cost: the look for due ones, their decision, how late timers are.
 
-    python -m benchmarks.scheduled [--store mysql postgres] [--rows 1000000]
+    python -m benchmarks.scheduled [--store mysql postgres sqlite] [--rows 1000000]
 
-One row in ten is due, the others are for the next day. A worker in this process then decides
-as many commands from its queue in memory as from rows, in turns; both on the same store.
+One row in ten is due, the others are for the next day. A worker asks for a batch, and for as
+many more as it has in hand. A worker in this process then decides as many commands from its
+queue in memory as from rows, in turns; both on the same store. `--rows 0` leaves the first out.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 
 PARTITIONS = 16
 AGGREGATES = 2_000
+BATCH = Settings().batch_size
 
 
 class Lateness(Meter):
@@ -61,6 +65,11 @@ class Lateness(Meter):
 def message(number: int) -> CommandMessage:
     made = new_command(Sum, f"s-{number % AGGREGATES}", Add(number))
     return wire.parse_command(wire.encode_command(made))
+
+
+def messages(count: int) -> list[CommandMessage]:
+    """Make the commands of a round, each time the same but for their ids."""
+    return [message(number) for number in range(count)]
 
 
 def row(number: int, due: datetime) -> ScheduledCommand:
@@ -93,7 +102,8 @@ async def look(opened: OpenApplication, what: str) -> None:
 
     found = {
         "due, 100 rows": await timed(lambda p: events.due(p, 100)),
-        "due, 2,000 rows": await timed(lambda p: events.due(p, 2_000)),
+        "due, a batch": await timed(lambda p: events.due(p, BATCH)),
+        "due, beside a batch": await timed(lambda p: events.due(p, 2 * BATCH)),
         "next due, 1 partition": await timed(lambda p: events.next_due([p])),
         "next due, all": await timed(lambda _: events.next_due(range(PARTITIONS))),
         "count due, all": await timed(lambda _: events.count_due(range(PARTITIONS))),
@@ -103,18 +113,36 @@ async def look(opened: OpenApplication, what: str) -> None:
 
 
 async def explain(opened: OpenApplication, what: str) -> None:
-    """Print how the server means to find what is due."""
-    explained = await sql_of(opened.storage.views).query(f"EXPLAIN {DUE}", (0, utc_now(), 100))
-    for line in explained:
-        print(f"{what:9} {' '.join(str(each) for each in line if each is not None)}", flush=True)
+    """Print how long the server itself takes to find what a worker asks for, and how."""
+    asked = (0, utc_now(), BATCH)
+    query = sql_of(opened.storage.views).query
+    if what == "mysql":
+        found = json.loads(str((await query(f"ANALYZE FORMAT=JSON {DUE}", asked))[0][0]))
+        block = found["query_block"]
+        table = block["nested_loop"][0]["table"]
+        pages = table["r_engine_stats"]["pages_accessed"]
+        took = f"{block['r_total_time_ms']:.2f} ms by {table['key']}, {pages} pages"
+        print(f"{what:9} {'due, a batch: server':22} {took}", flush=True)
+    elif what == "postgres":
+        for (line,) in await query(f"EXPLAIN (ANALYZE, BUFFERS) {DUE}", asked):
+            print(f"{what:9} {line}", flush=True)
+
+
+@dataclass(slots=True)
+class Rates:
+    """How many commands a second in each round, and the CPU seconds of each."""
+
+    rate: list[float] = field(default_factory=list[float])
+    cpu: list[float] = field(default_factory=list[float])
 
 
 @contextmanager
-def clocked(what: str, count: int, rates: list[float]) -> Generator[None]:
+def clocked(what: str, count: int, rates: Rates) -> Generator[None]:
     began, cpu = time.monotonic(), time.process_time()
     yield
     seconds, cpu = time.monotonic() - began, time.process_time() - cpu
-    rates.append(count / seconds)
+    rates.rate.append(count / seconds)
+    rates.cpu.append(cpu / count)
     print(f"{what:32} {count / seconds:8.0f}/s {cpu / count * 1e6:8.0f} µs CPU", flush=True)
 
 
@@ -127,33 +155,54 @@ async def decided(opened: OpenApplication, total: int) -> None:
     await eventually(reached, within_seconds=600)
 
 
-async def race(opened: OpenApplication, what: str, count: int) -> None:
-    """Decide commands from the queue and from rows, in turns."""
-    queue: list[float] = []
-    due_rows: list[float] = []
+async def from_queue(opened: OpenApplication, what: str, count: int, rates: Rates) -> None:
+    """Decide commands that one worker takes from its queue."""
+    before = opened.process.executor.counts.accepted
+    sent = [OutgoingCommand(m.key.partition(PARTITIONS), m.id, m.body) for m in messages(count)]
+    with clocked(f"{what} from the queue", count, rates):
+        await opened.process.broker.send(sent)
+        await decided(opened, before + count)
+
+
+async def from_rows(opened: OpenApplication, what: str, count: int, rates: Rates) -> None:
+    """Decide commands of rows that are all due at one moment, and were added before it."""
+    before = opened.process.executor.counts.accepted
+    due = datetime.now(UTC) + timedelta(seconds=count / 500)
+    rows = [ScheduledCommand.of(each, due, PARTITIONS) for each in messages(count)]
+    for first in range(0, count, 2_000):
+        await opened.storage.events.schedule(rows[first : first + 2_000])
+    left = (due - datetime.now(UTC)).total_seconds()
+    if left < 0:
+        busy = "adding the rows took until they were due: the machine is too busy"
+        raise RuntimeError(busy)
+    await asyncio.sleep(left)
+    with clocked(f"{what} from rows", count, rates):
+        await decided(opened, before + count)
+
+
+async def race(opened: OpenApplication, what: str, count: int, rounds: int) -> None:
+    """Decide commands from the queue and from rows, in turns, by one worker; compare the two."""
+    queue, rows = Rates(), Rates()
     async with opened.running({"worker"}):
-        for turn in range(4):  # the first of which warms up
-            before = opened.process.executor.counts.accepted
-            messages = [message(number) for number in range(count)]
-            queued = [OutgoingCommand(m.key.partition(PARTITIONS), m.id, m.body) for m in messages]
-            with clocked(f"{what} {turn} from the queue", count, queue):
-                await opened.process.broker.send(queued)
-                await decided(opened, before + count)
-            due = datetime.now(UTC) + timedelta(seconds=count / 500)
-            rows = [
-                ScheduledCommand.of(each, due, PARTITIONS) for each in map(message, range(count))
-            ]
-            for first in range(0, count, 2_000):
-                await opened.storage.events.schedule(rows[first : first + 2_000])
-            left = (due - datetime.now(UTC)).total_seconds()
-            if left < 0:
-                busy = "adding the rows took until they were due: the machine is too busy"
-                raise RuntimeError(busy)
-            await asyncio.sleep(left)
-            with clocked(f"{what} {turn} from rows", count, due_rows):
-                await decided(opened, before + 2 * count)
-    share = statistics.median(due_rows[1:]) / statistics.median(queue[1:])
-    print(f"{what} rows reach {share:.0%} of the queue's rate", flush=True)
+        for number in range(rounds + 1):  # the first of which warms up
+            turns = [(from_queue, queue), (from_rows, rows)]
+            for decide, rates in turns if number % 2 else reversed(turns):
+                await decide(opened, f"{what} {number}", count, rates)
+    pairs = [
+        (mine / other, other_cpu / mine_cpu)
+        for mine, other, mine_cpu, other_cpu in zip(
+            rows.rate[1:], queue.rate[1:], rows.cpu[1:], queue.cpu[1:], strict=True
+        )
+    ]
+    rate, other = statistics.median(rows.rate[1:]), statistics.median(queue.rate[1:])
+    print(
+        f"{what} one worker, {rounds} rounds of {count}:"
+        f" rows {rate:.0f}/s ÷ queue {other:.0f}/s = {rate / other:.2f};"
+        f" within a round {statistics.median(pair[0] for pair in pairs):.2f}"
+        f" ({min(pairs)[0]:.2f} to {max(pairs)[0]:.2f}),"
+        f" in CPU of the worker {statistics.median(pair[1] for pair in pairs):.2f}",
+        flush=True,
+    )
 
 
 async def timers(opened: OpenApplication, what: str, meter: Lateness) -> None:
@@ -172,7 +221,7 @@ async def timers(opened: OpenApplication, what: str, meter: Lateness) -> None:
     )
 
 
-async def measure(what: str, url: str, rows: int, count: int) -> None:
+async def measure(what: str, url: str, rows: int, count: int, rounds: int) -> None:
     app = Application("bench")
     app.aggregate(Sum)
     meter = Lateness()
@@ -181,23 +230,28 @@ async def measure(what: str, url: str, rows: int, count: int) -> None:
         settings, broker=MemoryBroker(event_retention=100), initialise=True, meter=meter
     )
     async with opening as opened:
-        await race(opened, what, count)
+        await race(opened, what, count, rounds)
         await timers(opened, what, meter)
+        if not rows:
+            return
         began = time.monotonic()
         await fill(opened, rows)
         print(f"{what} {rows} rows added in {time.monotonic() - began:.0f} s", flush=True)
         if what == "mysql":
             run_on(url, "ANALYZE TABLE bench.outgoing_commands")
-        else:
+        elif what == "postgres":
             psql(url, "VACUUM ANALYZE outgoing_commands")
-        await explain(opened, what)
         await look(opened, what)
+        await explain(opened, what)
 
 
 @contextmanager
 def database(store: str) -> Generator[str]:
-    """Run a private server with an empty database; yield its URL."""
+    """Run a private server with an empty database, where it has one; yield its URL."""
     with tempfile.TemporaryDirectory(prefix=f"cqrs-es-{store}-") as folder:
+        if store == "sqlite":
+            yield f"sqlite:///{folder}/bench.db"
+            return
         if store == "mysql":
             server = start_mariadb(Path(folder))
             root = f"mysql://root@127.0.0.1:{server.port}/"
@@ -214,14 +268,16 @@ def database(store: str) -> Generator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What scheduled commands cost")
-    parser.add_argument("--store", nargs="+", default=["mysql", "postgres"])
+    stores = ["mysql", "postgres", "sqlite"]
+    parser.add_argument("--store", nargs="+", default=stores, choices=stores)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--count", type=int, default=20_000)
+    parser.add_argument("--count", type=int, default=20_000, help="commands in a round")
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
     for store in arguments.store:
         with database(store) as url:
-            asyncio.run(measure(store, url, arguments.rows, arguments.count))
+            asyncio.run(measure(store, url, arguments.rows, arguments.count, arguments.rounds))
 
 
 if __name__ == "__main__":

@@ -86,9 +86,10 @@ class CommandWorker(Role):
         assignment.in_hand = 0
         queue = await process.broker.open_intake(lease.partition, lease.owner)
         with process.timetable.taking(lease.partition) as due:
-            most = BATCHES_IN_HAND * process.settings.batch_size
+            batch = process.settings.batch_size
+            most = BATCHES_IN_HAND * batch
             events, timetable = process.storage.events, process.timetable
-            intakes = [queue, DueIntake(events, timetable, due, assignment, most)]
+            intakes = [queue, DueIntake(events, timetable, due, assignment, batch, most)]
             consumers = [Consumer(self, process, intake, assignment) for intake in intakes]
             try:
                 await self._consume(consumers, assignment)

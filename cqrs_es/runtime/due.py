@@ -180,6 +180,9 @@ class DueIntake(CommandIntake):
     Where the partition's last holder has not let go of it, it may have died of a row. Which
     rows it had is not known: the first are taken for delivered again, as many as there can
     have been in hand.
+
+    A look reads what is in hand too, and takes as long as what it reads: it comes when no more
+    than a batch is in hand, and brings one at most. So one is committed while another is decided.
     """
 
     def __init__(
@@ -188,6 +191,7 @@ class DueIntake(CommandIntake):
         timetable: Timetable,
         due: asyncio.Event,
         assignment: Assignment,
+        batch: int,
         most: int,
     ) -> None:
         self._events = events
@@ -198,17 +202,16 @@ class DueIntake(CommandIntake):
         if assignment.suspects is None:
             assignment.suspects = most if assignment.lease.inherited else 0
         self._in_hand: set[object] = set()
-        self._most = most
+        self._batch = batch
         self._more = False
         self._settled = asyncio.Event()
 
     async def receive(self, limit: int, most_bytes: int = ANY_SIZE) -> list[Delivery]:
         """Wait for rows that are due and not in hand; return at least one."""
-        while len(self._in_hand) > self._most // 2:
-            # Each look reads what is in hand too: so it has to bring as much again.
+        while len(self._in_hand) > self._batch:
             self._settled.clear()
             await self._settled.wait()
-        while not (fresh := await self._fresh(limit)):
+        while not (fresh := await self._fresh(min(limit, self._batch))):
             if self._in_hand:
                 # They are due too, so that the timetable can't tell of new ones.
                 await within(LOOK_SECONDS, self._due.wait())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import random
 import uuid
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -10,15 +13,17 @@ import orjson
 import pytest
 
 from cqrs_es import errors
-from cqrs_es.ports.store import NewEvent
+from cqrs_es.ports.store import NewEvent, ScheduledCommand
 from cqrs_es.stores import storage_for
 from cqrs_es.stores.mysql import session as mysql_session
+from cqrs_es.types import new_command_id
 from tests.conftest import run_on
 from tests.contract.building import (
     NOW,
     PARTITIONS,
     accepted,
     account,
+    account_in,
     assert_complete,
     chain,
     commit,
@@ -34,6 +39,7 @@ if TYPE_CHECKING:
 
     from cqrs_es.ports.storage import Storage
 
+TARGET = account_in(1)
 HEAD = "SELECT head FROM log_partitions WHERE log_partition = ? FOR UPDATE"
 
 
@@ -158,3 +164,65 @@ async def test_a_database_of_the_rust_crates_is_adopted(mysql_url: str) -> None:
     await commit(storage, one(account("a"), 1), one(account("A"), 0), one(account("a "), 0))
     assert [len(await stream(storage, account(id_))) for id_ in ("a", "A", "a ")] == [2, 1, 1]
     await storage.close()
+
+
+# --- Scheduled commands -----------------------------------------------------------
+
+DUE_TOGETHER = 300
+PAGES = "SHOW GLOBAL STATUS LIKE 'Innodb_buffer_pool_read_requests'"
+AS_BEFORE = """
+    ALTER TABLE outgoing_commands DROP PRIMARY KEY, ADD PRIMARY KEY (command_id),
+    DROP INDEX outgoing_commands_id,
+    ADD INDEX outgoing_commands_due (log_partition, due_at, command_id)"""
+
+TWICE = """
+    INSERT INTO outgoing_commands
+    SELECT 2, due_at, command_id, aggregate_type, aggregate_id, timer, body
+    FROM outgoing_commands"""
+
+
+def rows_in_any_order(count: int) -> list[ScheduledCommand]:
+    """Make rows for one target, whose ids are in another order than their moments."""
+    moments = [datetime.now(UTC) - timedelta(hours=1, seconds=n) for n in range(count)]
+    random.shuffle(moments)
+    body = orjson.dumps({"text": "x" * 200})
+    return [
+        ScheduledCommand(
+            command_id=new_command_id(), key=TARGET, partition=1, due=moment, body=body
+        )
+        for moment in moments
+    ]
+
+
+async def test_rows_that_are_due_together_lie_together(storage: Storage) -> None:
+    """What reads them does not look for each on a page of its own."""
+    events, views = storage.events, sql_of(storage.views)
+    for _ in range(10):
+        await events.schedule(rows_in_any_order(DUE_TOGETHER))
+
+    async def pages() -> int:
+        return int(str((await views.query(PAGES))[0][1]))
+
+    least = math.inf
+    for _ in range(5):  # the server may do something of its own meanwhile
+        before = await pages()
+        assert len(await events.due(1, DUE_TOGETHER)) == DUE_TOGETHER
+        least = min(least, await pages() - before)
+    assert least < DUE_TOGETHER
+
+
+async def test_rows_are_put_in_order_by_a_migration(storage: Storage) -> None:
+    """Those that were there stay, each once; a migration that was interrupted is made again."""
+    events, views = storage.events, sql_of(storage.views)
+    rows = {row.command_id: row for row in rows_in_any_order(50)}
+    await views.query(AS_BEFORE)
+    await events.schedule([*rows.values()])
+    for _ in range(2):
+        await views.query("UPDATE store_info SET value = '2' WHERE name = 'schema_migrations'")
+        await storage.initialise(PARTITIONS)
+        assert await events.find_scheduled(rows) == rows
+        moments = [row.moment for row in await events.due(1, 100)]
+        assert moments == sorted(row.moment for row in rows.values())
+    with pytest.raises(errors.StoreError):  # an id has one row, whenever it is due
+        await views.query(TWICE)
+    assert await events.find_scheduled(rows) == rows

@@ -18,6 +18,7 @@ from cqrs_es.messages import Status
 from cqrs_es.ports.broker import OutgoingCommand
 from cqrs_es.ports.store import ScheduledCommand
 from cqrs_es.runtime import consumer, redelivery
+from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
 from cqrs_es.testing import FakeClock, TestApp
 from cqrs_es.testing.app import LEASE_SECONDS
@@ -378,6 +379,29 @@ async def test_large_messages_stay_in_the_queue(
         waiting.released.set()
         await t.drain()
         assert len(await t.events(Counter, "A")) == 6
+
+
+async def test_due_rows_are_read_by_the_batch(
+    storage: FaultyStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many are due, a look reads a batch beside what is in hand: it holds up the others."""
+    events, asked = storage.events, list[int]()
+    read = events.due
+
+    async def due(partition: int, limit: int) -> list[ScheduledCommand]:
+        asked.append(limit)
+        return await read(partition, limit)
+
+    monkeypatch.setattr(events, "due", due)
+    messages = [wire.parse_command(added(n)) for n in range(200)]
+    async with TestApp(counting_app(), settings=Settings(batch_size=10), storage=storage) as t:
+        first = t.clock.now() - timedelta(hours=1)
+        moments = [first + timedelta(seconds=n) for n in range(200)]
+        rows = [ScheduledCommand.of(*each, 1) for each in zip(messages, moments, strict=True)]
+        await storage.events.schedule(rows)
+        await t.drain()
+        assert [e.data.n for e in await t.events(Counter, "A")] == list(range(200))
+    assert max(asked) <= 20
 
 
 async def test_what_comes_before_a_newer_command_is_decided(t: TestApp) -> None:

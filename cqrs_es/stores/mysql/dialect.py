@@ -74,6 +74,7 @@ MARIADB: Final = Dialect(
     list_indexes="""
         SELECT DISTINCT index_name FROM information_schema.statistics
         WHERE table_schema = DATABASE() AND table_name = ?""",
+    rows_by_key=True,
 )
 
 MYSQL: Final = dataclasses.replace(

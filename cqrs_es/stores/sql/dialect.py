@@ -42,6 +42,7 @@ class Dialect:
     """One database's way of saying what the statements of this package say.
 
     Statements are written with `?` placeholders; sessions translate them.
+    `rows_by_key`: rows lie in the order of their primary key.
     `remake_view` is for where `replace_view` is refused, as other columns may be.
 
     For projectors' own tables: `own_types` says what becomes of a column's type, in which
@@ -70,6 +71,7 @@ class Dialect:
     list_columns: str
     list_indexes: str
     list_key: str | None = None
+    rows_by_key: bool = False
     folds_names: bool = False
     collation: str | None = None
     list_collations: str = ""

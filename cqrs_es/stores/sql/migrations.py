@@ -134,6 +134,31 @@ class OneSnapshotEach(Step):
         )
 
 
+@dataclass(frozen=True, slots=True)
+class DueRowsTogether(Step):
+    """Keep rows of `outgoing_commands` in the order in which they are due.
+
+    Where a row lies by its primary key, reading what is due took a page for each row.
+    """
+
+    async def apply(self, session: Session) -> None:
+        """Change the key unless it is changed, or rows lie in no order."""
+        dialect = session.dialect
+        if not dialect.rows_by_key:
+            return
+        if ("outgoing_commands_id",) in await session.fetch(
+            dialect.list_indexes, ("outgoing_commands",)
+        ):
+            return
+        await session.execute(
+            """
+            ALTER TABLE outgoing_commands
+            DROP PRIMARY KEY, ADD PRIMARY KEY (log_partition, due_at, command_id),
+            ADD UNIQUE INDEX outgoing_commands_id (command_id),
+            DROP INDEX outgoing_commands_due"""
+        )
+
+
 MIGRATIONS: Final[tuple[tuple[Step, ...], ...]] = (
     (
         CreateTable(
@@ -284,6 +309,7 @@ MIGRATIONS: Final[tuple[tuple[Step, ...], ...]] = (
             PRIMARY KEY (aggregate_type, name, value_hash)""",
         ),
     ),
+    (DueRowsTogether(),),
 )
 SCHEMA_VERSION: Final = 1
 """What code must know to use the store: raised by a migration that older code does not survive."""

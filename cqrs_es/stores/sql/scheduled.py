@@ -39,6 +39,7 @@ _FREE: Final = f"""
 _FIND: Final = f"{OUTGOING.select} WHERE command_id IN "
 _FIND_FREE: Final = f"{OUTGOING.select} WHERE {_FREE} AND command_id IN "
 _FREE_IDS: Final = f"SELECT command_id FROM outgoing_commands WHERE {_FREE} AND command_id IN "
+_COUNT_FREE: Final = f"SELECT COUNT(*) FROM outgoing_commands WHERE {_FREE} AND command_id IN "
 DUE: Final = f"{OUTGOING.select} WHERE log_partition = ? AND due_at <= ? AND {_FREE}{_IN_ORDER}"
 # By the index, up to the first row that is not held back: MIN would look at every row.
 _NEXT: Final = f"""
@@ -92,10 +93,14 @@ async def find(
 
 
 async def find_free(session: Session, command_ids: Sequence[str]) -> set[str]:
-    """Tell which ids have a row that is not held back."""
+    """Tell which ids have a row that is not held back: all of them, but for those cancelled."""
     found: set[str] = set()
     for ids in chunks(command_ids):
-        found.update(row[0] for row in await session.fetch(_FREE_IDS + marks(len(ids)), ids))
+        [(count,)] = await session.fetch(_COUNT_FREE + marks(len(ids)), ids)
+        if count == len(ids):
+            found.update(ids)
+        elif count:
+            found.update(row[0] for row in await session.fetch(_FREE_IDS + marks(len(ids)), ids))
     return found
 
 
