@@ -346,7 +346,7 @@ def outcome_fields(outcome: Outcome) -> dict[str, object]:
     """Return an outcome as the JSON object that is sent."""
     return {
         "command_id": outcome.command_id,
-        "status": outcome.status.value,
+        "status": str(outcome.status),
         "aggregate_type": outcome.aggregate_type,
         "aggregate_id": outcome.aggregate_id,
         "sequence": outcome.sequence,

@@ -135,6 +135,7 @@ def _upsert(dialect: Dialect, table: Table, changes: tuple[tuple[str, str], ...]
     return dialect._upsert(table, dict(changes))  # noqa: SLF001 - what it remembers
 
 
+@functools.lru_cache(maxsize=1024)
 def marks(count: int) -> str:
     """Return the placeholders of a list of `count` values, in parentheses."""
     return f"({', '.join('?' * count)})"

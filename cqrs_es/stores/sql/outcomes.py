@@ -51,8 +51,11 @@ async def replace(session: Session, stored: Sequence[StoredOutcome], at: datetim
 def _rows(
     dialect: Dialect, stored: Sequence[StoredOutcome], at: datetime
 ) -> list[tuple[Parameter, ...]]:
-    recorded_at, for_ever = dialect.to_time(at), dialect.to_time(FOR_EVER)
-    return [outcome_row(each, for_ever if each.kept else recorded_at) for each in stored]
+    recorded_at = dialect.to_time(at)
+    return [
+        outcome_row(each, dialect.to_time(FOR_EVER) if each.kept else recorded_at)
+        for each in stored
+    ]
 
 
 async def prune(session: Session, before: datetime, limit: int) -> int:

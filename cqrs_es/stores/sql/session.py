@@ -6,14 +6,14 @@ import asyncio
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, TypeVar
 
 from cqrs_es import errors
 from cqrs_es.errors import RolledBack as RolledBack  # what drivers raise, beside DuplicateKey
 
 if TYPE_CHECKING:
-    from contextlib import AbstractAsyncContextManager
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from datetime import datetime
 
     from cqrs_es.stores.sql.dialect import Dialect, Parameter, RowStatement
@@ -29,6 +29,9 @@ CHUNK: Final = 500
 
 class DuplicateKey(errors.StoreError):
     """A row with that key is there already; the statement had no effect."""
+
+
+_AT_ONCE: Final = nullcontext()
 
 
 class Session(ABC):
@@ -73,13 +76,12 @@ class Session(ABC):
         """
         return [await self.fetch(*lock, lock=True), *[await work(self) for work in works]]
 
-    @contextmanager
-    def writing_last(self) -> Generator[None]:
+    def writing_last(self) -> AbstractContextManager[None]:
         """Write in a block what is sent with the commit at the latest, which may then refuse it.
 
         Statements in it return no counts.
         """
-        yield
+        return _AT_ONCE
 
 
 Work: TypeAlias = Callable[[Session], Coroutine[Any, Any, T]]
@@ -260,4 +262,6 @@ def _take_note(ended: asyncio.Future[Any]) -> None:
 
 def chunks(items: Sequence[T], size: int = CHUNK) -> list[Sequence[T]]:
     """Cut a sequence into pieces of at most `size`."""
+    if 0 < len(items) <= size:
+        return [items]
     return [items[start : start + size] for start in range(0, len(items), size)]

@@ -14,12 +14,12 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 from cqrs_es import errors
 from cqrs_es.stores.sql.session import Session, Work
 from cqrs_es.stores.sqlite.dialect import READ_TYPES, SQLITE, add_decimals
-from cqrs_es.stores.sqlite.failures import mapped_errors
+from cqrs_es.stores.sqlite.failures import error_for
 from cqrs_es.stores.sqlite.identity import FileIdentity
 from cqrs_es.stores.sqlite.session import LocalSession
 
@@ -51,12 +51,13 @@ class _Visit:
 
     def make(self) -> None:
         """Call the function, on the thread."""
+        result, error = None, None
         try:
-            settle = partial(self._settle, self._function(), None)
+            result = self._function()
         except BaseException as exc:  # noqa: BLE001 - it is raised where it is waited for
-            settle = partial(self._settle, None, exc)
+            error = exc
         with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-            self._loop.call_soon_threadsafe(settle)
+            self._loop.call_soon_threadsafe(self._settle, result, error)
 
     def _settle(self, result: object, error: BaseException | None) -> None:
         self._over = True
@@ -112,13 +113,15 @@ class Connection:
         """
         visit = _Visit(function)
         self._visits.put(visit)
-        with mapped_errors():
-            try:
-                return cast("T", await visit.answer)
-            except asyncio.CancelledError:
-                on_cancel()
-                await visit.ended()
-                raise
+        try:
+            answer: T = await visit.answer
+        except sqlite3.Error as exc:
+            raise error_for(exc) from exc
+        except asyncio.CancelledError:
+            on_cancel()
+            await visit.ended()
+            raise
+        return answer
 
     def _work(self) -> None:
         """Make visits until the connection is closed, on the thread."""
@@ -206,7 +209,8 @@ def finish(work: Work[T], session: LocalSession) -> T:
     try:
         running.send(None)
     except StopIteration as done:
-        return cast("T", done.value)
+        result: T = done.value
+        return result
     running.close()
     message = "work in a SQLite session may await nothing but the session"
     raise RuntimeError(message)

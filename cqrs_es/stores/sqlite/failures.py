@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from cqrs_es import errors
 from cqrs_es.stores.sql.session import DuplicateKey
 from cqrs_es.stores.sql.tables import FRAMEWORK_NAMES
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
 
 _ERRORS: Final[Mapping[int, type[errors.CqrsError]]] = {
     sqlite3.SQLITE_BUSY: errors.StoreLocked,
@@ -28,16 +24,8 @@ _ERRORS: Final[Mapping[int, type[errors.CqrsError]]] = {
 _DUPLICATES: Final = (sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY, sqlite3.SQLITE_CONSTRAINT_UNIQUE)
 
 
-@contextmanager
-def mapped_errors() -> Generator[None]:
-    """Raise what the store's port promises in place of SQLite's own errors."""
-    try:
-        yield
-    except sqlite3.Error as exc:
-        raise _error_for(exc) from exc
-
-
-def _error_for(exc: sqlite3.Error) -> errors.CqrsError:
+def error_for(exc: sqlite3.Error) -> errors.CqrsError:
+    """Return what the store's port promises in place of an error of SQLite's own."""
     code: int = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
     if code in _DUPLICATES:
         return DuplicateKey(str(exc))

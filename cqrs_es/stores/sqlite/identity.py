@@ -19,7 +19,7 @@ class FileIdentity:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path = str(path)
         self._opened: tuple[int, int] | None = None
 
     def check(self) -> None:

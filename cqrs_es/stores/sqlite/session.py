@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cqrs_es.stores.sql.session import Session
 from cqrs_es.stores.sqlite.dialect import SQLITE
-from cqrs_es.stores.sqlite.failures import mapped_errors
+from cqrs_es.stores.sqlite.failures import error_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,19 +41,25 @@ class LocalSession(Session):
         lock: bool = False,  # noqa: ARG002 - see SQLITE.for_update
     ) -> list[Row]:
         """Run a query; rows need no lock of their own."""
-        with mapped_errors():
+        try:
             return self.connection.execute(sql, parameters).fetchall()
+        except sqlite3.Error as exc:
+            raise error_for(exc) from exc
 
     async def execute(self, sql: str, parameters: Sequence[Parameter] = ()) -> int:
         """Run a statement."""
-        with mapped_errors():
+        try:
             return max(0, self.connection.execute(sql, parameters).rowcount)
+        except sqlite3.Error as exc:
+            raise error_for(exc) from exc
 
     async def write(self, statement: RowStatement, rows: Sequence[Sequence[Parameter]]) -> None:
         """Run a statement for each row."""
         if rows:
-            with mapped_errors():
+            try:
                 self.connection.executemany(str(statement), rows)
+            except sqlite3.Error as exc:
+                raise error_for(exc) from exc
 
     async def now(self) -> datetime:
         """Return the time of our own clock: the file has none."""
