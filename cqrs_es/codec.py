@@ -212,7 +212,8 @@ def encoded(message: object) -> bytes:
 
     Raises `DefinitionError` and `TypeError`.
     """
-    codec = _codec_of(cast("Any", type(message)))
+    cls: Any = type(message)
+    codec = _codec_of(cls)
     return to_json(message) if codec is None else codec.encode(message)
 
 

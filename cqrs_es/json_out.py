@@ -12,8 +12,8 @@ import base64
 import dataclasses
 import math
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from types import NoneType
@@ -67,12 +67,14 @@ class Form:
     """How values of one type are written.
 
     `classes` are those that a value may have; those in `plain` are written by
-    orjson as they stand, so `write` need not be called for them.
+    orjson as they stand, so `write` need not be called for them. `unchecked` writes values
+    that are known to be of just that class: fields are written by it, since that was looked at.
     """
 
     classes: frozenset[type]
     write: Write
     plain: frozenset[type] = frozenset()
+    unchecked: Mapping[type, Write] = field(default_factory=dict[type, Write])
 
 
 def writer(info: types.Type, where: str) -> Write:
@@ -147,7 +149,7 @@ class _Forms:
                 _check_struct(info)
                 if info.tag is not None:
                     write = _write_tagged(write, cast("str", info.tag_field), info.tag)
-            self._objects[info.cls] = Form(frozenset({cls}), _exactly(cls, write))
+            self._objects[info.cls] = _exact(cls, write)
             fields += self._fields(cls, info.fields)
         return self._objects[info.cls]
 
@@ -159,15 +161,15 @@ class _Forms:
                 if field.default is not dataclasses.MISSING:
                     self._defaults.append((cls, field.name, forms[field.name], field.default))
         return [
-            (f.name, f.encode_name, forms[f.name].plain, forms[f.name].write, f".{f.name}")
-            for f in fields
+            (f.name, f.encode_name, form.plain, form.unchecked, form.write, f".{f.name}")
+            for f, form in zip(fields, forms.values(), strict=True)
         ]
 
     def _one_of(self, one_of: type[OneOf], where: str) -> Form:
         if one_of not in self._objects:
             members: dict[type, Write] = {}
             classes = frozenset(choice.cls for choice in one_of.choices.values())
-            self._objects[one_of] = Form(classes, _write_member(members))
+            self._objects[one_of] = Form(classes, _write_member(members), unchecked=members)
             for tag, choice in one_of.choices.items():
                 shape = cast("types.StructType", types.type_info(choice.shape))
                 write = _write_fields(self._fields(choice.cls, shape.fields))
@@ -182,7 +184,7 @@ class _Forms:
             message = f"{where} can't be stored: the keys of a JSON object are text or numbers"
             raise errors.DefinitionError(message)
         key, value = self.of(info.key_type, where), self.of(info.value_type, where)
-        return Form(frozenset({dict}), _exactly(dict, _write_dict(key, value)))
+        return _exact(dict, _write_dict(key, value))
 
     def _typed_dict(self, info: types.TypedDictType) -> Form:
         forms = {f.name: self.of(f.type, f"{info.cls.__qualname__}.{f.name}") for f in info.fields}
@@ -195,7 +197,7 @@ class _Forms:
                 raise Misfit("is missing").within(f".{name}")
             return {name: _at(f".{name}", forms[name].write, item) for name, item in value.items()}
 
-        return Form(frozenset({dict}), _exactly(dict, write))
+        return _exact(dict, write)
 
 
 def _check_field(cls: type[Any], field: dataclasses.Field[Any]) -> None:
@@ -212,9 +214,9 @@ def _check_struct(info: types.StructType) -> None:
 
 # --- What is made of others --------------------------------------------------
 
-# A field's name, its name in JSON, the classes that need no writing, what writes the others, and
-# the field as a step of a path.
-_Field: TypeAlias = tuple[str, str, frozenset[type], Write, str]
+# A field's name, its name in JSON, the classes that need no writing, what writes the others by
+# their class, or checks them, and the field as a step of a path.
+_Field: TypeAlias = tuple[str, str, frozenset[type], Mapping[type, Write], Write, str]
 
 
 def _at(step: str, write: Write, value: object) -> object:
@@ -222,6 +224,10 @@ def _at(step: str, write: Write, value: object) -> object:
         return write(value)
     except Misfit as exc:
         raise exc.within(step) from None
+
+
+def _exact(cls: type, write: Write, plain: frozenset[type] = frozenset()) -> Form:
+    return Form(frozenset({cls}), _exactly(cls, write), plain, {cls: write})
 
 
 def _exactly(cls: type, write: Write) -> Write:
@@ -247,13 +253,14 @@ def _refused(value: object, classes: Iterable[type]) -> Misfit:
 def _write_fields(fields: Sequence[_Field]) -> Write:
     def write(value: object) -> dict[str, object]:
         written: dict[str, object] = {}
-        for name, key, plain, write_field, step in fields:
+        for name, key, plain, unchecked, write_field, step in fields:
             item = getattr(value, name)
-            if type(item) in plain:
+            cls = type(item)
+            if cls in plain:
                 written[key] = item
                 continue
             try:  # `_at` written out: this is run for each field of each event and state
-                written[key] = write_field(item)
+                written[key] = unchecked.get(cls, write_field)(item)
             except Misfit as exc:
                 raise exc.within(step) from None
         return written
@@ -280,8 +287,10 @@ def _write_member(members: dict[type, Write]) -> Write:
 def _union(forms: Sequence[Form]) -> Form:
     members: dict[type, Write] = {}
     for form in sorted(forms, key=lambda form: float in form.classes):  # an int too, but as a float
-        members |= dict.fromkeys(form.classes - members.keys(), form.write)
-    return Form(frozenset(members), _write_member(members), _EMPTY.union(*(f.plain for f in forms)))
+        new = form.classes - members.keys()
+        members |= {cls: form.unchecked.get(cls, form.write) for cls in new}
+    plain = _EMPTY.union(*(f.plain for f in forms))
+    return Form(frozenset(members), _write_member(members), plain, members)
 
 
 def _items(cls: type, item: Form, arrange: Callable[[Iterable[object]], object] = list) -> Form:
@@ -336,7 +345,7 @@ def _enum(cls: Any) -> Form:
             raise Misfit(message)
         return written[value]
 
-    return Form(frozenset({cls}), _exactly(cls, write))
+    return _exact(cls, write)
 
 
 def _literal(values: Iterable[object]) -> Form:
@@ -418,10 +427,9 @@ def _time(value: time) -> object:
 
 
 def _leaf(cls: type, write: Write | None = None) -> Form:
-    classes = frozenset({cls})
     if write is None:
-        return Form(classes, _exactly(cls, lambda value: value), plain=classes)
-    return Form(classes, _exactly(cls, write))
+        return _exact(cls, lambda value: value, plain=frozenset({cls}))
+    return _exact(cls, write)
 
 
 def _base64(value: bytes) -> str:

@@ -34,7 +34,7 @@ from cqrs_es.ports.store import Chain, DecidedCommand, NewEvent, ScheduledComman
 from cqrs_es.types import storable, text_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
     from datetime import datetime
 
     from cqrs_es.definitions import AggregateDefinition, AnyAggregate
@@ -86,7 +86,8 @@ class Decider:
         for index, submission in enumerate(prepared.submissions):
             if not self._begin(submission):
                 continue
-            if lineage is not None and lineage.has_ended(submission.scheduled):
+            row = submission.scheduled
+            if row is not None and lineage is not None and row.timer in lineage.ended_timers:
                 # It is looked up again when its end is committed.
                 later = _Later(submission, 0.0, prepared.submissions[index + 1 :])
                 break
@@ -103,8 +104,9 @@ class Decider:
                 break
             decided = self._with_consequences(prepared.definition, submission, decided)
             submissions.append(submission)
-            commands.append(self._renewed(submission, decided))
-            size += sum([len(event.payload) + ROW_BYTES for event in decided.events])
+            commands.append(decided if row is None else self._renewed(row, decided))
+            for event in decided.events:
+                size += len(event.payload) + ROW_BYTES
             if (
                 decided.holds_back
                 and decided.dead_letter
@@ -175,10 +177,9 @@ class Decider:
                 if delay > 0:
                     return _Later(submission, delay)
 
-    def _renewed(self, submission: Submission, decided: DecidedCommand) -> DecidedCommand:
+    def _renewed(self, row: ScheduledCommand, decided: DecidedCommand) -> DecidedCommand:
         """Have a recurring command come again, whatever its outcome."""
-        row = submission.scheduled
-        following = None if row is None else self._causes.renewed(row)
+        following = self._causes.renewed(row)
         return (
             decided if following is None else replace(decided, causes=(*decided.causes, following))
         )
@@ -213,14 +214,15 @@ class Decider:
             return self._failed(submission, "internal_error", submission.condemned)
         if submission.dropped:
             return _rejected(submission, "dropped", "an operator has dropped it", None)
-        trusted = self._trusted(submission)
-        if definition is None or (definition.inputs is not None and not trusted):
+        if definition is None or (definition.inputs is not None and not self._trusted(submission)):
             reason = f"aggregate type {message.aggregate_type!r} is unknown here"
             return self._failed(submission, "unknown_aggregate_type", reason)
-        if not definition.takes(message.type) or (message.type == ELAPSED and not trusted):
+        elapsed = message.type == ELAPSED
+        if not definition.takes(message.type) or (elapsed and not self._trusted(submission)):
             return self._unknown_command(submission)
+        payload = self._elapsed(submission) if elapsed else message.payload
         try:
-            given = definition.read(message.type, self._payload(submission), message.version)
+            given = definition.read(message.type, payload, message.version)
         except errors.InvalidCommand as exc:
             return _rejected(submission, "invalid_command", exc.message, None)
         if lineage is None:
@@ -249,11 +251,9 @@ class Decider:
             return not submission.untrusted
         return self._causes.signed(message.id, message.metadata)
 
-    def _payload(self, submission: Submission) -> JsonObject:
-        """Return the command's payload; a timer's is told when it was due, and the time."""
+    def _elapsed(self, submission: Submission) -> JsonObject:
+        """Return a timer's payload, with when it was due, and the time."""
         payload, row = submission.message.payload, submission.scheduled
-        if submission.message.type != ELAPSED:
-            return payload
         now = self._now() if row is None else row.moment + row.late
         due = now if row is None else row.moment
         return payload | {"due": due.isoformat(), "now": now.isoformat()}
@@ -401,10 +401,6 @@ class _Lineage:
         """Return a copy of the present state for a handler to work on."""
         return self.baseline.thaw(self._definition)
 
-    def has_ended(self, row: ScheduledCommand | None) -> bool:
-        """Tell whether a row is of a timer that a command before it has ended."""
-        return row is not None and row.timer in self.ended_timers
-
     @property
     def moves(self) -> KeyMoves | None:
         """How the accepted events move unique keys, None where they move none."""
@@ -412,7 +408,7 @@ class _Lineage:
             return None
         return self._keys.moves(self._claims, (self._had | self._claims) - self._held)
 
-    def extend(self, new: Sequence[NewEvent], taken: Claims, ended_timers: Iterable[str]) -> None:
+    def extend(self, new: Sequence[NewEvent], taken: Claims, ended_timers: Sequence[str]) -> None:
         """Apply accepted events, taking the snapshot that falls due among them.
 
         Raises, with the lineage unchanged, what decoding, `apply`, `keys` or encoding
@@ -420,7 +416,8 @@ class _Lineage:
         """
         if new:
             self._apply(new, taken)
-        self.ended_timers.update(ended_timers)
+        if ended_timers:
+            self.ended_timers.update(ended_timers)
 
     def _apply(self, new: Sequence[NewEvent], taken: Claims) -> None:
         due = self._snapshot_due(len(new))

@@ -64,7 +64,8 @@ async def take_all(result: Result, each: OnYield, seconds: float | None = None) 
     # Nearly all are generators, and to ask an ABC takes ten times as long.
     generator = type(result) is types.AsyncGeneratorType
     if generator or isinstance(result, AsyncIterator) or inspect.isawaitable(result):
-        await _within(seconds, _drive(cast("AsyncIterator[Any]", result), each))
+        work: Any = result
+        await _within(seconds, _drive(work, each))
     else:
         _apply_all(result, each)
 

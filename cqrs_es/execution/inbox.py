@@ -160,7 +160,7 @@ class Inbox:
         """Return what goes into one append: of what is decided, at least one."""
         if not self._decided:
             return []
-        fits = self._how_many_fit()
+        fits = 1 if len(self._decided) == 1 else self._how_many_fit()
         taken, self._decided = self._decided[:fits], self._decided[fits:]
         self._decided_commands -= sum([len(each.submissions) for each in taken])
         if self._ready and self._has_room:

@@ -88,13 +88,13 @@ class MemoryEvents(EventStore):
             },
             scheduled=[i for i in wanted.scheduled if self._is_there(i)],
             now=self._now() if wanted.counts_from_now else None,
-            holders=self._held(wanted.unique_keys),
-            timers=self._timers(wanted.timers),
+            holders=self._held(wanted.unique_keys) if wanted.unique_keys else {},
+            timers=self._timers(wanted.timers) if wanted.timers else {},
         )
 
     def _timers(self, keys: Sequence[AggregateKey]) -> dict[AggregateKey, dict[str, str]]:
         found: dict[AggregateKey, dict[str, str]] = {key: {} for key in keys}
-        for row in self._scheduled.values() if keys else ():
+        for row in self._scheduled.values():
             if row.timer is not None and row.key in found:
                 found[row.key][row.timer] = row.command_id
         return found
