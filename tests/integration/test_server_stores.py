@@ -40,7 +40,7 @@ from tests.stores import sql_of
 from tests.waiting import eventually, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from pathlib import Path
 
     from cqrs_es.ports.storage import Storage
@@ -528,14 +528,14 @@ async def test_an_append_takes_few_round_trips(
     server: Server, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One for the lock and what is read, on PostgreSQL one for each; one for writing and COMMIT."""
-    answering, trips = pool.ServerSession._answering, itertools.count()
+    answer, trips = pool.ServerSession._answer, itertools.count()
 
-    def counted(session: pool.ServerSession) -> contextlib.AbstractAsyncContextManager[None]:
+    async def counted(session: pool.ServerSession, ask: Callable[[], Awaitable[object]]) -> object:
         next(trips)
-        return answering(session)
+        return await answer(session, ask)
 
     await commit(storage, one(account("A"), 0, 2))
-    monkeypatch.setattr(pool.ServerSession, "_answering", counted)
+    monkeypatch.setattr(pool.ServerSession, "_answer", counted)
     await commit(storage, one(account("A"), 2, 2))
     assert next(trips) == (2 if server.url.startswith("mysql") else 3)
     assert len(await stream(storage, account("A"))) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import aiomysql
@@ -156,11 +157,15 @@ class MysqlSession(ServerSession):
         beginning, self._beginning = self._beginning, []
         done: list[_Done] = []
         for packet in self._packets([*beginning, *texts]):
-            async with self._answering(), self._connection.cursor() as cursor:
-                done.append(await _done(cursor, await cursor.execute(packet)))
-                while await cursor.nextset():
-                    done.append(await _done(cursor, cursor.rowcount))
+            done += await self._answer(partial(self._run_packet, packet))
         return done[len(beginning) :]
+
+    async def _run_packet(self, packet: bytes) -> list[_Done]:
+        async with self._connection.cursor() as cursor:
+            done = [await _done(cursor, await cursor.execute(packet))]
+            while await cursor.nextset():
+                done.append(await _done(cursor, cursor.rowcount))
+        return done
 
     def _packets(self, texts: Sequence[bytes]) -> Iterator[bytes]:
         """Put statements together; aiomysql has the server take several at a time."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from datetime import date, datetime
 from decimal import Decimal
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -45,10 +46,11 @@ class PostgresSession(ServerSession):
         By statements, as a pooler takes little of what is said on connecting.
         """
         await self._do("; ".join(f"SET {name} = '{value}'" for name, value in settings.items()))
-        async with self._answering():
-            await self._connection.set_type_codec(
+        await self._answer(
+            lambda: self._connection.set_type_codec(
                 "numeric", schema="pg_catalog", encoder=str, decoder=_number, format="text"
             )
+        )
 
     async def process(self) -> int:
         """Return the number of the server's process that runs this session's statements."""
@@ -71,8 +73,8 @@ class PostgresSession(ServerSession):
         """Run a query, locking its rows until the transaction ends if wanted."""
         text = numbered(f"{sql}{self.dialect.for_update}" if lock else sql)
         await self._make_begin()
-        async with self._answering():
-            found = await self._connection.fetch(text, *map(_readable, parameters))
+        values = map(_readable, parameters)
+        found = await self._answer(lambda: self._connection.fetch(text, *values))
         return [tuple(row) for row in found]
 
     async def execute(self, sql: str, parameters: Sequence[Parameter] = ()) -> int:
@@ -96,10 +98,8 @@ class PostgresSession(ServerSession):
         text = numbered(str(statement))
         await self._make_begin()
         for some in chunks(rows):
-            async with self._answering():
-                await self._connection.executemany(
-                    text, [tuple(map(_readable, row)) for row in some]
-                )
+            readable = [tuple(map(_readable, row)) for row in some]
+            await self._answer(partial(self._connection.executemany, text, readable))
 
     async def fitted(
         self, sql: str, rows: Sequence[Sequence[Parameter]]
@@ -107,8 +107,7 @@ class PostgresSession(ServerSession):
         """Ask once for the types of a statement's parameters: the driver converts nothing."""
         text = numbered(sql)
         if text not in self._types:
-            async with self._answering():
-                statement = await self._connection.prepare(text)
+            statement = await self._answer(lambda: self._connection.prepare(text))
             self._types[text] = [parameter.name for parameter in statement.get_parameters()]
         types = self._types[text]
         try:
@@ -219,10 +218,9 @@ class PostgresSession(ServerSession):
         elif self._begins:
             self._begins = False
             sql = f"BEGIN; {sql}"
-        async with self._answering():
-            # What has its values in it is not to be looked through, or remembered: it may be long.
-            text = numbered(sql) if parameters else sql
-            done: str = await self._connection.execute(text, *map(_readable, parameters))
+        # What has its values in it is not to be looked through, or remembered: it may be long.
+        text, values = numbered(sql) if parameters else sql, map(_readable, parameters)
+        done: str = await self._answer(lambda: self._connection.execute(text, *values))
         return done
 
     def _mapped_errors(self) -> AbstractContextManager[None]:
