@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from cqrs_es.ports.store import StoreInfo
     from cqrs_es.projector import Projector
     from cqrs_es.reactor import ProcessManager, Reactor
+    from cqrs_es.telemetry.tracing import Tracing
     from cqrs_es.upcasting import Upcaster
     from cqrs_es.view import View
 
@@ -250,8 +251,7 @@ class Application:
             if initialise is None or not storage.durable:
                 initialise = not storage.shared
             info = await _store_info(storage, settings, service, initialise=initialise)
-            watcher = LogWatcher(storage.events)
-            timetable = Timetable(storage.events)
+            watcher, timetable = LogWatcher(storage.events), Timetable(storage.events)
             nudger = Nudger(broker if reach_broker else None, watcher, timetable)
             stack.push_async_callback(nudger.close)
             hooks = Hooks(
@@ -259,24 +259,10 @@ class Application:
                 on_commit=nudger.committed,
                 on_scheduled=nudger.scheduled,
                 meter=meter,
-                tracing=tracing_for(
-                    service,
-                    broker.system,
-                    self.registry.command_names,
-                    separator=broker.separator,
-                ),
+                tracing=self._tracing(service, broker),
             )
-            executor = Executor(
-                registry,
-                storage.events,
-                partitions=info.partitions,
-                secret=info.secret,
-                clock=clock,
-                policy=policy or execution_policy(settings, self.policy),
-                hooks=hooks,
-            )
-            for definition in registry.recurring.values():
-                executor.causes.recurring(definition, clock.now())
+            policy = policy or execution_policy(settings, self.policy)
+            executor = _executor(registry, storage, info, clock, policy, hooks)
             process = Process(
                 registry=registry,
                 settings=settings,
@@ -305,6 +291,10 @@ class Application:
             stack.callback(self._open.remove, opened)
             stack.callback(opened.close)
             yield opened
+
+    def _tracing(self, service: str, broker: Broker) -> Tracing:
+        names = self.registry.command_names
+        return tracing_for(service, broker.system, names, separator=broker.separator)
 
     async def execute(
         self,
@@ -387,6 +377,29 @@ def make_broker(settings: Settings, service: str) -> Broker:
     return broker_for(
         settings.broker_url, service=service, event_retention=settings.event_retention
     )
+
+
+def _executor(
+    registry: Registry,
+    storage: Storage,
+    info: StoreInfo,
+    clock: Clock,
+    policy: ExecutionPolicy,
+    hooks: Hooks,
+) -> Executor:
+    """Make what decides commands; raise `DefinitionError` for a recurring one that can't be."""
+    executor = Executor(
+        registry,
+        storage.events,
+        partitions=info.partitions,
+        secret=info.secret,
+        clock=clock,
+        policy=policy,
+        hooks=hooks,
+    )
+    for definition in registry.recurring.values():
+        executor.causes.recurring(definition, clock.now())
+    return executor
 
 
 async def _store_info(
