@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from cqrs_es.messages import CommandMessage
     from cqrs_es.ports.broker import Delivery
     from cqrs_es.runtime.process import Process
+    from cqrs_es.types import AggregateKey
 
 log = structlog.get_logger("cqrs_es.worker")
 
@@ -123,10 +124,27 @@ class Redelivery:
         self._before: dict[str, int | None] = {}
 
     async def take(self, commands: Sequence[tuple[Delivery, CommandMessage]]) -> None:
-        """Submit commands that were out before, and wait for those that may be deadly."""
+        """Submit commands that were out before, and wait for those that may be deadly.
+
+        Only their aggregates wait before that: where processes live for less than the wait,
+        others get on all the same.
+        """
         suspects = await self._look_up(commands)
         log.info("commands redelivered", commands=len(suspects))
         few = len(suspects) <= FEW
+        at_once, after_the_wait = _apart(suspects)
+        await self._take(at_once, few=few)
+        if after_the_wait:
+            for it in after_the_wait:
+                if it.attempts:
+                    command_id = it.message.id
+                    log.warning(
+                        "a process died of a command", command_id=command_id, wait=WAIT_SECONDS
+                    )
+            await self._clock.sleep(WAIT_SECONDS)
+            await self._take(after_the_wait, few=few)
+
+    async def _take(self, suspects: Sequence[Redelivered], *, few: bool) -> None:
         while suspects:
             together = self._first_together(suspects, few=few)
             suspects = suspects[len(together) :]
@@ -182,9 +200,6 @@ class Redelivery:
 
     async def _try_alone(self, suspect: Redelivered, attempts: int) -> None:
         command_id = suspect.message.id
-        if attempts:
-            log.warning("a process died of a command", command_id=command_id, wait=WAIT_SECONDS)
-            await self._clock.sleep(WAIT_SECONDS)
         async with self._gate.alone():
             began = self._clock.monotonic()
             await self._record({command_id: (suspect.attempts, attempts + 1)})
@@ -230,6 +245,24 @@ class Redelivery:
     async def _forget(self, command_ids: Collection[str]) -> None:
         if command_ids:
             await self._outage.wait_out(lambda: self._events.forget_attempts(command_ids))
+
+
+def _apart(
+    suspects: Sequence[Redelivered],
+) -> tuple[Sequence[Redelivered], Sequence[Redelivered]]:
+    """Part what goes at once from what waits.
+
+    That is a command that a process died of, alone, and those behind it for its aggregate.
+    """
+    waiting: set[AggregateKey] = set()
+    at_once: list[Redelivered] = []
+    after_the_wait: list[Redelivered] = []
+    for it in suspects:
+        if AMONG_FEW < (it.attempts or 0) < MOST_DEATHS and not it.answered:
+            waiting.add(it.message.key)
+        waits = it.message.key in waiting and not it.answered
+        (after_the_wait if waits else at_once).append(it)
+    return at_once, after_the_wait
 
 
 async def _answered(answers: Sequence[Answer]) -> None:

@@ -186,6 +186,29 @@ async def test_g9_a_second_attempt_waits_for_the_process_to_live(storage: Faulty
     assert t.clock.monotonic() >= redelivery.WAIT_SECONDS
 
 
+async def test_g9_only_its_aggregate_waits_with_what_a_process_died_of(
+    storage: FaultyStorage,
+) -> None:
+    """Where processes live for less than the wait, what came after it is decided all the same."""
+    broker = broker_for("memory://", service="tests")
+    bodies = [added(0), added(1), added(2, aggregate_id="B"), added(3)]
+    await broker.send([OutgoingCommand(0, "", body) for body in bodies])
+    await (await broker.open_intake(0, "dead")).receive(len(bodies))
+    deadly = orjson.loads(bodies[0])["id"]
+    await storage.events.record_attempts({deadly: 1})
+    async with TestApp(counting_app(), storage=storage, broker=broker) as t:
+
+        async def others_are_decided() -> bool:
+            return len(await t.events(Counter, "B")) == 1
+
+        await eventually(others_are_decided)
+        assert t.clock.monotonic() < redelivery.WAIT_SECONDS
+        assert await t.events(Counter, "A") == []
+        await t.drain()
+        assert [e.data.n for e in await t.events(Counter, "A")] == [0, 1, 3]
+        assert await t.dead_letters() == []
+
+
 async def test_g9_a_command_that_processes_died_of_fails(storage: FaultyStorage) -> None:
     """What two processes died of alone is not tried again, and those behind it are."""
     broker, ids = await _left_by_a_dead_worker(3)
