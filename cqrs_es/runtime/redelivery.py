@@ -89,11 +89,17 @@ class Gate:
     """
 
     def __init__(self, process: Process) -> None:
-        self._executor = process.executor
+        self._executor, self._clock = process.executor, process.clock
+        self._began = self._clock.monotonic()
         self._lock = asyncio.Lock()
         self._open = asyncio.Event()
         self._open.set()
         self.seconds_left = ALONE_SECONDS
+
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds until this process has lived for as long as it must before a second attempt."""
+        return max(0.0, self._began + WAIT_SECONDS - self._clock.monotonic())
 
     async def wait_open(self) -> None:
         """Wait until nothing is tried by itself; submit before awaiting anything else."""
@@ -135,13 +141,10 @@ class Redelivery:
         at_once, after_the_wait = _apart(suspects)
         await self._take(at_once, few=few)
         if after_the_wait:
-            for it in after_the_wait:
-                if it.attempts:
-                    command_id = it.message.id
-                    log.warning(
-                        "a process died of a command", command_id=command_id, wait=WAIT_SECONDS
-                    )
-            await self._clock.sleep(WAIT_SECONDS)
+            wait = self._gate.wait_seconds
+            for id_ in (it.message.id for it in after_the_wait if it.attempts):
+                log.warning("a process died of a command", command_id=id_, wait=round(wait, 1))
+            await self._clock.sleep(wait)
             await self._take(after_the_wait, few=few)
 
     async def _take(self, suspects: Sequence[Redelivered], *, few: bool) -> None:

@@ -15,7 +15,7 @@ from cqrs_es import errors, renames, wire
 from cqrs_es.application import Application
 from cqrs_es.brokers import broker_for
 from cqrs_es.messages import Status
-from cqrs_es.ports.broker import OutgoingCommand
+from cqrs_es.ports.broker import Delivery, OutgoingCommand
 from cqrs_es.ports.store import ScheduledCommand
 from cqrs_es.runtime import consumer, redelivery
 from cqrs_es.settings import Settings
@@ -184,6 +184,26 @@ async def test_g9_a_second_attempt_waits_for_the_process_to_live(storage: Faulty
         await t.drain()
         assert await t.dead_letters() == []
     assert t.clock.monotonic() >= redelivery.WAIT_SECONDS
+
+
+async def test_g9_who_has_lived_for_long_makes_a_second_attempt_at_once(
+    storage: FaultyStorage,
+) -> None:
+    """It does not die anyway: where it takes over from one that died, nobody waits again."""
+    async with TestApp(counting_app(), storage=storage) as t:
+        process, attempts = t.opened.process, list[int]()
+
+        def submit(suspect: redelivery.Redelivered, attempt: int, _: str | None) -> Answer:
+            attempts.append(attempt)
+            return process.executor.submit(suspect.message)
+
+        again = redelivery.Redelivery(process, redelivery.Gate(process), submit)
+        await t.advance(timedelta(seconds=redelivery.WAIT_SECONDS))
+        message = wire.parse_command(added(7))
+        await storage.events.record_attempts({message.id: 1})
+        await asyncio.wait_for(again.take([(Delivery(0, b"", "1"), message)]), 10)
+        assert attempts == [2]
+        assert [e.data.n for e in await t.events(Counter, "A")] == [7]
 
 
 async def test_g9_only_its_aggregate_waits_with_what_a_process_died_of(
