@@ -11,6 +11,7 @@ import dataclasses
 import enum
 import functools
 import re
+from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any, Final, Generic, TypeVar, cast
 
@@ -26,6 +27,8 @@ from cqrs_es.sum_types import OneOf, class_of, convert, decoder, shown
 
 T = TypeVar("T")
 
+# Times are written here, not by orjson: see `json_out`.
+_UNTYPED: Final = orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATETIME
 # Several, the innermost first, where types of ours are read inside one another.
 _MSGSPEC_PATH: Final = re.compile(r" - at `(?:key in )?\$(?P<path>[^`]*)`")
 
@@ -35,12 +38,14 @@ def to_json(value: object) -> bytes:
 
     Raises `TypeError` for what JSON can't say.
     """
-    return orjson.dumps(value, default=_to_builtin, option=orjson.OPT_NON_STR_KEYS)
+    return orjson.dumps(value, default=_to_builtin, option=_UNTYPED)
 
 
 def _to_builtin(value: object) -> object:
     if isinstance(value, Decimal):
         return decimal_text(value)
+    if isinstance(value, datetime | date | time):
+        return value.isoformat()
     if isinstance(value, set | frozenset):
         items = cast("set[object]", value)
         return in_order(orjson.loads(to_json(item)) for item in items)

@@ -455,6 +455,7 @@ def test_what_would_come_back_as_another_value_is_refused(
         Bag(names=["a"], counts={"a": 1}, by_number={1: "a"}, tags=frozenset("abc")),
         Bag(colour=Colour.RED, size="m", rights=Rights.WRITE, options={"tip": D(1)}, pair=(1, "a")),
         Bag(raw=b"\x00\xff"),
+        Bag(hour=time(5, 6, 7, 45678)),  # orjson 3.13 leaves a zero out of such fractions
     ],
 )
 def test_what_is_written_comes_back_as_it_was(value: Bag) -> None:
@@ -856,3 +857,11 @@ def test_what_json_would_lose_is_refused_at_start_up(
 def test_json_is_what_orjson_says() -> None:
     """Text stays UTF-8, keys keep their order."""
     assert to_json({"b": "ü", "a": None}) == orjson.dumps({"b": "ü", "a": None})
+
+
+def test_times_have_all_digits_of_their_fractions() -> None:
+    """Where no type is declared either: orjson 3.13 writes 07.045678 as 07.45678."""
+    moment = datetime(2026, 11, 23, 5, 6, 7, 45678, tzinfo=UTC)
+    expected = {"hour": "05:06:07.045678", "at": "2026-11-23T05:06:07.045678+00:00"}
+    found = orjson.loads(to_json({"hour": moment.time(), "at": moment, "day": moment.date()}))
+    assert found == expected | {"day": "2026-11-23"}
