@@ -43,16 +43,16 @@ class Faults:
     """What is to go wrong, by the name of the method: one fault, or None, for each next call."""
 
     def __init__(self) -> None:
-        self._before: defaultdict[str, deque[Exception | None]] = defaultdict(deque)
-        self._after: defaultdict[str, deque[Exception | None]] = defaultdict(deque)
+        self._before: defaultdict[str, deque[BaseException | None]] = defaultdict(deque)
+        self._after: defaultdict[str, deque[BaseException | None]] = defaultdict(deque)
         self.calls: defaultdict[str, int] = defaultdict(int)
         self.refuse_append: Callable[[Sequence[Chain]], None] = lambda _: None
 
-    def before(self, method: str, *faults: Exception | None) -> None:
+    def before(self, method: str, *faults: BaseException | None) -> None:
         """Let the next calls fail with nothing done."""
         self._before[method].extend(faults)
 
-    def after(self, method: str, *faults: Exception | None) -> None:
+    def after(self, method: str, *faults: BaseException | None) -> None:
         """Let the next calls fail with everything done."""
         self._after[method].extend(faults)
 
@@ -81,7 +81,7 @@ class Faults:
         return result
 
 
-def _raise_next(faults: deque[Exception | None]) -> None:
+def _raise_next(faults: deque[BaseException | None]) -> None:
     fault = faults.popleft() if faults else None
     if fault is not None:
         raise fault
@@ -204,7 +204,7 @@ class FaultyEvents(EventStore):
 
 
 class FaultyViews(ViewStore):
-    """A view store whose transactions fail: `before` on being opened, `after` their commit."""
+    """A view store whose transactions fail: `before` on being opened or on `commit`, `after` it."""
 
     def __init__(self, inner: ViewStore, faults: Faults) -> None:
         self._inner = inner
@@ -219,6 +219,7 @@ class FaultyViews(ViewStore):
         self._faults.raise_before("transaction")
         async with self._inner.transaction() as transaction:
             yield transaction
+            self._faults.raise_before("commit")
         self._faults.raise_after("transaction")
 
     async def create_table(self, table: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import orjson
 import pytest
 
 from cqrs_es import (
@@ -21,14 +23,22 @@ from cqrs_es import (
     send,
 )
 from cqrs_es.application import Application
+from cqrs_es.ports.leases import Lease
+from cqrs_es.runtime.leases import Assignment
+from cqrs_es.runtime.projection_loop import ReactorLoop
+from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
 from cqrs_es.testing import ReactorScenario, Scenario, TestApp
+from tests.faulty import FaultyStorage
 from tests.stores import on_sql
 from tests.transfers import Account, Asked, Begun, Deposit, Ended, Transfer, Withdraw
 
 if TYPE_CHECKING:
-    from cqrs_es.messages import CommandContext
+    from cqrs_es.messages import CommandContext, StoredEvent
+    from cqrs_es.opened import OpenApplication
     from cqrs_es.ports.storage import Storage
+    from cqrs_es.projection.applying import Applier
+    from tests.faulty import Faults
 
 
 @command
@@ -160,6 +170,107 @@ async def test_a_reactor_that_fails_parks_the_source(storage: Storage) -> None:
             assert (await said(t, "echo"))[2:] == ["no", "well"]
     finally:
         Echo.failing = False
+
+
+# --- What keeps it from sending twice -----------------------------------------
+
+
+async def another(opened: OpenApplication) -> Applier:
+    """Begin as a process does that has got the partition."""
+    loop = ReactorLoop(opened.process, opened.registry.reactors["echo"])
+    applier = await loop.applier(Assignment(Lease(loop.name, 0, "p", 1)))
+    await applier.read_checkpoint()
+    return applier
+
+
+@asynccontextmanager
+async def four_said(
+    store_url: str, heard: list[str]
+) -> AsyncGenerator[tuple[OpenApplication, Faults, list[StoredEvent]]]:
+    """Open an application in which four things were said, to which nobody has reacted."""
+    storage = storage_for(store_url)
+    try:
+        faulty, settings = FaultyStorage(storage), Settings(store_url=store_url, partitions=1)
+        app = talking(Echo, heard=heard)
+        async with app.open(settings, storage=faulty, initialise=True) as opened:
+            for word in "1234":
+                await opened.execute(Speaker, "a", Say(word))
+            yield opened, faulty.faults, await storage.events.read_log(0, 0, 9)
+    finally:
+        await storage.close()
+
+
+async def sent(opened: OpenApplication) -> list[str]:
+    """Return what was to be said, a word for each row."""
+    rows = await opened.storage.events.list_scheduled(None, 100)
+    return sorted(orjson.loads(row.body)["payload"]["word"] for row in rows)
+
+
+@on_sql
+async def test_g11_of_two_with_one_partition_one_sends(store_url: str) -> None:
+    """Both have read the same checkpoint; what the second one does is undone, and it says so."""
+    async with four_said(store_url, []) as (opened, _, events):
+        first, second = await another(opened), await another(opened)
+        await first.offer(events[:2])
+        for late in (events[:1], events[:2], events):
+            with pytest.raises(errors.CheckpointMoved):
+                await second.offer(late)
+        with pytest.raises(errors.CheckpointMoved):
+            await second.catch_up()
+        assert await sent(opened) == ["1", "2"]
+        await second.read_checkpoint()
+        await second.offer(events)
+        assert await sent(opened) == ["1", "2", "3", "4"]
+
+
+@on_sql
+async def test_g11_what_the_topic_repeats_or_leaves_out_changes_nothing(store_url: str) -> None:
+    """Known events cause nothing, also amid new ones; what is missing is read from the store."""
+    async with four_said(store_url, []) as (opened, _, events):
+        one, two, three, four = events
+        applier = await another(opened)
+        await applier.offer([one, three])
+        assert await sent(opened) == ["1", "2", "3"]
+        for again in ([one, two], [three, three, one], [four, one, two, three, four]):
+            await applier.offer(again)
+        assert await sent(opened) == ["1", "2", "3", "4"]
+        await (await another(opened)).offer(events)
+        assert await sent(opened) == ["1", "2", "3", "4"]
+
+
+@on_sql
+async def test_g11_a_checkpoint_and_its_commands_come_together(store_url: str) -> None:
+    """Cut off before the commit neither is there, after it both: the next to try finds out."""
+    async with four_said(store_url, []) as (opened, faults, events):
+        for cut, what, left in (
+            (faults.before, "commit", []),
+            (faults.after, "transaction", ["1", "2"]),
+        ):
+            cut(what, errors.StoreUnavailable())
+            with pytest.raises(errors.StoreUnavailable):
+                await (await another(opened)).offer(events[:2])
+            assert await sent(opened) == left
+            assert (await another(opened)).checkpoint == len(left)
+        await (await another(opened)).offer(events)
+        assert await sent(opened) == ["1", "2", "3", "4"]
+
+
+@on_sql
+async def test_g11_a_transaction_that_is_repeated_adds_the_same(store_url: str) -> None:
+    """After a collision, and in parts where an event fails: the reactor itself is not run again."""
+    heard: list[str] = []
+    async with four_said(store_url, heard) as (opened, faults, events):
+        faults.before("commit", errors.StoreError("a row was there"))
+        await (await another(opened)).offer(events[:2])
+        assert await sent(opened) == ["1", "2"]
+        await opened.execute(Speaker, "b", Say("no"))
+        Echo.failing = True
+        try:
+            await (await another(opened)).catch_up()
+        finally:
+            Echo.failing = False
+        assert await sent(opened) == ["1", "2", "3", "4"]
+        assert [word for word in heard if word != "no"] == ["1", "2", "3", "4"]
 
 
 class Ping(Reactor[Said], name="ping"):
