@@ -7,7 +7,7 @@ import enum
 import uuid
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Optional, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Optional, TypeAlias
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -58,28 +58,33 @@ SIMPLE: tuple[Kind, ...] = (
 )
 
 
+def _typed(origin: Any, *parts: Any) -> Any:
+    """Return `origin[parts]`, of types that are values."""
+    return origin[parts] if parts[1:] else origin[next(iter(parts))]
+
+
 def _list(item: Kind) -> Kind:
-    return list[item[0]], st.lists(item[1], max_size=3)
+    return _typed(list, item[0]), st.lists(item[1], max_size=3)
 
 
 def _tuple(item: Kind) -> Kind:
-    return tuple[item[0], ...], st.lists(item[1], max_size=3).map(tuple)
+    return _typed(tuple, item[0], ...), st.lists(item[1], max_size=3).map(tuple)
 
 
 def _pair(first: Kind, second: Kind) -> Kind:
-    return tuple[first[0], second[0]], st.tuples(first[1], second[1])
+    return _typed(tuple, first[0], second[0]), st.tuples(first[1], second[1])
 
 
 def _mapping(key: Kind, item: Kind) -> Kind:
-    return dict[key[0], item[0]], st.dictionaries(key[1], item[1], max_size=3)
+    return _typed(dict, key[0], item[0]), st.dictionaries(key[1], item[1], max_size=3)
 
 
 def _set(item: Kind) -> Kind:
-    return frozenset[item[0]], st.frozensets(item[1], max_size=3)
+    return _typed(frozenset, item[0]), st.frozensets(item[1], max_size=3)
 
 
 def _optional(item: Kind) -> Kind:
-    return Optional[item[0]], st.none() | item[1]  # noqa: UP045 - of a type that is a value
+    return _typed(Optional, item[0]), st.none() | item[1]
 
 
 def _dataclass(items: list[Kind], defaults: list[bool], data: list[Any]) -> Kind:
@@ -137,17 +142,13 @@ def test_whatever_is_declared_comes_back_as_it_was(data: st.DataObject) -> None:
 
 
 def _types_of(value: Any) -> object:
+    made: Any = type(value)
     if dataclasses.is_dataclass(value):
-        return type(value), [_types_of(getattr(value, f.name)) for f in dataclasses.fields(value)]
-    match value:
-        case dict():
-            items = cast("dict[Any, Any]", value).items()
-            return dict, [(_types_of(key), _types_of(item)) for key, item in items]
-        case list() | tuple():
-            return type(value), [_types_of(item) for item in cast("list[Any]", value)]
-        case frozenset():
-            return frozenset, {type(item) for item in cast("frozenset[Any]", value)}
-        case datetime():
-            return datetime, value.utcoffset()
-        case _:
-            return type(value)
+        return made, [_types_of(getattr(value, f.name)) for f in dataclasses.fields(value)]
+    if made is dict:
+        return made, [(_types_of(key), _types_of(item)) for key, item in value.items()]
+    if made in {list, tuple}:
+        return made, [_types_of(item) for item in value]
+    if made is frozenset:
+        return made, {type(item) for item in value}
+    return made, value.utcoffset() if made is datetime else None
