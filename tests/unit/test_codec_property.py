@@ -7,7 +7,7 @@ import enum
 import uuid
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Optional, TypeAlias
+from typing import TYPE_CHECKING, Any, Optional, TypeAlias, cast
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -142,7 +142,7 @@ def test_whatever_is_declared_comes_back_as_it_was(data: st.DataObject) -> None:
 
 
 def _types_of(value: Any) -> object:
-    made: Any = type(value)
+    made = cast("type[object]", type(value))
     if dataclasses.is_dataclass(value):
         return made, [_types_of(getattr(value, f.name)) for f in dataclasses.fields(value)]
     if made is dict:
@@ -150,5 +150,5 @@ def _types_of(value: Any) -> object:
     if made in {list, tuple}:
         return made, [_types_of(item) for item in value]
     if made is frozenset:
-        return made, {type(item) for item in value}
+        return made, {cast("type[object]", type(item)) for item in value}
     return made, value.utcoffset() if made is datetime else None
