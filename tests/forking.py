@@ -22,6 +22,7 @@ _context.set_forkserver_preload(
     [
         *("cqrs_es.cli.main", "cqrs_es.service", "tests.transfers", "tests.apps.users"),
         *(f"cqrs_es.stores.{store}.database" for store in ("mysql", "postgres", "sqlite")),
+        "cqrs_es.stores.dynamodb.storage",
         *("cqrs_es.brokers.redis.broker", "cqrs_es.brokers.amqp.broker"),
     ]
 )

@@ -21,7 +21,6 @@ from cqrs_es.commands import new_command
 from cqrs_es.settings import Settings
 from tests.forking import fork
 from tests.outside import Outside, RabbitOutside, RedisOutside
-from tests.stores import sql_of
 from tests.transfers import (
     Account,
     Ask,
@@ -38,7 +37,7 @@ from tests.transfers import (
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from multiprocessing.process import BaseProcess
     from pathlib import Path
 
@@ -51,11 +50,15 @@ log = logging.getLogger(__name__)
 LARGE = "CQRS_ES_TEST_TRANSFERS" in os.environ
 TRANSFERS = int(os.environ.get("CQRS_ES_TEST_TRANSFERS", "200"))
 KILLS = int(os.environ.get("CQRS_ES_TEST_KILLS", "4"))  # at most
-ACCOUNTS = max(10, TRANSFERS // 10)
+# On DynamoDB at most: moto takes as long for one command as a server for a hundred.
+MOST_TRANSFERS, MOST_KILLS = 300, 60
 FUNDS = 100
 LOSE_EVERY = 10  # kills
 SMALL_PAIRS = [("sqlite", "memory"), ("mysql", "redis")]
-PAIRS = [("mysql", "redis"), ("mysql", "amqp"), ("postgres", "amqp"), ("sqlite", "memory")]
+PAIRS = [
+    *(("mysql", "redis"), ("mysql", "amqp"), ("postgres", "amqp"), ("sqlite", "memory")),
+    ("dynamodb", "redis"),
+]
 STORES = pytest.mark.parametrize(
     ("store_url", "broker"), PAIRS if LARGE else SMALL_PAIRS, indirect=["store_url"]
 )
@@ -74,16 +77,25 @@ class Bank:
     def __init__(
         self, store_url: str, broker_url: str, folder: Path, chance: random.Random, name: str
     ) -> None:
-        self.settings = Settings(store_url=store_url)
+        on_dynamodb = store_url.startswith("dynamodb")
+        self.transfers = min(TRANSFERS, MOST_TRANSFERS) if on_dynamodb else TRANSFERS
+        self.most_kills = min(KILLS, MOST_KILLS) if on_dynamodb else KILLS
+        self.accounts = [f"a{number}" for number in range(max(10, self.transfers // 10))]
+        partitions = 2 if on_dynamodb else 16
+        self.settings = Settings(store_url=store_url, partitions=partitions)
         self.environment = {
             "CQRS_ES_APP": "tests.transfers:app",
             "CQRS_ES_STORE_URL": store_url,
             "CQRS_ES_BROKER_URL": broker_url,
             "CQRS_ES_SERVICE": name,
-            "CQRS_ES_LEASE_SECONDS": "2",
+            "CQRS_ES_LEASE_SECONDS": "6" if on_dynamodb else "2",
+            "CQRS_ES_PARTITIONS": str(partitions),
+            **{key: value for key, value in os.environ.items() if key.startswith("AWS_")},
         }
         self._chance, self._name, self._folder = chance, name, folder
-        self._sent = list(commands(chance))
+        self._sent = list(commands(chance, self.accounts, self.transfers))
+        self._ended = 0
+        self._read_to = dict.fromkeys(range(partitions), 0)
         self.file = folder / "commands.jsonl"
         self._in_one = broker_url == "memory://"
         self._outside = None if self._in_one else outside(broker_url)
@@ -161,6 +173,14 @@ class Bank:
             self.losses += 1
             await self._send(opened)
 
+    async def count_ended(self, opened: OpenApplication) -> int:
+        """Count the transfers that have ended, by what was added to the log since the last time."""
+        for partition, after in self._read_to.items():
+            while found := await opened.storage.events.read_log(partition, after, 1000):
+                self._ended += sum(event.event_type == "Ended" for event in found)
+                after = self._read_to[partition] = found[-1].offset  # noqa: PLW2901 - goes on
+        return self._ended
+
     def stop(self) -> None:
         """Kill every process."""
         for process in self._running.values():
@@ -204,20 +224,15 @@ async def rows(opened: OpenApplication) -> tuple[list[str], dict[int, int]]:
     return [each.command_id for each in found], dict(await events.heads())
 
 
-async def count_ended(opened: OpenApplication) -> int:
-    """Count the transfers that have ended."""
-    sql = "SELECT COUNT(*) FROM events WHERE event_type = 'Ended'"
-    return int(str((await sql_of(opened.storage.views).query(sql))[0][0]))
-
-
-def commands(chance: random.Random) -> Iterator[CommandMessage]:
+def commands(
+    chance: random.Random, names: Sequence[str], transfers: int
+) -> Iterator[CommandMessage]:
     """Make commands: accounts, some of them closed, and transfers, some for too much."""
-    names = [f"a{number}" for number in range(ACCOUNTS)]
     for name in names:
         yield new_command(Account, name, Fund(FUNDS))
     for name in names[::5]:
         yield new_command(Account, name, Close())
-    for number in range(TRANSFERS):
+    for number in range(transfers):
         source, target = chance.sample(names, 2)
         amount = chance.randrange(1, FUNDS // 2)
         yield new_command(Account, source, Ask(f"t{number}", source, target, amount))
@@ -226,7 +241,7 @@ def commands(chance: random.Random) -> Iterator[CommandMessage]:
 async def check(opened: OpenApplication, bank: Bank) -> None:
     """Check that no money came or went, that each transfer has ended once, and nothing is left."""
     events = opened.storage.events
-    names = [f"a{number}" for number in range(ACCOUNTS)]
+    names = bank.accounts
     balances = [(await opened.load(Account, name)).state.balance for name in names]
     begun: dict[str, Begun] = {}
     ends: defaultdict[str, list[str]] = defaultdict(list)
@@ -248,11 +263,11 @@ async def check(opened: OpenApplication, bank: Bank) -> None:
                 pass
     hows = Counter(how for each in ends.values() for how in each)
     log.warning("%s transfers ended: %s", len(ends), dict(hows))
-    assert sum(balances) == ACCOUNTS * FUNDS
+    assert sum(balances) == len(names) * FUNDS
     assert min(balances) >= 0
     shown = [await opened.view(Balance, name) for name in names]
     assert [each.amount for each in shown if each] == balances
-    assert ends.keys() == begun.keys() == {f"t{number}" for number in range(TRANSFERS)}
+    assert ends.keys() == begun.keys() == {f"t{n}" for n in range(bank.transfers)}
     for transfer, (how,) in ends.items():
         assert moved[transfer] == Counter(steps(begun[transfer], how)), transfer
     assert hows.keys() == {"done", "refunded", "refused: not_enough"}
@@ -300,14 +315,14 @@ async def kill_until_all_ended(opened: OpenApplication, bank_of: Bank) -> None:
     """Kill one a second, about; halfway rebuild the view."""
     await bank_of.start(opened)
     rebuilt, ended = False, 0
-    for kill in range(KILLS):
+    for kill in range(bank_of.most_kills):
         await bank_of.kill_one(opened)
-        ended = await count_ended(opened)
+        ended = await bank_of.count_ended(opened)
         if kill % LOSE_EVERY == 1:
             await bank_of.lose_everything(opened)
-            log.warning("%s of %s transfers, %s kills", ended, TRANSFERS, kill + 1)
-        if not rebuilt and (ended > TRANSFERS // 2 or kill == KILLS - 1):
+            log.warning("%s of %s transfers, %s kills", ended, bank_of.transfers, kill + 1)
+        if not rebuilt and (ended > bank_of.transfers // 2 or kill == bank_of.most_kills - 1):
             await bank_of.rebuild(opened)
             rebuilt = True
-        if ended == TRANSFERS:
+        if ended == bank_of.transfers:
             break
