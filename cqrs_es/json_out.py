@@ -254,7 +254,7 @@ def _write_fields(fields: Sequence[_Field]) -> Write:
     def write(value: object) -> dict[str, object]:
         written: dict[str, object] = {}
         for name, key, plain, unchecked, write_field, step in fields:
-            item = getattr(value, name)
+            item: object = getattr(value, name)
             cls = type(item)
             if cls in plain:
                 written[key] = item

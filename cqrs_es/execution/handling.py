@@ -64,14 +64,13 @@ async def take_all(result: Result, each: OnYield, seconds: float | None = None) 
     # Nearly all are generators, and to ask an ABC takes ten times as long.
     generator = type(result) is types.AsyncGeneratorType
     if generator or isinstance(result, AsyncIterator) or inspect.isawaitable(result):
-        work: Any = result
-        await _within(seconds, _drive(work, each))
+        await _within(seconds, _drive(cast("AsyncIterator[Any]", result), each))
     else:
         _apply_all(result, each)
 
 
 async def _drive(result: AsyncIterator[Any] | Awaitable[Any], happen: OnYield) -> None:
-    if type(result) is not types.AsyncGeneratorType and not isinstance(result, AsyncIterator):
+    if not isinstance(result, AsyncIterator):
         _apply_all(await result, happen)
         return
     try:

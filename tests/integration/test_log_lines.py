@@ -260,6 +260,20 @@ def test_lines_that_nobody_reads_are_not_made() -> None:
     assert logs.reads_info(other)
 
 
+def test_whether_lines_are_read_follows_the_configuration() -> None:
+    """A logger is put together once for each, not once."""
+    log = structlog.get_logger("cqrs_es.test")
+    try:
+        for level, read in ((logging.WARNING, False), (logging.INFO, True)):
+            filtering = structlog.make_filtering_bound_logger(level)
+            structlog.configure(
+                wrapper_class=filtering, logger_factory=structlog.PrintLoggerFactory()
+            )
+            assert logs.reads_info(log) == read
+    finally:
+        structlog.reset_defaults()
+
+
 async def test_a_batch_is_described_to_readers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     described: list[object] = []
 
