@@ -43,9 +43,10 @@ IDLE_POLL_SECONDS: Final = 0.02
 # How long the store may take for the summary; it may be away by then.
 SUMMARY_SECONDS: Final = 5.0
 LOG_SECONDS: Final = 1.0
-# Seconds between looks at the store for the lag, at most: while there is none, or it stays as it
-# is, and this process does nothing.
+# Seconds between looks at the store for the lag, at most, while this process does nothing: where
+# it stays as it is, and where there is none. Whoever makes some tells of it at once.
 LAG_SECONDS: Final = 30.0
+NO_LAG_SECONDS: Final = 300.0
 # Looks that a rate is taken over.
 RATE_LOOKS: Final = 9
 # Objects made between two looks for unreachable cycles, and such looks between two at older ones.
@@ -375,7 +376,7 @@ async def looks(supervisor: Supervisor, seconds: float) -> AsyncIterator[Progres
                 before, lag = lag, await supervisor.lag()
                 # One that stays is asked for less and less often: that reader may not even run.
                 pause = 2 * pause if (done, lag) == (known, before) else seconds
-                pause = LAG_SECONDS if lag == 0 else min(pause, LAG_SECONDS)
+                pause = NO_LAG_SECONDS if lag == 0 else min(pause, LAG_SECONDS)
                 known, asked = done, now
             except errors.CqrsError as exc:
                 lag, troubles = None, (*troubles, exc.message)

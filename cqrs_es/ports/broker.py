@@ -121,6 +121,8 @@ class Nudge(enum.StrEnum):
     """Events were committed."""
     DUE = "due"
     """Commands were scheduled, and may be due."""
+    LEASES = "leases"
+    """Somebody has come, has given up partitions, or takes none any more."""
 
 
 class CommandIntake(ABC):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from datetime import datetime
 
 
@@ -46,21 +46,26 @@ class Lease:
 class Part:
     """What a process does in one role: it is a member for so many seconds, 0 for no longer.
 
-    `held` are the partitions whose leases it goes on with.
+    `held` are the leases that it goes on with.
     """
 
     role: str
     fit: bool
     seconds: float
-    held: Collection[int]
+    held: Collection[Lease]
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A role after a round: the leases that the process still holds, and all members."""
+    """A role after a round: the leases that the process still holds, and all members.
 
-    kept: list[Lease]
-    members: list[Member]
+    `expires_in` is after how many seconds the first of the other members would be gone, None
+    where the store can't tell: whoever waits for that has to look more often then.
+    """
+
+    kept: Collection[Lease]
+    members: Sequence[Member]
+    expires_in: float | None = None
 
 
 class Leases(ABC):
@@ -73,9 +78,27 @@ class Leases(ABC):
         standings: dict[str, Standing] = {}
         for part in parts:
             await self.announce(part.role, owner, fit=part.fit, seconds=part.seconds)
-            kept = await self.renew(part.role, owner, part.held, seconds) if part.held else []
+            held = [lease.partition for lease in part.held]
+            kept = await self.renew(part.role, owner, held, seconds) if held else []
             standings[part.role] = Standing(kept, await self.members(part.role))
         return standings
+
+    async def go_on(self, owner: str, parts: Sequence[Part], seconds: float) -> bool:
+        """Announce and renew in one request; return whether every membership and lease was there.
+
+        Where it was not so, and where a store has no such request, as here: take part.
+        """
+        del owner, parts, seconds
+        return False
+
+    async def look(self, owner: str, parts: Sequence[Part]) -> Mapping[str, Standing] | None:
+        """Read the members in one request; what is held is taken for kept.
+
+        Returns None where something is to be put right, and where a store has no such request, as
+        here: take part.
+        """
+        del owner, parts
+        return None
 
     @abstractmethod
     async def announce(self, role: str, owner: str, *, fit: bool, seconds: float) -> None:

@@ -37,7 +37,7 @@ log = structlog.get_logger("cqrs_es.worker")
 
 # What another process schedules is noticed within so many seconds: where nudges tell of it too,
 # and where they do not.
-NUDGED_SECONDS: Final = 5.0
+NUDGED_SECONDS: Final = 10.0
 LOOK_SECONDS: Final = 1.0
 LISTED_AT_ONCE: Final = 500
 

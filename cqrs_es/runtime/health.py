@@ -15,7 +15,7 @@ import structlog
 from cqrs_es import errors
 from cqrs_es.program import version
 from cqrs_es.projection.generations import views_behind
-from cqrs_es.runtime.leases import ROUNDS_PER_LEASE
+from cqrs_es.runtime.leases import LOOK_PART
 from cqrs_es.runtime.roles import WORKER
 from cqrs_es.runtime.sampling import Sampler
 from cqrs_es.runtime.waiting import cancelled
@@ -59,7 +59,7 @@ class Health:
         serves_readers: bool = False,
     ) -> None:
         self._stopping = stopping
-        self._most_loop_lag = settings.lease_seconds / ROUNDS_PER_LEASE
+        self._most_loop_lag = settings.lease_seconds * LOOK_PART
         self._patience = settings.lease_seconds
         self._worker_patience = settings.lease_seconds + _longest_handler(settings, registry)
         self._stalls = Stalls(self._patience_with)

@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import structlog
 
 from cqrs_es import errors
 from cqrs_es.execution.retry import backoff
-from cqrs_es.ports.leases import Part
+from cqrs_es.ports.leases import Part, Standing
+from cqrs_es.runtime.nudging import Reliance
 from cqrs_es.runtime.waiting import unless
 from cqrs_es.telemetry.metrics import NO_METER, Meter
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from cqrs_es.ports.clock import Clock
-    from cqrs_es.ports.leases import Lease, Leases, Member, Standing
+    from cqrs_es.ports.leases import Lease, Leases, Member
 
 log = structlog.get_logger("cqrs_es.runtime")
 
-# Rounds within the length of a lease: three may fail before it runs out.
-ROUNDS_PER_LEASE: Final = 4
+# When the next round comes, in parts of a lease. Where nudges tell who comes and leaves, and the
+# store when a member that has died is gone, a round has only to renew, and looks at the members
+# now and then. One that failed is made again soon: the store may be away for as long as is left
+# of the safe part.
+RENEW_PART: Final = 0.4
+LOOK_PART: Final = 0.25
+LOOK_ANYWAY_PART: Final = 2.0
+AGAIN_PART: Final = 0.1
+# Rounds that nudges ask for are this far apart.
+APART_PART: Final = 0.05
 # A lease is given up this part of its length after it was last renewed.
 SAFE_PART_OF_LEASE: Final = 0.8
+# Moments that are this close are one.
+SAME_MOMENT_SECONDS: Final = 0.001
+TOGETHER_SECONDS: Final = 0.02
+# A member that has expired at one moment is gone a little later, however clocks are read.
+GONE_SECONDS: Final = 0.01
 
 # What no waiting ends: somebody has to mend the code, the view or the log.
 _STUCK: Final = (
@@ -97,22 +112,77 @@ class Membership:
     """What the role is called in the store, where that is not its name."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """How a role stood at the last look, and when it was looked at and renewed."""
+
+    part: Part
+    standing: Standing
+    looked_at: float
+    gone_at: float
+    renewed_at: float
+
+
 class Rounds:
     """Makes one round for the store of those of a process's roles that come together.
 
-    They do, since all of them wait for the same moments: see `until_next`.
+    They do, since all of them wait for the same moments: see `until_next`. Where nudges are heard
+    a round renews, or it looks at the members when they may have changed: when a nudge says so,
+    when the first of the others would be gone, and now and then. Each is one request. Where they
+    are not heard, or the store can't do it in one, all is done in each round.
     """
 
-    def __init__(self, leases: Leases, owner: str, lease_seconds: float) -> None:
+    def __init__(
+        self,
+        leases: Leases,
+        clock: Clock,
+        owner: str,
+        lease_seconds: float,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Make rounds; `changed` tells others that this process has come or given something up."""
         self._leases = leases
+        self._clock = clock
         self._owner = owner
         self._seconds = lease_seconds
+        self.changed = changed
         self._asked: list[tuple[Part, asyncio.Future[Standing]]] = []
+        self._seen: dict[str, _Seen] = {}
+        self._hinted_at = -math.inf
+        self.hints: set[asyncio.Event] = set()
+        """Set when a round is to be made at once: the roles', one each."""
+        self.reliance = Reliance()
 
-    def until_next(self, now: float) -> float:
-        """Return how long it is until the next round of all roles."""
-        every = self._seconds / ROUNDS_PER_LEASE
-        return every - now % every
+    def until_next(self, role: str) -> float:
+        """Return how long it is until a role's next round."""
+        now, seen = self._clock.monotonic(), self._seen.get(role)
+        if seen is None:
+            return self._renewal_after(now) - now
+        return max(0.0, min(self._renewal_after(seen.renewed_at), self._look_at(seen)) - now)
+
+    def renewed_at(self, role: str) -> float:
+        """Return when the last renewal of a role was asked for."""
+        return self._seen[role].renewed_at
+
+    def _renewal_after(self, moment: float) -> float:
+        """Return the next of the moments at which all roles renew."""
+        every = self._seconds * (RENEW_PART if self._is_told else LOOK_PART)
+        return every * (1 + (moment + SAME_MOMENT_SECONDS) // every)
+
+    def _look_at(self, seen: _Seen) -> float:
+        return min(seen.gone_at, seen.looked_at + self._seconds * LOOK_ANYWAY_PART)
+
+    @property
+    def _is_told(self) -> bool:
+        """Whether it is known when to look, so that not every round has to."""
+        known = all(seen.standing.expires_in is not None for seen in self._seen.values())
+        return known and self.reliance.justified
+
+    def hint(self) -> None:
+        """Make a round now: members or leases have changed, or may have."""
+        self._hinted_at = self._clock.monotonic()
+        for hint in self.hints:
+            hint.set()
 
     async def take_part(self, part: Part) -> Standing:
         """Take part in the round that is about to be made; who asks first makes it for all."""
@@ -126,11 +196,12 @@ class Rounds:
         asked = self._asked
         try:
             try:
-                await asyncio.sleep(0)  # the other roles wake at the same moment
+                await asyncio.sleep(0)  # the other roles wake at the same moment, or nearly so
+                if len(asked) < len(self.hints):
+                    await asyncio.sleep(TOGETHER_SECONDS)
             finally:
                 self._asked = []
-            parts = [part for part, _ in asked]
-            standings = await self._leases.take_part(self._owner, parts, self._seconds)
+            standings = await self._standings([part for part, _ in asked])
         except BaseException as exc:
             cut_short = errors.StoreUnavailable("a lease round was cut short; the next will do")
             error = exc if isinstance(exc, errors.CqrsError) else cut_short
@@ -141,6 +212,70 @@ class Rounds:
         for part, standing in asked:
             if not standing.done():
                 standing.set_result(standings[part.role])
+
+    async def _standings(self, parts: Sequence[Part]) -> Mapping[str, Standing]:
+        now, told = self._clock.monotonic(), self._is_told
+        seen = {part.role: self._seen.pop(part.role, None) for part in parts}
+        standings = None
+        if told and all(self._goes_on(part, seen[part.role]) for part in parts):
+            known = {role: each for role, each in seen.items() if each is not None}
+            standings = await self._gone_on(parts, known, now)
+        if standings is None:
+            standings = await self._leases.take_part(self._owner, parts, self._seconds)
+            for part in parts:
+                before, standing = seen[part.role], standings[part.role]
+                self._seen[part.role] = self._looked(part, before, standing, now, now)
+        return standings
+
+    def _goes_on(self, part: Part, seen: _Seen | None) -> bool:
+        """Tell whether the process takes part in a role as it did in the last round."""
+        return seen is not None and seen.part.fit == part.fit and part.seconds == self._seconds
+
+    async def _gone_on(
+        self, parts: Sequence[Part], seen: Mapping[str, _Seen], now: float
+    ) -> Mapping[str, Standing] | None:
+        """Do what is due; return None where not all is as it was."""
+        soon = now + SAME_MOMENT_SECONDS
+        renewed_at = {role: each.renewed_at for role, each in seen.items()}
+        if any(soon >= self._renewal_after(moment) for moment in renewed_at.values()):
+            if not await self._leases.go_on(self._owner, parts, self._seconds):
+                return None
+            renewed_at = dict.fromkeys(seen, now)
+        found = None
+        if any(self._is_hinted(each) or soon >= self._look_at(each) for each in seen.values()):
+            found = await self._leases.look(self._owner, parts)
+            if found is None:
+                return None
+        for part in parts:
+            before, at = seen[part.role], renewed_at[part.role]
+            self._seen[part.role] = (
+                replace(before, part=part, renewed_at=at)
+                if found is None
+                else self._looked(part, before, found[part.role], now, at)
+            )
+        return {
+            part.role: replace(self._seen[part.role].standing, kept=part.held) for part in parts
+        }
+
+    def _is_hinted(self, seen: _Seen) -> bool:
+        return seen.looked_at <= self._hinted_at
+
+    def _looked(
+        self, part: Part, before: _Seen | None, standing: Standing, now: float, renewed_at: float
+    ) -> _Seen:
+        """Note how a role stands; who has come without telling may not be the last to."""
+        owners = {member.owner for member in standing.members}
+        known = owners if before is None else {each.owner for each in before.standing.members}
+        if owners - known and before is not None and not self._is_hinted(before):
+            self.reliance.missed()
+        expires_in = math.inf if standing.expires_in is None else standing.expires_in
+        return _Seen(
+            part=part,
+            standing=standing,
+            looked_at=now,
+            gone_at=self._clock.monotonic() + expires_in + GONE_SECONDS,
+            renewed_at=renewed_at,
+        )
 
 
 class LeaseKeeper:
@@ -172,7 +307,11 @@ class LeaseKeeper:
         self._partitions = membership.partitions
         self._seconds = membership.lease_seconds
         self._meter = meter
-        self._rounds = rounds or Rounds(leases, self._owner, self._seconds)
+        self._rounds = rounds or Rounds(leases, clock, self._owner, self._seconds)
+        self._hint = asyncio.Event()
+        self._announced: tuple[bool, float] | None = None
+        self._lacking = False
+        self._round_at = -math.inf
         self._running: dict[int, Assignment] = {}
         self._tasks = asyncio.TaskGroup()
         self.renewed_at = self._next_at = clock.monotonic()
@@ -220,12 +359,14 @@ class LeaseKeeper:
         """
         async with self._tasks:
             self._stop = asyncio.create_task(stopping.wait())
+            self._rounds.hints.add(self._hint)
             try:
                 while not stopping.is_set():
                     await self._try_round()
                     await unless(stopping, self._next_round())
                 await self._drain()
             finally:
+                self._rounds.hints.discard(self._hint)
                 self._stop.cancel()
                 self._cancel_all()
         await self._leave()
@@ -236,7 +377,8 @@ class LeaseKeeper:
         The member is no longer counted meanwhile, so that others take what it
         has released.
         """
-        self._draining = True
+        self._draining, self._lacking = True, False
+        self._hint.set()
         works = [running.task for running in self._running.values() if running.task]
         for running in self._running.values():
             running.stopping.set()
@@ -249,16 +391,24 @@ class LeaseKeeper:
                 await self._try_round()
 
     async def _next_round(self) -> None:
+        """Wait until a round is due, or asked for."""
         now = self._clock.monotonic()
-        seconds = self._rounds.until_next(now)
+        seconds = self._rounds.until_next(self._leased_as)
+        if self._lacking or self._store_trouble:
+            seconds = min(seconds, self._seconds * AGAIN_PART)
         self._next_at = now + seconds
-        await self._clock.sleep(seconds)
+        await unless(self._hint, self._clock.sleep(seconds))
+        if self._hint.is_set():
+            soonest = self._round_at + self._seconds * APART_PART
+            await self._clock.sleep(soonest - self._clock.monotonic())
+            self._hint.clear()
 
     # --- A round -------------------------------------------------------------
 
     async def _try_round(self) -> None:
         if self._overdue is not None and not self._overdue.done():
             return  # two rounds at once would take the same partitions
+        self._round_at = self._clock.monotonic()
         turn = self._overdue = asyncio.create_task(self._round())
         try:
             await self._in_time(turn)
@@ -310,12 +460,15 @@ class LeaseKeeper:
         turn.result()
 
     async def _round(self) -> None:
-        started = self._clock.monotonic()
         seconds = 0.0 if self._draining else self._seconds
-        part = Part(self._leased_as, self.unfit is None, seconds, tuple(self._running))
+        leases = [running.lease for running in self._running.values()]
+        part = Part(self._leased_as, self.unfit is None, seconds, leases)
         standing = await self._rounds.take_part(part)
         self._lose_all_but(standing.kept)
-        self.renewed_at = started
+        self.renewed_at = self._rounds.renewed_at(self._leased_as)
+        if self._announced != (part.fit, part.seconds):
+            self._announced = part.fit, part.seconds
+            self._rounds.changed()
         if not self._draining:
             await self._share_out(standing.members)
 
@@ -325,8 +478,9 @@ class LeaseKeeper:
             self._hand_over(len(self._running) - share)
         elif len(self._running) < share:
             await self._take(share - len(self._running))
+        self._lacking = len(self._running) < share
 
-    def _lose_all_but(self, held: Sequence[Lease]) -> None:
+    def _lose_all_but(self, held: Collection[Lease]) -> None:
         kept = {lease.partition: lease.epoch for lease in held}
         for partition, running in list(self._running.items()):
             if kept.get(partition) != running.lease.epoch:
@@ -382,6 +536,7 @@ class LeaseKeeper:
         running.trouble = f"{self._role} on partition {partition}: {reason}"
         if isinstance(exc, errors.NeedsNewerCode):
             self.unfit = running.trouble
+            self._hint.set()
         if isinstance(exc, _STUCK):
             self.stuck = exc
         expected = isinstance(exc, errors.Unavailable | errors.NeedsNewerCode | errors.Conflict)
@@ -399,6 +554,8 @@ class LeaseKeeper:
             await self._leases.release(self._leased_as, self._owner, [partition])
         except errors.CqrsError as exc:
             log.warning("lease not released", role=self._role, error=exc.message)
+        else:
+            self._rounds.changed()
         self._forget(running)
         log.info("partition released", role=self._role, partition=partition)
 
@@ -426,6 +583,8 @@ class LeaseKeeper:
             await self._leases.leave(self._leased_as, self._owner)
         except errors.CqrsError as exc:
             log.warning("membership not ended", role=self._role, error=exc.message)
+        else:
+            self._rounds.changed()
 
 
 def _look_at(ended: asyncio.Task[None]) -> None:

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 log = structlog.get_logger("cqrs_es.runtime")
 
 # Seconds between looks, at least and at most, where something else tells of events: nudges
-# the relay, the topic a projector. In between they are a part of how long the log has not moved.
+# the relay, the topic a projector, for which only a figure depends on it. In between they are a
+# part of how long the log has not moved.
 SELDOM_SECONDS: Final = 2.0
 SELDOM_MOST_SECONDS: Final = 5.0
+NOBODY_WAITS_MOST_SECONDS: Final = 20.0
 SELDOM_PART: Final = 0.2
 # The same of a relay that hears no nudges; there the store says how long it waits at least.
 QUIET_MOST_SECONDS: Final = 0.25
@@ -98,7 +100,8 @@ class LogWatcher:
         quiet, least = _now() - self._moved_at, self._events.look_seconds
         if self._waiting and not self.reliance.justified:
             return max(least, min(quiet * QUIET_PART, QUIET_MOST_SECONDS))
-        return max(least, SELDOM_SECONDS, min(quiet * SELDOM_PART, SELDOM_MOST_SECONDS))
+        most = SELDOM_MOST_SECONDS if self._waiting else NOBODY_WAITS_MOST_SECONDS
+        return max(least, SELDOM_SECONDS, min(quiet * SELDOM_PART, most))
 
     async def look(self) -> bool:
         """Read the heads; return whether they have moved."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 
@@ -70,6 +70,15 @@ class Reliance:
         self._doubted_until = _now() + DOUBT_SECONDS
 
 
+class Looker(Protocol):
+    """Who looks at the store now and then, and at once when told."""
+
+    reliance: Reliance
+
+    def hint(self) -> None:
+        """Look now: something has changed, or may have."""
+
+
 class Nudger:
     """Has this process and the others look at the store when something was committed."""
 
@@ -85,15 +94,16 @@ class Nudger:
     def committed(self) -> None:
         """Tell that events were committed."""
         self._watcher.hint()
-        self._tell(Nudge.EVENTS)
+        self.tell(Nudge.EVENTS)
 
     def scheduled(self, partitions: Collection[int]) -> None:
         """Tell that commands were scheduled in these partitions."""
         if partitions:
             self._timetable.poke(partitions)
-            self._tell(Nudge.DUE)
+            self.tell(Nudge.DUE)
 
-    def _tell(self, nudge: Nudge) -> None:
+    def tell(self, nudge: Nudge) -> None:
+        """Have other processes look, soon."""
         if self._broker is None:
             return
         self._untold.add(nudge)
@@ -125,14 +135,16 @@ class Nudger:
         if self._telling is not None:
             await cancelled(self._telling)
 
-    async def hear(self, nudge: Nudge) -> None:
+    async def hear(self, nudge: Nudge, looker: Looker | None = None) -> None:
         """Look at the store whenever others tell so; for ever, where the broker takes nudges.
 
-        Also when this begins to hear, and when it hears nothing for a while.
+        Also when this begins to hear, and when it hears nothing for a while. Whoever looks for
+        events and due rows is known.
         """
         if self._broker is None:
             return
-        looker = self._watcher if nudge is Nudge.EVENTS else self._timetable
+        if looker is None:
+            looker = self._watcher if nudge is Nudge.EVENTS else self._timetable
         retry = Retry(log, "nudges not heard", bears=Exception)
         while True:
             async with retry:

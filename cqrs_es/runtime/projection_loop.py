@@ -48,6 +48,9 @@ BATCH: Final = 500
 QUIET_SECONDS: Final = 2.0
 # Seconds between looks at which generation is live, for all partitions: a rebuild switches it.
 GENERATION_SECONDS: Final = 1.5
+# The same where no event comes and nothing is to be done for the generation: before the next
+# event is applied it is looked up again.
+SETTLED_SECONDS: Final = 20.0
 
 
 class Follower:
@@ -62,9 +65,12 @@ class Follower:
         process: Process,
         applier: Applier,
         assignment: Assignment,
-        wanted: Callable[[], Awaitable[bool]],
+        wanted: Callable[[bool], Awaitable[bool]],
     ) -> None:
-        """Follow for as long as `wanted` says, which is asked often, and until told to stop."""
+        """Follow for as long as `wanted` says, and until told to stop.
+
+        That is asked often, with True where something is about to be applied.
+        """
         self._process = process
         self._applier = applier
         self._assignment = assignment
@@ -103,18 +109,20 @@ class Follower:
                 gap = bool(arrived) or head != self._applier.checkpoint
             if gap and not await self._catch_up():
                 return
+            if events and not await self._goes_on(applies=True):
+                return
             await self._applier.offer(events)
 
     async def _catch_up(self) -> bool:
         """Apply what the store holds, however much that is; False where told to stop before."""
-        while await self._goes_on():
+        while await self._goes_on(applies=True):
             if not await self._applier.catch_up(most=self._applier.checkpoint + READ_LIMIT):
                 return True
             await asyncio.sleep(0)  # a store in memory never makes one wait, and others have a turn
         return False
 
-    async def _goes_on(self) -> bool:
-        return not self._assignment.stopping.is_set() and await self._wanted()
+    async def _goes_on(self, *, applies: bool = False) -> bool:
+        return not self._assignment.stopping.is_set() and await self._wanted(applies)
 
 
 class ProjectorLoop(Role):
@@ -309,7 +317,7 @@ class ReactorLoop(Role):
         return figures
 
 
-async def _always() -> bool:
+async def _always(_applies: bool) -> bool:  # noqa: FBT001 - see `Follower`
     return True
 
 
@@ -329,14 +337,16 @@ class _Current:
         self._promotion = promotion
         self._looked_at = -GENERATION_SECONDS
         self._still = True
+        self._settled = False
 
-    async def still(self) -> bool:
+    async def still(self, applies: bool) -> bool:  # noqa: FBT001 - see `Follower`
         # Not the clock of the process, which stands still in tests of a domain.
         now = asyncio.get_running_loop().time()
-        if self._still and now - self._looked_at >= GENERATION_SECONDS:
+        old = GENERATION_SECONDS if applies or not self._settled else SETTLED_SECONDS
+        if self._still and now - self._looked_at >= old:
             first, self._looked_at = self._looked_at < 0, now
             # At first not what others have read before this generation was begun.
-            numbers = await self._generations.get(0.0 if first else GENERATION_SECONDS)
+            numbers = await self._generations.get(0.0 if first else old)
             seen = generations_of(numbers, self._folding.name)
             if self._promotion is not None and await self._promotion.look(seen):
                 self._still = False  # which may have moved the checkpoint
@@ -344,6 +354,7 @@ class _Current:
             number = seen.projected_by(self._folding.fingerprint)
             filling = not seen.is_live_or_filled(self._folding.generation)
             self._still = number == self._folding.generation and filling == self._filling
+            self._settled = seen.live == number and number in seen.filled
         return self._still
 
 

@@ -36,6 +36,8 @@ RELAY_MARK: Final = "$relay"
 CHUNK: Final = 500
 # Seconds without a new event after which the topic is looked at: it may have lost what it held.
 QUIET_SECONDS: Final = 5.0
+# The log's epoch that it is compared with is at most so old: `init --new-epoch` changes it.
+INFO_SECONDS: Final = 20.0
 
 
 class Relay(Role):
@@ -96,7 +98,7 @@ class Relay(Role):
                 if last is not None:
                     await self._broker.note_published(lease.partition, last)
             elif not stopping.is_set():
-                info = await self._info.get(QUIET_SECONDS)
+                info = await self._info.get(INFO_SECONDS)
                 mark = await self._look(lease.partition, mark, epoch, info)
 
     def backlog(self, assignment: Assignment) -> int:

@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import Collection
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
 
 from cqrs_es.execution.report import Counts
+from cqrs_es.ports.broker import Nudge
 from cqrs_es.runtime.consumer import CommandWorker
 from cqrs_es.runtime.leases import LeaseKeeper, Membership, Rounds
 from cqrs_es.runtime.projection_loop import ProjectorLoop, ReactorLoop
@@ -135,7 +137,10 @@ class Supervisor:
         Raises, in a group, what no waiting fixes: see `LeaseKeeper.run`.
         """
         process = self._process
-        rounds = Rounds(process.storage.leases, process.owner, process.settings.lease_seconds)
+        seconds = process.settings.lease_seconds
+        changed = partial(process.nudger.tell, Nudge.LEASES)
+        leases, clock = process.storage.leases, process.clock
+        rounds = Rounds(leases, clock, process.owner, seconds, changed)
         roles = [self._roles[name] for name in sorted(self._chosen)]
         self._keepers = [self._keeper(role, rounds) for role in roles]
         follows_log = bool(self._chosen - {WORKER})
@@ -145,6 +150,7 @@ class Supervisor:
                 watches.append(process.watcher.run())
             heard = {nudge for role in roles for nudge in role.hears}
             watches += (process.nudger.hear(nudge) for nudge in heard)
+            watches.append(process.nudger.hear(Nudge.LEASES, rounds))
             watching = [group.create_task(watch) for watch in watches]
             async with asyncio.TaskGroup() as keeping:
                 for keeper in self._keepers:

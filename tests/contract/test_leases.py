@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import TYPE_CHECKING
 
 import pytest
 
 from cqrs_es import errors
-from cqrs_es.ports.leases import Lease
+from cqrs_es.ports.leases import Lease, Part
 from tests.contract.building import PARTITIONS
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
     from cqrs_es.ports.storage import Storage
     from tests.contract.conftest import Database
 
@@ -200,6 +203,94 @@ async def test_owners_compare_by_bytes(storage: Storage) -> None:
     await storage.leases.acquire("worker", "Host-1", [1], LONG)
     assert await storage.leases.acquire("worker", "host-1", [1], LONG) == []
     assert await storage.leases.renew("worker", "host-1", [1], LONG) == []
+
+
+# --- Going on -----------------------------------------------------------------
+
+ROLES = ("worker", "relay")
+
+
+async def _parts(storage: Storage, held: Sequence[int] = ALL, seconds: float = LONG) -> list[Part]:
+    """Take part in two roles, with leases; return how this goes on."""
+    for role in ROLES:
+        await storage.leases.announce(role, "a", fit=True, seconds=SHORT)
+    leases = {role: await storage.leases.acquire(role, "a", held, seconds) for role in ROLES}
+    return [Part(role, fit=True, seconds=LONG, held=leases[role]) for role in ROLES]
+
+
+def _is_server(store_url: str) -> bool:
+    return store_url.startswith(("mysql", "postgres"))
+
+
+async def test_going_on_renews_everything(storage: Storage, store_url: str) -> None:
+    """Memberships and leases last longer; servers are asked but once for it, others as before."""
+    parts = await _parts(storage, [0, 2], SHORT)
+    await storage.leases.acquire("relay", "witness", [1], SHORT)
+    went_on = await storage.leases.go_on("a", parts, LONG)
+    assert went_on == _is_server(store_url)
+    if not went_on:
+        await storage.leases.take_part("a", parts, LONG)
+
+    async def ours_alone() -> bool:
+        held = await storage.leases.held()
+        return [(each.role, each.partition) for each in held] == [
+            (role, partition) for role in sorted(ROLES) for partition in (0, 2)
+        ]
+
+    await eventually(ours_alone)
+    assert await storage.leases.acquire("relay", "b", [0, 2], LONG) == []
+    assert [member.role for member in await storage.leases.members()] == ["relay", "worker"]
+
+
+async def test_a_look_tells_when_a_member_would_be_gone(storage: Storage, store_url: str) -> None:
+    """Of several roles at once, and apart from the process that looks."""
+    parts = await _parts(storage, [0, 2])
+    await storage.leases.go_on("a", parts, LONG)
+    await storage.leases.announce("relay", "b", fit=False, seconds=LONG / 2)
+    found = await storage.leases.look("a", parts)
+    assert (found is not None) == _is_server(store_url)
+    if found is not None:
+        assert [found[part.role].kept for part in parts] == [part.held for part in parts]
+        members = [(it.role, it.owner, it.fit) for role in ROLES for it in found[role].members]
+        assert members == [("worker", "a", True), ("relay", "a", True), ("relay", "b", False)]
+        assert found["worker"].expires_in == math.inf
+        assert LONG / 3 < (found["relay"].expires_in or 0.0) <= LONG / 2
+
+
+async def _loses_a_lease(storage: Storage) -> None:
+    await storage.leases.release("relay", "a", [2])
+    await storage.leases.acquire("relay", "b", [2], LONG)
+
+
+async def _gives_one_up(storage: Storage) -> None:
+    await storage.leases.release("worker", "a", [1])
+
+
+async def _leaves(storage: Storage) -> None:
+    await storage.leases.leave("worker", "a")
+
+
+@pytest.mark.parametrize("change", [_loses_a_lease, _gives_one_up, _leaves])
+async def test_nobody_goes_on_without_what_it_had(
+    storage: Storage, change: Callable[[Storage], Awaitable[None]]
+) -> None:
+    """Who has lost a lease or its membership is told, and takes part anew."""
+    parts = await _parts(storage)
+    await change(storage)
+    assert not await storage.leases.go_on("a", parts, LONG)
+
+
+async def test_going_on_keeps_nothing_that_was_given_up(storage: Storage) -> None:
+    """A lease that is no longer among those held runs out, also where releasing it had failed."""
+    parts = await _parts(storage, [1])
+    await storage.leases.acquire("relay", "a", [2], SHORT)
+    for _ in range(3):
+        await storage.leases.go_on("a", parts, LONG)
+
+    async def ours_alone() -> bool:
+        return {lease.partition for lease in await storage.leases.held()} == {1}
+
+    await eventually(ours_alone)
 
 
 # --- Marks -------------------------------------------------------------------

@@ -28,7 +28,7 @@ class MysqlDatabase(ServerDatabase[MysqlSession]):
     """A database on a MySQL or MariaDB server."""
 
     def __init__(self, target: Target[Tls | None], limits: Limits) -> None:
-        super().__init__(limits.idle)
+        super().__init__()
         self._target = target
         self._limits = limits
 
@@ -87,6 +87,8 @@ async def _prepare(session: MysqlSession, limits: Limits) -> None:
     [[version, max_packet]] = await session.fetch("SELECT VERSION(), @@max_allowed_packet")
     dialect = MARIADB if "mariadb" in str(version).lower() else MYSQL
     session.speak(dialect, int(max_packet))
+    if dialect is MYSQL:
+        session.idle_seconds = limits.idle
     await session.execute(f"SET SESSION {', '.join(_settings(dialect, limits))}")
 
 

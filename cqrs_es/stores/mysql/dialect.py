@@ -62,6 +62,7 @@ MARIADB: Final = Dialect(
     blob_placeholder="UNHEX(?)",
     to_blob=bytes.hex,
     to_time=_utc_datetime,
+    now="UTC_TIMESTAMP(6)",
     on_duplicate=" ON DUPLICATE KEY UPDATE ",
     incoming="VALUES({column})",
     outcome_status="JSON_UNQUOTE(JSON_EXTRACT(outcome, '$.status'))",
@@ -75,6 +76,13 @@ MARIADB: Final = Dialect(
         SELECT DISTINCT index_name FROM information_schema.statistics
         WHERE table_schema = DATABASE() AND table_name = ?""",
     rows_by_key=True,
+    # Each row is matched once. Without FORCE INDEX, or with IN, all of a role would be locked.
+    go_on="""
+        UPDATE members LEFT JOIN leases FORCE INDEX (PRIMARY)
+        ON leases.owner = members.owner AND ({each})
+        SET members.expires_at = UTC_TIMESTAMP(6) + INTERVAL {term} MICROSECOND,
+            leases.expires_at = UTC_TIMESTAMP(6) + INTERVAL {term} MICROSECOND
+        WHERE members.owner = {owner} AND members.role IN {roles}""",
 )
 
 MYSQL: Final = dataclasses.replace(

@@ -76,7 +76,7 @@ class MysqlSession(ServerSession):
 
     async def now(self) -> datetime:
         """Return the server's time."""
-        return utc_moment((await self.fetch("SELECT UTC_TIMESTAMP(6)"))[0][0])
+        return utc_moment((await self.fetch(f"SELECT {self.dialect.now}"))[0][0])
 
     async def read_locked(self, lock: Query, works: Sequence[Work[Any]]) -> list[Any]:
         """Lock rows and do works that only read: statements of one packet run one by one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import asyncpg
 
@@ -20,15 +20,12 @@ from cqrs_es.stores.sql.tls import Tls
 if TYPE_CHECKING:
     from cqrs_es.stores.sql.address import Target
 
-IDLE_SECONDS: Final = 60.0
-"""Twice as long as a connection that nobody needs is trusted to be there."""
-
 
 class PostgresDatabase(ServerDatabase[PostgresSession]):
     """A database on a PostgreSQL server."""
 
     def __init__(self, target: Target[Tls | str], limits: Limits) -> None:
-        super().__init__(IDLE_SECONDS)
+        super().__init__()
         self._target = target
         self._limits = limits
         self._has_sessions = False

@@ -60,6 +60,7 @@ POSTGRES: Final = Dialect(
     # The names of views are unique whatever their case, and unquoted ones are folded.
     folds_names=True,
     to_time=_itself,
+    now="clock_timestamp()",
     outcome_status="outcome ->> 'status'",
     remake_view=_REMAKE_VIEW,
     own_types={"TIMESTAMP": "TIMESTAMPTZ", "BLOB": "BYTEA"},
@@ -76,6 +77,17 @@ POSTGRES: Final = Dialect(
         ON attrelid = indrelid AND attnum = ANY(indkey)
         WHERE indisprimary AND indrelid = to_regclass(?)
         ORDER BY array_position(indkey::int2[], attnum)""",
+    go_on="""
+        WITH announced AS (
+            UPDATE members
+            SET expires_at = clock_timestamp() + {term} * INTERVAL '1 microsecond'
+            WHERE owner = {owner} AND role IN {roles} RETURNING 1
+        ), renewed AS (
+            UPDATE leases
+            SET expires_at = clock_timestamp() + {term} * INTERVAL '1 microsecond'
+            WHERE owner = {owner} AND ({held}) RETURNING 1
+        )
+        SELECT 1 FROM announced UNION ALL SELECT 1 FROM renewed""",
 )
 
 

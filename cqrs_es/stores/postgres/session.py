@@ -121,7 +121,7 @@ class PostgresSession(ServerSession):
 
     async def now(self) -> datetime:
         """Return the server's time."""
-        return utc_moment((await self.fetch("SELECT clock_timestamp()"))[0][0])
+        return utc_moment((await self.fetch(f"SELECT {self.dialect.now}"))[0][0])
 
     async def read_locked(self, lock: Query, works: Sequence[Work[Any]]) -> list[Any]:
         """Lock rows, then do works that only read: those that ask together make one query.

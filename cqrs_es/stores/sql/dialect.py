@@ -45,6 +45,11 @@ class Dialect:
     `rows_by_key`: rows lie in the order of their primary key.
     `remake_view` is for where `replace_view` is refused, as other columns may be.
 
+    `now` is the server's time, NULL where there is none.
+
+    `go_on` renews a process's memberships and leases; see `SqlLeases.go_on`, which fills in what
+    it has in braces. None where a transaction costs no more.
+
     For projectors' own tables: `own_types` says what becomes of a column's type, in which
     `{column}` is its name, `{size}` what stands in parentheses and `{rest}` what follows;
     `own_value` what is stored of a value; `decimal_functions` what adds where `+` is inexact.
@@ -58,6 +63,7 @@ class Dialect:
     blob_placeholder: str = "?"
     to_blob: Callable[[bytes], Parameter] = bytes
     to_time: Callable[[datetime], Parameter]
+    now: str = "NULL"
     row_alias: str = ""
     on_duplicate: str = " ON CONFLICT ({key}) DO UPDATE SET "
     incoming: str = "excluded.{column}"
@@ -75,6 +81,7 @@ class Dialect:
     folds_names: bool = False
     collation: str | None = None
     list_collations: str = ""
+    go_on: str | None = None
 
     def quoted(self, name: str) -> str:
         """Return a name as an identifier; raise `ConfigurationError` if it can't be one."""

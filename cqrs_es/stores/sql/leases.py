@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Final, NamedTuple
+from string import Formatter
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from cqrs_es import errors
 from cqrs_es.ports.leases import Lease, Leases, Member, Part, Standing
@@ -12,15 +14,21 @@ from cqrs_es.stores.sql.dialect import marks, utc_moment
 from cqrs_es.stores.sql.tables import LEASES, MEMBERS
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from cqrs_es.stores.sql.dialect import Parameter
     from cqrs_es.stores.sql.session import Database, Row, Session
 
+_Filling: TypeAlias = "tuple[str, Sequence[Parameter]]"
+
 _DELETE_MEMBER: Final = "DELETE FROM members WHERE role = ? AND owner = ?"
 _DELETE_EXPIRED: Final = "DELETE FROM members WHERE role = ? AND expires_at < ?"
+_LIVE: Final = """
+    SELECT role, owner, fit, expires_at, {now} FROM members
+    WHERE expires_at > {now} AND role IN {roles} ORDER BY role, owner"""
 _OWNER: Final = "SELECT owner, epoch FROM leases WHERE role = ? AND log_partition = ?"
 _RELEASE: Final = "UPDATE leases SET owner = NULL WHERE role = ? AND owner = ?"
+_NOTHING: Final = "1 = 0"
 _MEMBER_KEPT: Final = timedelta(hours=1)
 """How long an expired member's row stays, for whoever looks into what happened."""
 AHEAD: Final = 30
@@ -54,15 +62,51 @@ class SqlLeases(Leases):
             members = _members(live)
             if any(member.expires_at > now + AHEAD * term for member in members):
                 await _call_back(session, now, term)
-            return {
-                role: Standing(
-                    [lease for lease in kept if lease.role == role],
-                    [member for member in members if member.role == role],
-                )
-                for role in roles
-            }
+            return {role: _standing(role, owner, kept, members, now) for role in roles}
 
         return await self._database.run(work)
+
+    async def go_on(self, owner: str, parts: Sequence[Part], seconds: float) -> bool:
+        """Announce and renew by one statement, which counts what it has renewed."""
+        leases = [lease for part in parts for lease in part.held]
+        roles = [part.role for part in parts]
+        each = " OR ".join(["(leases.role = ? AND leases.log_partition = ?)"] * len(leases))
+        values: dict[str, _Filling] = {
+            "owner": ("?", [owner]),
+            "roles": (marks(len(roles)), roles),
+            "held": _keys(parts),
+            "each": (each or _NOTHING, [x for it in leases for x in (it.role, it.partition)]),
+            "term": ("?", [int(seconds * 1_000_000)]),
+        }
+
+        async def work(session: Session) -> bool:
+            if session.dialect.go_on is None:
+                return False
+            sql, parameters = _filled(session.dialect.go_on, values)
+            return await session.execute(sql, parameters) == len(parts) + len(leases)
+
+        return await self._database.read(work)
+
+    async def look(self, owner: str, parts: Sequence[Part]) -> Mapping[str, Standing] | None:
+        """Read the members; None where some are from before the clock was set back."""
+        roles = [part.role for part in parts]
+
+        async def work(session: Session) -> Mapping[str, Standing] | None:
+            if session.dialect.go_on is None:
+                return None
+            sql = _LIVE.format(now=session.dialect.now, roles=marks(len(roles)))
+            rows = await session.fetch(sql, roles)
+            if not rows:
+                return None
+            members, now = _members([row[:-1] for row in rows]), utc_moment(rows[0][-1])
+            longest = AHEAD * max(part.seconds for part in parts)
+            if any(each.expires_at > now + timedelta(seconds=longest) for each in members):
+                return None
+            return {
+                part.role: _standing(part.role, owner, part.held, members, now) for part in parts
+            }
+
+        return await self._database.read(work)
 
     async def announce(self, role: str, owner: str, *, fit: bool, seconds: float) -> None:
         """Be a member of a role for so many seconds from now."""
@@ -202,13 +246,9 @@ async def _extend(
     session: Session, owner: str, parts: Sequence[Part], until: datetime
 ) -> list[Lease]:
     """Extend the leases of several roles; return those that are still the owner's."""
-    held = [part for part in parts if part.held]
-    if not held:
+    if not any(part.held for part in parts):
         return []
-    those = " OR ".join(f"(role = ? AND log_partition IN {marks(len(p.held))})" for p in held)
-    keys: list[Parameter] = []
-    for part in held:
-        keys += (part.role, *sorted(part.held))
+    those, keys = _keys(parts)
     where = f"WHERE owner = ? AND ({those})"
     await session.execute(
         f"UPDATE leases SET expires_at = ? {where}",  # noqa: S608 - placeholders only
@@ -216,6 +256,42 @@ async def _extend(
     )
     rows = await session.fetch(f"{LEASES.select} {where}", (owner, *keys))
     return [Lease(role, partition, by, epoch) for role, partition, by, epoch, _ in rows]
+
+
+def _keys(parts: Sequence[Part]) -> _Filling:
+    """Return the condition that a row is of one of the leases held."""
+    held = [(part.role, sorted(lease.partition for lease in part.held)) for part in parts]
+    those = " OR ".join(
+        f"leases.role = ? AND leases.log_partition IN {marks(len(numbers))}"
+        for _, numbers in held
+        if numbers
+    )
+    values: list[Parameter] = []
+    for role, numbers in held:
+        values += (role, *numbers) if numbers else ()
+    return those or _NOTHING, values
+
+
+def _filled(template: str, values: Mapping[str, _Filling]) -> _Filling:
+    """Fill in what a statement has in braces; return it with its parameters in order."""
+    sql = ""
+    parameters: list[Parameter] = []
+    for text, name, _, _ in Formatter().parse(template):
+        sql += text
+        if name is not None:
+            sql += values[name][0]
+            parameters += values[name][1]
+    return sql, parameters
+
+
+def _standing(
+    role: str, owner: str, kept: Collection[Lease], members: Sequence[Member], now: datetime
+) -> Standing:
+    """Return how a role stands, of what was found of several."""
+    own = [member for member in members if member.role == role]
+    others = [member.expires_at for member in own if member.owner != owner]
+    seconds = (min(others) - now).total_seconds() if others else math.inf
+    return Standing([lease for lease in kept if lease.role == role], own, seconds)
 
 
 def _is_free(claim: _Claim | None, owner: str, now: datetime) -> bool:

@@ -32,6 +32,9 @@ STATEMENT_SECONDS: Final = 30.0
 MIGRATION_SECONDS: Final = 600.0
 """Adopting a large table copies it."""
 CLOSE_SECONDS: Final = 2.0
+# A connection that has idled for this part of what servers allow is not trusted any more.
+TRUSTED_PART: Final = 0.7
+IDLE_SECONDS: Final = 60.0
 MIGRATING: Final = "another process is changing the store's tables; try again when it has finished"
 
 
@@ -68,10 +71,12 @@ class ServerSession(Session):
     """A connection to a server, every statement under `deadline` seconds.
 
     `usable` is False from a statement's beginning until the server's answer has
-    been read: after a cancellation or a timeout nobody knows what comes next.
+    been read: after a cancellation or a timeout nobody knows what comes next. After
+    `idle_seconds` without a statement the server, or something on the way, may close it.
     """
 
     def __init__(self) -> None:
+        self.idle_seconds = IDLE_SECONDS
         self.deadline = STATEMENT_SECONDS
         self.usable = True
         self._turn = asyncio.Lock()
@@ -133,15 +138,10 @@ S = TypeVar("S", bound=ServerSession)
 
 
 class Pool(Generic[S]):
-    """At most `MAX_CONNECTIONS` connections, made when they are needed.
+    """At most `MAX_CONNECTIONS` connections, made when they are needed."""
 
-    One that has idled for half of `idle_seconds` is not trusted any more: the
-    server, or something on the way, may have closed it.
-    """
-
-    def __init__(self, connect: Callable[[], Awaitable[S]], idle_seconds: float) -> None:
+    def __init__(self, connect: Callable[[], Awaitable[S]]) -> None:
         self._connect = connect
-        self._idle_seconds = idle_seconds
         self._open = False
         self._free = asyncio.Semaphore(MAX_CONNECTIONS)
         self._idle: list[tuple[S, float]] = []
@@ -208,10 +208,11 @@ class Pool(Generic[S]):
 
     def _take_idle(self) -> S | None:
         """Return the connection that was used last, unless the server may have closed it."""
-        oldest = asyncio.get_running_loop().time() - self._idle_seconds / 2
+        now = asyncio.get_running_loop().time()
         while self._idle:
             session, since = self._idle.pop()
-            if since >= oldest and not session.closed and session in self._trusted:
+            fresh = now - since <= session.idle_seconds * TRUSTED_PART
+            if fresh and not session.closed and session in self._trusted:
                 return session
             self._cut(session)
         return None
@@ -230,8 +231,8 @@ class Pool(Generic[S]):
 class ServerDatabase(Database, Generic[S]):
     """A database on a server; an adapter says how to connect, and how to take turns migrating."""
 
-    def __init__(self, idle_seconds: float) -> None:
-        self._pool: Pool[S] = Pool(self._connect, idle_seconds)
+    def __init__(self) -> None:
+        self._pool: Pool[S] = Pool(self._connect)
 
     @abstractmethod
     async def _connect(self) -> S:

@@ -46,11 +46,11 @@ _NEXT: Final = f"""
     SELECT log_partition, (
         SELECT due_at FROM outgoing_commands
         WHERE outgoing_commands.log_partition = log_partitions.log_partition AND {_FREE}
-       {_FIRST})
+       {_FIRST}), {{now}}
     FROM log_partitions WHERE log_partition IN {{partitions}}"""
 _NEXT_OF_LANE: Final = f"""
     SELECT {{lane}}, (
-        SELECT due_at FROM outgoing_commands WHERE log_partition = {{lane}}{_FIRST})"""
+        SELECT due_at FROM outgoing_commands WHERE log_partition = {{lane}}{_FIRST}), {{now}}"""
 # By the index alone; those held back, which are few, apart.
 _COUNT: Final = """
     SELECT log_partition, COUNT(*) FROM outgoing_commands
@@ -117,16 +117,18 @@ async def next_due(session: Session, partitions: Collection[int]) -> dict[int, f
     if not partitions:
         return {}
     found: list[Row] = []
+    now = session.dialect.now
     if numbers := sorted(number for number in partitions if number >= 0):
-        found += await session.fetch(_NEXT.format(partitions=marks(len(numbers))), numbers)
+        found += await session.fetch(_NEXT.format(partitions=marks(len(numbers)), now=now), numbers)
     for lanes in chunks(sorted(number for number in partitions if number < 0), LANES_PER_QUERY):
-        sql = " UNION ALL ".join(_NEXT_OF_LANE.format(lane=int(lane)) for lane in lanes)
+        sql = " UNION ALL ".join(_NEXT_OF_LANE.format(lane=int(lane), now=now) for lane in lanes)
         found += await session.fetch(sql)
-    rows = [row for row in found if row[1] is not None]
-    if not rows:
-        return {}
-    now = await session.now()
-    return {number: (utc_moment(first) - now).total_seconds() for number, first in rows}
+    own = await session.now() if now == "NULL" else None
+    return {
+        number: (utc_moment(first) - (own or utc_moment(now))).total_seconds()
+        for number, first, now in found
+        if first is not None
+    }
 
 
 async def count_due(session: Session, partitions: Collection[int]) -> dict[int, int]:
