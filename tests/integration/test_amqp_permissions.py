@@ -152,6 +152,20 @@ async def test_a_role_can_do_nothing_else(users: Users, stack: AsyncExitStack, r
             await do(broker)
 
 
+@pytest.mark.parametrize("role", ["worker", "relay", "projector"])
+async def test_who_has_leases_nudges_and_hears_those_of_others(
+    users: Users, stack: AsyncExitStack, role: str
+) -> None:
+    """So that what one gives up is taken at once, whatever its role."""
+    broker = await users.broker(role, stack)
+    feed = await broker.open_nudges(Nudge.LEASES)
+    assert feed is not None
+    await broker.nudge(Nudge.LEASES)
+    async with asyncio.timeout(10):
+        await feed.receive()
+    await feed.close()
+
+
 async def test_who_may_not_nudge_or_listen_does_without(
     users: Users, stack: AsyncExitStack
 ) -> None:
