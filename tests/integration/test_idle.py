@@ -43,7 +43,11 @@ async def works(supervisors: Sequence[Supervisor], partitions: int) -> bool:
     positions = [each for supervisor in supervisors for each in supervisor.positions()]
     known = all(each.role == "worker" or each.offset is not None for each in positions)
     held = Counter(each.role for each in positions)
-    return known and len(held) == len(set.union(*ROLES)) and set(held.values()) == {partitions}
+    return (
+        known
+        and len(held) == len({role for roles in ROLES for role in roles})
+        and set(held.values()) == {partitions}
+    )
 
 
 @pytest.mark.timeout(600)
