@@ -36,7 +36,6 @@ from cqrs_es.runtime.process import Process, new_owner
 from cqrs_es.runtime.waiting import Recent
 from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
-from cqrs_es.telemetry import logs
 from cqrs_es.telemetry.metrics import NO_METER, Meter
 from cqrs_es.telemetry.tracing import tracing_for
 from cqrs_es.types import NAME
@@ -235,6 +234,8 @@ class Application:
         store without tables, `WrongService` for another service's,
         `PartitionsMismatch` where a setting differs from the store.
         """
+        from cqrs_es.telemetry import logs  # noqa: PLC0415 - structlog, which takes long to import
+
         logs.to_logging_unless_configured()
         self.registry.check()
         settings = settings or Settings.from_environment()

@@ -9,8 +9,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import structlog
-
 from cqrs_es import errors, wire
 from cqrs_es.commands import new_command
 from cqrs_es.definitions import ViewDefinition
@@ -47,6 +45,7 @@ from cqrs_es.reactor import reactor_role
 from cqrs_es.runtime.supervisor import Supervisor
 from cqrs_es.runtime.topic import republish
 from cqrs_es.runtime.waiting import Home
+from cqrs_es.telemetry.lines import get_logger
 from cqrs_es.telemetry.tracing import NO_SPAN
 from cqrs_es.types import (
     AggregateKey,
@@ -76,7 +75,7 @@ if TYPE_CHECKING:
     from cqrs_es.telemetry.tracing import CommandSpan
     from cqrs_es.view import View
 
-log = structlog.get_logger("cqrs_es.application")
+log = get_logger("cqrs_es.application")
 
 C = TypeVar("C")
 E = TypeVar("E")

@@ -11,8 +11,6 @@ from contextlib import AsyncExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
-import structlog
-
 from cqrs_es import errors
 from cqrs_es.application import PATIENCE_SECONDS, execution_policy
 from cqrs_es.definitions import ViewDefinition
@@ -27,6 +25,7 @@ from cqrs_es.runtime.supervisor import Progress, Supervisor
 from cqrs_es.runtime.waiting import unless, within
 from cqrs_es.settings import Settings, masked
 from cqrs_es.telemetry import logs
+from cqrs_es.telemetry.lines import get_logger
 from cqrs_es.telemetry.metrics import NO_METER
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from cqrs_es.runtime.stopping import Stopping
 
 T = TypeVar("T")
-log = structlog.get_logger("cqrs_es.service")
+log = get_logger("cqrs_es.service")
 
 IDLE_POLL_SECONDS: Final = 0.02
 # How long the store may take for the summary; it may be away by then.

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 from urllib.parse import quote
 
 import orjson
-import structlog
 from botocore import exceptions as botocore_errors
 
 from cqrs_es import errors, wire
 from cqrs_es.aws import CALL_SECONDS, MISCONFIGURED, REFUSALS, client_for, place_of
 from cqrs_es.ports.broker import Broker, Topology
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         ReplyInbox,
     )
 
-log = structlog.get_logger("cqrs_es.broker")
+log = get_logger("cqrs_es.broker")
 
 MOST_EVENT_BYTES: Final = 256 * 1024
 """What SNS takes, the attributes included."""

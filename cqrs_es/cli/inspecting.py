@@ -485,11 +485,10 @@ async def _tail(app: Application, settings: Settings, selection: Selection) -> b
 
 async def _follow(opened: OpenApplication, selection: Selection) -> None:
     """Print events as they are committed, for ever."""
-    import structlog
-
     from cqrs_es.execution.retry import Retry
+    from cqrs_es.telemetry.lines import get_logger
 
-    log = structlog.get_logger("cqrs_es.cli")
+    log = get_logger("cqrs_es.cli")
     write = await event_writer(opened, as_json=selection.as_json)
     after = selection.start.after(await opened.storage.events.heads())
     log.info("following", after={str(partition): offset for partition, offset in after.items()})

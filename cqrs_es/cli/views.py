@@ -221,9 +221,9 @@ class _Lines:
     """Writes a log line a second, and one at the end."""
 
     def __init__(self, name: str) -> None:
-        import structlog
+        from cqrs_es.telemetry.lines import get_logger
 
-        self._log = structlog.get_logger("cqrs_es.cli")
+        self._log = get_logger("cqrs_es.cli")
         self._name = name
         self._written = time.monotonic()
 

@@ -7,8 +7,6 @@ from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, overload
 
-import structlog
-
 from cqrs_es import errors
 from cqrs_es.brokers import broker_for
 from cqrs_es.client.following import EventSource
@@ -21,6 +19,7 @@ from cqrs_es.ports.storage import check_service
 from cqrs_es.projection.seen import wait_until_seen
 from cqrs_es.runtime.waiting import Home
 from cqrs_es.stores import storage_for
+from cqrs_es.telemetry.lines import get_logger
 from cqrs_es.telemetry.tracing import NO_TRACING, tracing_for
 from cqrs_es.types import check_name, parse_command_id
 from cqrs_es.wire import MAX_MESSAGE_BYTES
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from cqrs_es.upcasting import Upcaster
 
 D = TypeVar("D")
-log = structlog.get_logger("cqrs_es.client")
+log = get_logger("cqrs_es.client")
 
 
 class Client:

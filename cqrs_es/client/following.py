@@ -8,12 +8,11 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-import structlog
-
 from cqrs_es import errors
 from cqrs_es.cloudevents import event_at
 from cqrs_es.execution.retry import Retry
 from cqrs_es.runtime.topic import check_same_log
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from cqrs_es.ports.broker import Broker, EventFeed, TopicEvent
     from cqrs_es.ports.storage import Storage
 
-log = structlog.get_logger("cqrs_es.client")
+log = get_logger("cqrs_es.client")
 
 CHUNK: Final = 500
 # Seconds without an event after which the log is asked what was missed.

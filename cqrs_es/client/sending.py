@@ -15,12 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-import structlog
-
 from cqrs_es import errors, wire
 from cqrs_es.cloudevents import timestamp
 from cqrs_es.execution.retry import Retry
 from cqrs_es.ports.broker import OutgoingCommand
+from cqrs_es.telemetry.lines import get_logger
 from cqrs_es.types import shown, utc_now
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from cqrs_es.messages import CommandMessage, Outcome
     from cqrs_es.ports.broker import Broker, ReplyInbox
 
-log = structlog.get_logger("cqrs_es.client")
+log = get_logger("cqrs_es.client")
 
 SENT_AT_ONCE: Final = 500
 BYTES_AT_ONCE: Final = 4 * 1024 * 1024

@@ -11,10 +11,10 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
-import structlog
 
 from cqrs_es import errors
 from cqrs_es.ports.store import LoadedAggregate, LoadRequest
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cqrs_es.ports.store import EventStore, Snapshot, StoredEvent
     from cqrs_es.types import AggregateKey
 
-log = structlog.get_logger("cqrs_es.execution")
+log = get_logger("cqrs_es.execution")
 
 # What an entry of the cache takes beside the encoded state: objects, key, links.
 ENTRY_BYTES: Final = 600

@@ -6,7 +6,6 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
-import structlog
 from msgspec.structs import replace
 
 from cqrs_es import errors
@@ -31,6 +30,7 @@ from cqrs_es.messages import (
 )
 from cqrs_es.ports.dead_letters import RECEIVED_AT, DeadLetter
 from cqrs_es.ports.store import Chain, DecidedCommand, NewEvent, ScheduledCommand, Snapshot
+from cqrs_es.telemetry.lines import get_logger
 from cqrs_es.types import storable, text_of
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from cqrs_es.ports.store import KeyMoves
     from cqrs_es.types import AggregateKey, JsonObject
 
-log = structlog.get_logger("cqrs_es.execution")
+log = get_logger("cqrs_es.execution")
 
 # What a row of the log takes beside its payload, for the bound on an append's size.
 ROW_BYTES: Final = 512

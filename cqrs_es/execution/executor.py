@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final, Self, TypeAlias
 
-import structlog
 from msgspec.structs import replace
 
 from cqrs_es import errors, wire
@@ -34,6 +33,7 @@ from cqrs_es.execution.retry import Outage
 from cqrs_es.execution.stages import Answer, Decided, Prepared, Submission
 from cqrs_es.messages import Status
 from cqrs_es.ports.store import IMMEDIATELY, Committed
+from cqrs_es.telemetry.lines import get_logger
 from cqrs_es.telemetry.tracing import NO_SPAN, CommandSpan
 from cqrs_es.types import time_of
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from cqrs_es.registry import Registry
     from cqrs_es.types import AggregateKey
 
-log = structlog.get_logger("cqrs_es.execution")
+log = get_logger("cqrs_es.execution")
 
 CANCELLATION_SECONDS: Final = 2.0
 

@@ -18,13 +18,13 @@ from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import structlog
 from msgspec import structs
 
 from cqrs_es import errors
 from cqrs_es.execution.policy import MAX_APPEND_BYTES
 from cqrs_es.execution.report import ids_of
 from cqrs_es.messages import Outcome, Status, id_reused, is_reused
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from cqrs_es.ports.store import StoredOutcome
     from cqrs_es.types import AggregateKey
 
-log = structlog.get_logger("cqrs_es.execution")
+log = get_logger("cqrs_es.execution")
 
 
 class Inbox:

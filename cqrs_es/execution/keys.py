@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-import structlog
-
 from cqrs_es import errors
 from cqrs_es.execution.baselines import first_page, replayed
 from cqrs_es.ports.store import Chain, Committed, KeyMoves, UniqueKey
+from cqrs_es.telemetry.lines import get_logger
 from cqrs_es.types import NAME, AggregateKey, shown, utc_now
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from cqrs_es.definitions import AggregateDefinition, AnyAggregate
     from cqrs_es.ports.storage import Storage
 
-log = structlog.get_logger("cqrs_es.execution")
+log = get_logger("cqrs_es.execution")
 
 Claims: TypeAlias = frozenset[UniqueKey]
 NONE: Final[Claims] = frozenset()

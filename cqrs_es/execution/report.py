@@ -7,11 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Final
 
 import msgspec
-import structlog
 from msgspec.structs import astuple
 
 from cqrs_es.messages import Status
-from cqrs_es.telemetry import logs
+from cqrs_es.telemetry.lines import get_logger, reads_info
 from cqrs_es.telemetry.metrics import NO_METER
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 _NAMES: Final = {status: status.value for status in Status}
 _NOT_TIMED: Final = nullcontext()
-log = structlog.get_logger("cqrs_es.execution")
+log = get_logger("cqrs_es.execution")
 
 PHASES: Final[tuple[Phase, ...]] = ("lookup", "load", "decide", "append")
 
@@ -66,7 +65,7 @@ class Reporter:
         self._seconds: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
         self.counts = Counts()
         self._reported = Counts()
-        self._read = logs.reads_info(log)
+        self._read = reads_info(log)
 
     def timing(self, phase: Phase) -> AbstractContextManager[None]:
         """Count a block's time as that of a phase, where anybody wants to know."""
@@ -100,7 +99,7 @@ class Reporter:
     def report(self, batch: Sequence[Sequence[Submission]]) -> None:
         """Say what was done since the last report."""
         reported, self._reported = self._reported, copy.copy(self.counts)
-        self._read = logs.reads_info(log)
+        self._read = reads_info(log)
         if not self._read:
             return
         done = self.counts.since(reported)

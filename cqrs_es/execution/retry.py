@@ -5,10 +5,9 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, TypeVar
 
-import structlog
-
 from cqrs_es import errors
 from cqrs_es.ports.clock import Clock, SystemClock
+from cqrs_es.telemetry.lines import get_logger
 from cqrs_es.telemetry.metrics import NO_METER, Meter
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
 T = TypeVar("T")
-log = structlog.get_logger("cqrs_es.execution")
+log = get_logger("cqrs_es.execution")
 
 
 def with_jitter(seconds: float) -> float:

@@ -19,7 +19,6 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
 import orjson
-import structlog
 from starlette.responses import Response
 
 from cqrs_es import errors
@@ -28,6 +27,7 @@ from cqrs_es.execution.retry import Retry
 from cqrs_es.http.problems import bad_request
 from cqrs_es.ports.broker import Nudge
 from cqrs_es.runtime.waiting import cancelled
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from cqrs_es.messages import StoredEvent
     from cqrs_es.runtime.process import Process
 
-log = structlog.get_logger("cqrs_es.http")
+log = get_logger("cqrs_es.http")
 
 PING_SECONDS: Final = 15.0
 WRITE_SECONDS: Final = 30.0

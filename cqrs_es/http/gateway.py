@@ -14,7 +14,6 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import orjson
-import structlog
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -36,6 +35,7 @@ from cqrs_es.http.requests import Action
 from cqrs_es.messages import CommandMessage, id_reused, is_of_newer_code
 from cqrs_es.ports.store import LoadRequest
 from cqrs_es.projection.seen import refuse_parked, wait_until_reached
+from cqrs_es.telemetry.lines import get_logger
 from cqrs_es.types import AggregateKey, new_command_id
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from cqrs_es.messages import Outcome
     from cqrs_es.opened import OpenApplication
 
-log = structlog.get_logger("cqrs_es.http")
+log = get_logger("cqrs_es.http")
 
 JSON: Final = "application/json"
 BATCH: Final = "application/cloudevents-batch+json"

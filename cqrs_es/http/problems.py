@@ -8,11 +8,11 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
 import orjson
-import structlog
 from starlette.responses import Response
 
 from cqrs_es import errors, wire
 from cqrs_es.messages import Status
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from cqrs_es.messages import Outcome
 
-log = structlog.get_logger("cqrs_es.http")
+log = get_logger("cqrs_es.http")
 
 RETRY_AFTER: Final[Mapping[str, str]] = {"Retry-After": "1"}
 # After these codes of outcomes another request may fare better, or the address was wrong.

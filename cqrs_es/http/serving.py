@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import h11
 import orjson
-import structlog
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -22,6 +21,7 @@ from cqrs_es.runtime.supervisor import Supervisor
 from cqrs_es.runtime.waiting import cancelled, unless
 from cqrs_es.service import open_patiently, run_to_end
 from cqrs_es.settings import masked
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cqrs_es.runtime.stopping import Stopping
     from cqrs_es.settings import Settings
 
-log = structlog.get_logger("cqrs_es.http")
+log = get_logger("cqrs_es.http")
 
 # From the first byte of a request to the end of its headers.
 HEAD_SECONDS: Final = 10.0

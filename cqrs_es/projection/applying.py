@@ -11,12 +11,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
-import structlog
-
 from cqrs_es import errors
 from cqrs_es.ports.views import ParkedAggregate
 from cqrs_es.projection.folding import NOT_POISON, past_collisions, reason_of, write
 from cqrs_es.projection.generations import is_projected, lost
+from cqrs_es.telemetry.lines import get_logger
 from cqrs_es.telemetry.tracing import NO_TRACING, Tracing
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from cqrs_es.projection.parking import ParkingBreaker
     from cqrs_es.registry import Registry
 
-log = structlog.get_logger("cqrs_es.projection")
+log = get_logger("cqrs_es.projection")
 
 READ_LIMIT: Final = 500
 

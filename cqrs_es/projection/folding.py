@@ -11,13 +11,12 @@ import asyncio
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-import structlog
-
 from cqrs_es import errors
 from cqrs_es.definitions import ProjectorDefinition, ViewDefinition
 from cqrs_es.execution.retry import backoff
 from cqrs_es.ports.views import ViewRow
 from cqrs_es.projector import column_names, physical_name
+from cqrs_es.telemetry.lines import get_logger
 from cqrs_es.types import shown, storable, text_of
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from cqrs_es.ports.views import ViewStore, ViewTransaction
     from cqrs_es.registry import Registry
 
-log = structlog.get_logger("cqrs_es.projection")
+log = get_logger("cqrs_es.projection")
 
 T = TypeVar("T")
 

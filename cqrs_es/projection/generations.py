@@ -30,11 +30,10 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-import structlog
-
 from cqrs_es import errors
 from cqrs_es.projection.folding import folding_for, past_collisions
 from cqrs_es.projector import generation_of, physical_name
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from cqrs_es.ports.views import SqlTables, ViewStore, ViewTransaction
     from cqrs_es.projection.folding import Folding
 
-log = structlog.get_logger("cqrs_es.projection")
+log = get_logger("cqrs_es.projection")
 
 FIRST: Final = 1
 # So many events apart two generations are equally up to date: each has a transaction under way.

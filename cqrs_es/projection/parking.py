@@ -7,11 +7,10 @@ from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-import structlog
-
 from cqrs_es import errors
 from cqrs_es.ports.store import LoadRequest
 from cqrs_es.projection.folding import NOT_POISON, past_collisions, reason_of, write_all
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from cqrs_es.projection.folding import Folding
     from cqrs_es.registry import Registry
 
-log = structlog.get_logger("cqrs_es.projection")
+log = get_logger("cqrs_es.projection")
 
 # More than this many parked in a minute: then the view is wrong, not the events.
 MOST_PARKS_PER_MINUTE: Final = 20

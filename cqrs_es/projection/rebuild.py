@@ -20,8 +20,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
-import structlog
-
 from cqrs_es import errors
 from cqrs_es.execution.retry import Retry
 from cqrs_es.projection.applying import READ_LIMIT, Applier
@@ -40,6 +38,7 @@ from cqrs_es.projection.generations import (
     retire,
 )
 from cqrs_es.projector import code_role, physical_name, projector_role
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
     from cqrs_es.projection.generations import Generations
     from cqrs_es.registry import Registry
 
-log = structlog.get_logger("cqrs_es.projection")
+log = get_logger("cqrs_es.projection")
 
 T = TypeVar("T")
 

@@ -22,8 +22,6 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
-import structlog
-
 from cqrs_es import errors, wire
 from cqrs_es.execution.retry import Retry
 from cqrs_es.messages import is_reused
@@ -35,6 +33,7 @@ from cqrs_es.runtime.redelivery import Gate, Redelivered, Redelivery
 from cqrs_es.runtime.roles import WORKER, Role
 from cqrs_es.runtime.waiting import unless
 from cqrs_es.telemetry import metrics
+from cqrs_es.telemetry.lines import get_logger
 from cqrs_es.telemetry.metrics import Reading
 from cqrs_es.types import partition_of
 
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
     from cqrs_es.runtime.leases import Assignment
     from cqrs_es.runtime.process import Process
 
-log = structlog.get_logger("cqrs_es.worker")
+log = get_logger("cqrs_es.worker")
 
 # So many batches of one partition in hand at most: what is prepared while others are committed.
 BATCHES_IN_HAND: Final = 4

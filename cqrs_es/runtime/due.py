@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
-import structlog
-
 from cqrs_es import errors
 from cqrs_es.execution.retry import Retry
 from cqrs_es.ports.broker import ANY_SIZE, CommandIntake, Delivery
 from cqrs_es.ports.store import IMMEDIATELY
 from cqrs_es.runtime.nudging import Reliance
 from cqrs_es.runtime.waiting import within
+from cqrs_es.telemetry.lines import get_logger
 from cqrs_es.types import time_of
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from cqrs_es.runtime.leases import Assignment
     from cqrs_es.runtime.process import Process
 
-log = structlog.get_logger("cqrs_es.worker")
+log = get_logger("cqrs_es.worker")
 
 # What another process schedules is noticed within so many seconds: where nudges tell of it too,
 # and where they do not.

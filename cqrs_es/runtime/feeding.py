@@ -15,18 +15,17 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-import structlog
-
 from cqrs_es import errors, wire
 from cqrs_es.execution.retry import Retry
 from cqrs_es.ports.broker import OutgoingCommand
+from cqrs_es.telemetry.lines import get_logger
 from cqrs_es.types import utc_now
 
 if TYPE_CHECKING:
     from cqrs_es.ports.broker import Broker
 
 T = TypeVar("T")
-log = structlog.get_logger("cqrs_es.runtime")
+log = get_logger("cqrs_es.runtime")
 
 READ_BYTES: Final = 128 * 1024
 # Commands that may wait in the queue; a worker takes some 2,000 at once.

@@ -6,14 +6,13 @@ import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-import structlog
-
 from cqrs_es import errors
 from cqrs_es.ports.broker import ANY_SIZE, CommandIntake
 from cqrs_es.ports.leases import Lease
 from cqrs_es.runtime.consumer import Consumer
 from cqrs_es.runtime.leases import Assignment
 from cqrs_es.runtime.roles import WORKER
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from cqrs_es.runtime.consumer import CommandWorker
     from cqrs_es.runtime.process import Process
 
-log = structlog.get_logger("cqrs_es.worker")
+log = get_logger("cqrs_es.worker")
 
 
 def unleased(process: Process, role: str, partition: int) -> Assignment:

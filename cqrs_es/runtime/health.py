@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
-import structlog
-
 from cqrs_es import errors
 from cqrs_es.program import version
 from cqrs_es.projection.generations import views_behind
@@ -21,6 +19,7 @@ from cqrs_es.runtime.sampling import Sampler
 from cqrs_es.runtime.waiting import cancelled
 from cqrs_es.runtime.web import Answer, WebServer, json_answer
 from cqrs_es.telemetry import metrics
+from cqrs_es.telemetry.lines import get_logger
 from cqrs_es.telemetry.masking import mask_credentials
 from cqrs_es.telemetry.metrics import NO_METER, Meter, Metrics, Reading
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from cqrs_es.settings import Settings
     from cqrs_es.telemetry.exposition import Exposition
 
-log = structlog.get_logger("cqrs_es.runtime")
+log = get_logger("cqrs_es.runtime")
 
 TICK_SECONDS: Final = 0.25
 VIEWS_SECONDS: Final = 1.0

@@ -8,13 +8,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-import structlog
-
 from cqrs_es import errors
 from cqrs_es.execution.retry import backoff
 from cqrs_es.ports.leases import Part, Standing
 from cqrs_es.runtime.nudging import Reliance
 from cqrs_es.runtime.waiting import unless
+from cqrs_es.telemetry.lines import get_logger, put_on_lines
 from cqrs_es.telemetry.metrics import NO_METER, Meter
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from cqrs_es.ports.clock import Clock
     from cqrs_es.ports.leases import Lease, Leases, Member
 
-log = structlog.get_logger("cqrs_es.runtime")
+log = get_logger("cqrs_es.runtime")
 
 # When the next round comes, in parts of a lease. Where nudges tell who comes and leaves, and the
 # store when a member that has died is gone, a round has only to renew, and looks at the members
@@ -512,7 +511,7 @@ class LeaseKeeper:
 
     async def _work(self, running: Assignment) -> None:
         """Run a partition until it is to stop, then release it; its log lines say which it is."""
-        structlog.contextvars.bind_contextvars(role=self._role, partition=running.lease.partition)
+        put_on_lines(role=self._role, partition=running.lease.partition)
         attempt = 0
         while not running.stopping.is_set():
             try:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
-import structlog
-
 from cqrs_es import errors
 from cqrs_es.execution.retry import Retry
 from cqrs_es.runtime.nudging import Reliance
 from cqrs_es.runtime.waiting import within
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from cqrs_es.ports.store import EventStore
     from cqrs_es.runtime.leases import Assignment
 
-log = structlog.get_logger("cqrs_es.runtime")
+log = get_logger("cqrs_es.runtime")
 
 # Seconds between looks, at least and at most, where something else tells of events: nudges
 # the relay, the topic a projector, for which only a figure depends on it. In between they are a

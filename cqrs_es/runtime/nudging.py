@@ -16,11 +16,10 @@ import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Protocol
 
-import structlog
-
 from cqrs_es.execution.retry import Retry
 from cqrs_es.ports.broker import Nudge
 from cqrs_es.runtime.waiting import cancelled
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Generator
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from cqrs_es.runtime.due import Timetable
     from cqrs_es.runtime.log_watcher import LogWatcher
 
-log = structlog.get_logger("cqrs_es.runtime")
+log = get_logger("cqrs_es.runtime")
 
 # Between two of a kind, sent or heard: those in between are one.
 APART_SECONDS: Final = 0.005

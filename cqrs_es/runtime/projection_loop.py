@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
-import structlog
-
 from cqrs_es import errors
 from cqrs_es.cloudevents import event_at
 from cqrs_es.ports.store import HELD_BACK
@@ -29,6 +27,7 @@ from cqrs_es.runtime.roles import LagMetrics, Role
 from cqrs_es.runtime.topic import check_same_log, topic_within_log
 from cqrs_es.runtime.waiting import unless, within
 from cqrs_es.telemetry import metrics
+from cqrs_es.telemetry.lines import get_logger
 from cqrs_es.telemetry.metrics import Reading
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from cqrs_es.runtime.leases import Assignment
     from cqrs_es.runtime.process import Process
 
-log = structlog.get_logger("cqrs_es.projection")
+log = get_logger("cqrs_es.projection")
 
 BATCH: Final = 500
 # Seconds without an event after which the log's head is looked at: the topic may have lost some.

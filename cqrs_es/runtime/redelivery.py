@@ -38,9 +38,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-import structlog
-
 from cqrs_es import errors
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
     from cqrs_es.runtime.process import Process
     from cqrs_es.types import AggregateKey
 
-log = structlog.get_logger("cqrs_es.worker")
+log = get_logger("cqrs_es.worker")
 
 # A command that so many processes died of, alone, fails.
 MOST_DEATHS: Final = 2

@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
-import structlog
-
 from cqrs_es import errors
 from cqrs_es.ports.broker import Nudge
 from cqrs_es.runtime.remote import RemoteSender, ended
@@ -19,6 +17,7 @@ from cqrs_es.runtime.roles import RELAY, LagMetrics, Role
 from cqrs_es.runtime.topic import check_same_log, topic_events, topic_within_log
 from cqrs_es.runtime.waiting import unless, within
 from cqrs_es.telemetry import metrics
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from cqrs_es.runtime.process import Process
     from cqrs_es.telemetry.metrics import Reading
 
-log = structlog.get_logger("cqrs_es.relay")
+log = get_logger("cqrs_es.relay")
 
 RELAY_MARK: Final = "$relay"
 CHUNK: Final = 500

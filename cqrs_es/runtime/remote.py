@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
-import structlog
-
 from cqrs_es import errors, wire
 from cqrs_es.brokers import broker_for
 from cqrs_es.execution.retry import Retry
@@ -19,6 +17,7 @@ from cqrs_es.ports.broker import OutgoingCommand
 from cqrs_es.runtime.due import NOTHING_DUE, overdue
 from cqrs_es.runtime.waiting import cancelled, unless
 from cqrs_es.telemetry import metrics
+from cqrs_es.telemetry.lines import get_logger
 from cqrs_es.telemetry.metrics import Reading
 from cqrs_es.types import lane_of
 
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from cqrs_es.runtime.process import Process
     from cqrs_es.settings import Settings
 
-log = structlog.get_logger("cqrs_es.relay")
+log = get_logger("cqrs_es.relay")
 
 SENT_AT_ONCE: Final = 200
 # How long what is being sent has to be confirmed when the process stops.

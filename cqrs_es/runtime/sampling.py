@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Final
 
-import structlog
-
 from cqrs_es import errors
+from cqrs_es.telemetry.lines import get_logger
 from cqrs_es.telemetry.metrics import Reading
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from cqrs_es.runtime.roles import Position
     from cqrs_es.runtime.supervisor import Supervisor
 
-log = structlog.get_logger("cqrs_es.runtime")
+log = get_logger("cqrs_es.runtime")
 
 EVERY_SECONDS: Final = 5.0
 # A look that takes longer is given up.

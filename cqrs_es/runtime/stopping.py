@@ -21,14 +21,13 @@ from collections.abc import AsyncGenerator, Coroutine, Generator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-import structlog
-
 from cqrs_es.runtime.waiting import cancelled, within
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from types import FrameType
 
-log = structlog.get_logger("cqrs_es.runtime")
+log = get_logger("cqrs_es.runtime")
 
 STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 SIGNALLED: Final = 128

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-import structlog
-
 from cqrs_es.execution.report import Counts
 from cqrs_es.ports.broker import Nudge
 from cqrs_es.runtime.consumer import CommandWorker
@@ -18,6 +16,7 @@ from cqrs_es.runtime.leases import LeaseKeeper, Membership, Rounds
 from cqrs_es.runtime.projection_loop import ProjectorLoop, ReactorLoop
 from cqrs_es.runtime.relay_loop import Relay
 from cqrs_es.runtime.roles import RELAY, WORKER, Position, Role, check_roles, known_roles
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from cqrs_es import errors
     from cqrs_es.runtime.process import Process
 
-log = structlog.get_logger("cqrs_es.runtime")
+log = get_logger("cqrs_es.runtime")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-import structlog
-
 from cqrs_es import errors
 from cqrs_es.cloudevents import event_at, to_cloudevent
 from cqrs_es.ports.broker import OutgoingEvent
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from cqrs_es.ports.store import EventStore
     from cqrs_es.runtime.process import Process
 
-log = structlog.get_logger("cqrs_es.relay")
+log = get_logger("cqrs_es.relay")
 
 REPUBLISHED_AT_ONCE: Final = 500
 

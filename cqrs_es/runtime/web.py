@@ -16,11 +16,11 @@ from http import HTTPStatus
 from typing import Final, TypeAlias
 
 import orjson
-import structlog
 
 from cqrs_es import errors
+from cqrs_es.telemetry.lines import get_logger
 
-log = structlog.get_logger("cqrs_es.runtime")
+log = get_logger("cqrs_es.runtime")
 
 MOST_REQUEST_BYTES: Final = 8 * 1024
 MOST_CONNECTIONS: Final = 256

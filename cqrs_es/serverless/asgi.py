@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote, unquote
 
 import orjson
-import structlog
 
 from cqrs_es.http.problems import RETRY_AFTER, Problem
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from starlette.types import ASGIApp, Message, Scope
 
-log = structlog.get_logger("cqrs_es.serverless")
+log = get_logger("cqrs_es.serverless")
 
 MOST_ANSWER_BYTES: Final = 6 * 1024 * 1024
 """What Lambda takes of an answer, as JSON."""

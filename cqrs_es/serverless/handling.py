@@ -18,6 +18,7 @@ from cqrs_es.serverless.asgi import answered
 from cqrs_es.serverless.collecting import uncollected
 from cqrs_es.settings import Settings
 from cqrs_es.telemetry import logs
+from cqrs_es.telemetry.lines import get_logger, put_on_lines
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from cqrs_es.runtime.process import Process
     from cqrs_es.serverless.pump import Pump
 
-log = structlog.get_logger("cqrs_es.serverless")
+log = get_logger("cqrs_es.serverless")
 
 # Before the deadline: to hand back what is not settled, and for the answer to arrive.
 ENDING_SECONDS: Final = 5.0
@@ -104,7 +105,7 @@ class Handler:
 
     async def _handle(self, event: Mapping[str, Any], context: Context) -> dict[str, Any]:
         structlog.contextvars.clear_contextvars()
-        structlog.contextvars.bind_contextvars(request_id=context.aws_request_id)
+        put_on_lines(request_id=context.aws_request_id)
         deadline = asyncio.get_running_loop().time() + context.get_remaining_time_in_millis() / 1000
 
         def seconds(reserve: float) -> float:

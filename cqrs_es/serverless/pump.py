@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-import structlog
-
 from cqrs_es import errors
 from cqrs_es.ports.broker import Delivery
 from cqrs_es.projection.applying import READ_LIMIT
@@ -26,6 +24,7 @@ from cqrs_es.runtime.due import keep_recurring
 from cqrs_es.runtime.handed import consumed, unleased
 from cqrs_es.runtime.projection_loop import GENERATION_SECONDS, ProjectorLoop, ReactorLoop
 from cqrs_es.runtime.relay_loop import Relay
+from cqrs_es.telemetry.lines import get_logger
 from cqrs_es.types import lane_of
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
 Work: TypeAlias = Callable[[], Awaitable[int]]
 
-log = structlog.get_logger("cqrs_es.pump")
+log = get_logger("cqrs_es.pump")
 
 # Of the rows of a partition so many are decided before its events are looked at again.
 ROWS_AT_ONCE: Final = 100

@@ -8,12 +8,11 @@ masked in every value and every traceback, and tracebacks show no variables.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import sys
 import threading
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 import orjson
 import structlog
@@ -23,9 +22,7 @@ from structlog.tracebacks import ExceptionDictTransformer
 from cqrs_es.telemetry.masking import masked_value, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
-
-    from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
+    from structlog.typing import EventDict, Processor, WrappedLogger
 
     from cqrs_es.settings import LogFormat, LogLevel
 
@@ -63,27 +60,6 @@ def to_logging_unless_configured() -> None:
             wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET),
             logger_factory=structlog.stdlib.LoggerFactory(),
         )
-
-
-def reads_info(log: FilteringBoundLogger) -> bool:
-    """Tell whether lines of information are kept: making one for nobody takes its time too.
-
-    It is asked for each batch, so a logger is put together once for each configuration.
-    """
-    config, named = structlog.get_config(), cast("Hashable", log)
-    bound = _bound(named, config["wrapper_class"], config["logger_factory"])
-    enabled: Callable[[FilteringBoundLogger, int], bool] | None = getattr(
-        type(bound), "is_enabled_for", None
-    )
-    if enabled is not None and not enabled(bound, logging.INFO):
-        return False
-    beneath: object = getattr(bound, "_logger", None)
-    return not isinstance(beneath, logging.Logger) or beneath.isEnabledFor(logging.INFO)
-
-
-@functools.lru_cache(maxsize=16)
-def _bound(named: Hashable, *_configured: object) -> FilteringBoundLogger:
-    return cast("FilteringBoundLogger", named).bind()
 
 
 def name_process(**ids: str) -> None:

@@ -342,6 +342,19 @@ def test_help_is_quick() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_application_is_imported_quickly() -> None:
+    """What writes log lines is imported with the first of them, and for whoever opens it."""
+    script = (
+        "import sys, cqrs_es.application\n"
+        "sys.exit(str({'structlog', 'rich', 'pygments', 'attr', 'typer'} & set(sys.modules) or ''))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=PROJECT, env=environment({}),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stderr.strip() == "", done.stderr
+
+
 def test_the_version(here: Here) -> None:
     """That of the installed distribution."""
     try:

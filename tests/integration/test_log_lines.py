@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from cqrs_es import service
 from cqrs_es.execution import report
 from cqrs_es.settings import Settings
-from cqrs_es.telemetry import logs
+from cqrs_es.telemetry.lines import reads_info
 from cqrs_es.testing import TestApp
 from tests.bank_data import PROJECT
 from tests.command_line import EXAMPLE, cqrs_es, environment, message, running
@@ -247,17 +247,17 @@ def test_lines_that_nobody_reads_are_not_made() -> None:
     loud = structlog.wrap_logger(
         structlog.PrintLogger(), wrapper_class=structlog.make_filtering_bound_logger(20)
     )
-    assert not logs.reads_info(quiet)
-    assert logs.reads_info(loud)
+    assert not reads_info(quiet)
+    assert reads_info(loud)
     beneath = logging.getLogger("cqrs_es.test")
     routed = structlog.wrap_logger(
         beneath, wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET)
     )
     for level, read in ((logging.WARNING, False), (logging.INFO, True)):
         beneath.setLevel(level)
-        assert logs.reads_info(routed) == read
+        assert reads_info(routed) == read
     other = structlog.wrap_logger(structlog.PrintLogger(), wrapper_class=structlog.BoundLogger)
-    assert logs.reads_info(other)
+    assert reads_info(other)
 
 
 def test_whether_lines_are_read_follows_the_configuration() -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-import structlog
 from amqp.exceptions import AccessRefused, NotFound, PreconditionFailed
 
 from cqrs_es import errors
@@ -18,6 +17,7 @@ from cqrs_es.brokers.amqp.consuming import Consumer, PrepareQueue
 from cqrs_es.brokers.amqp.driver import Address
 from cqrs_es.cloudevents import offset_in
 from cqrs_es.ports.broker import Broker, TopicEvent, Topology
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     )
 
 
-log = structlog.get_logger("cqrs_es.amqp")
+log = get_logger("cqrs_es.amqp")
 
 EXAMINE_SECONDS: Final = 60.0
 LOOK_BEYOND: Final = 2  # queues behind one that is not there

@@ -23,7 +23,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
-import structlog
 from amqp.exceptions import (
     AccessRefused,
     ChannelError,
@@ -35,6 +34,7 @@ from amqp.exceptions import (
 
 from cqrs_es import errors
 from cqrs_es.brokers.amqp import driver
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from cqrs_es.brokers.amqp.driver import Address, Channel, Connection
@@ -43,7 +43,7 @@ T = TypeVar("T")
 Job: TypeAlias = "Callable[[Connection], T]"
 News: TypeAlias = "Callable[[], None]"
 
-log = structlog.get_logger("cqrs_es.amqp")
+log = get_logger("cqrs_es.amqp")
 
 CALL_SECONDS: Final = 15.0  # above the driver's own deadlines, which have better reasons
 OPEN_SECONDS: Final = 2 * driver.CONNECT_SECONDS

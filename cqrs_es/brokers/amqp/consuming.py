@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
-import structlog
-
 from cqrs_es import errors
 from cqrs_es.ports.broker import (
     ANY_SIZE,
@@ -34,12 +32,13 @@ from cqrs_es.ports.broker import (
     ReplyInbox,
     TopicEvent,
 )
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from cqrs_es.brokers.amqp.connection import Bridge
     from cqrs_es.brokers.amqp.driver import Channel, Connection, IncomingMessage
 
-log = structlog.get_logger("cqrs_es.amqp")
+log = get_logger("cqrs_es.amqp")
 
 PrepareQueue: TypeAlias = "Callable[[Channel], str]"
 """Make sure of a queue on a channel, and name it; for the bridge's thread."""

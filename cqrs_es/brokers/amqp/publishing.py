@@ -15,9 +15,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import amqp
-import structlog
 
 from cqrs_es.brokers.amqp.connection import BLOCKED
+from cqrs_es.telemetry.lines import get_logger
 
 if TYPE_CHECKING:
     from cqrs_es import errors
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cqrs_es.brokers.amqp.topology import Names
     from cqrs_es.ports.broker import OutgoingCommand, OutgoingEvent, OutgoingReply
 
-log = structlog.get_logger("cqrs_es.amqp")
+log = get_logger("cqrs_es.amqp")
 
 CONFIRM_SECONDS: Final = 10.0  # for a batch, from its first byte to its last confirm
 BATCH_MESSAGES: Final = 1_000

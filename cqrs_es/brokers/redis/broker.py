@@ -6,7 +6,6 @@ import re
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
-import structlog
 from redis.exceptions import NoPermissionError
 
 from cqrs_es import errors
@@ -14,6 +13,7 @@ from cqrs_es.brokers.redis import commands as queues
 from cqrs_es.brokers.redis import topic
 from cqrs_es.brokers.redis.connection import Names, RedisConnection
 from cqrs_es.ports.broker import Broker, NudgeFeed, ReplyInbox, TopicEvent, Topology
+from cqrs_es.telemetry.lines import get_logger
 from cqrs_es.types import shown
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         ReadLog,
     )
 
-log = structlog.get_logger("cqrs_es.redis")
+log = get_logger("cqrs_es.redis")
 
 REPLIES_KEPT: Final = 1_000  # per sender, about
 REPLIES_EXPIRY_SECONDS: Final = 3_600  # after the last one; a lost one is had again by resending
