@@ -269,7 +269,7 @@ def test_whether_lines_are_read_follows_the_configuration() -> None:
             structlog.configure(
                 wrapper_class=filtering, logger_factory=structlog.PrintLoggerFactory()
             )
-            assert logs.reads_info(log) == read
+            assert reads_info(log) == read
     finally:
         structlog.reset_defaults()
 
