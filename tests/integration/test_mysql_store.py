@@ -6,16 +6,21 @@ import math
 import random
 import uuid
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import orjson
+import pymysql
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cqrs_es import errors
 from cqrs_es.ports.store import NewEvent, ScheduledCommand
 from cqrs_es.stores import storage_for
 from cqrs_es.stores.mysql import session as mysql_session
+from cqrs_es.stores.mysql.database import STRICT
+from cqrs_es.stores.mysql.dialect import literal
 from cqrs_es.types import new_command_id
 from tests.conftest import run_on
 from tests.contract.building import (
@@ -35,7 +40,8 @@ from tests.contract.building import (
 from tests.stores import sql_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from decimal import Decimal
 
     from cqrs_es.ports.storage import Storage
 
@@ -226,3 +232,58 @@ async def test_rows_are_put_in_order_by_a_migration(storage: Storage) -> None:
     with pytest.raises(errors.StoreError):  # an id has one row, whenever it is due
         await views.query(TWICE)
     assert await events.find_scheduled(rows) == rows
+
+
+# --- Literals ----------------------------------------------------------------------
+
+ODD = st.text(alphabet=st.sampled_from("\\'\"`%?_-#/*;\0\b\n\r\t\x1aß🏦 "), max_size=12)
+MOMENTS = st.datetimes(datetime(1000, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - of UTC
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(
+    texts=st.lists(ODD | st.text(), min_size=1, max_size=8),
+    raw=st.binary(max_size=20),
+    whole=st.integers(-(2**63), 2**64 - 1),
+    ratio=st.floats(allow_nan=False, allow_infinity=False),
+    exact=st.decimals(-(10**30), 10**30, places=20),
+    moment=MOMENTS,
+)
+def test_literals_are_read_as_they_were_meant(
+    literal_reader: Callable[[str], tuple[Any, ...]],
+    texts: list[str],
+    raw: bytes,
+    whole: int,
+    ratio: float,
+    exact: Decimal,
+    moment: datetime,
+) -> None:
+    """By the server itself, beside one another in one statement: no value gets out of its own."""
+    written = ", ".join(f"HEX({literal(text)})" for text in texts)
+    others = ", ".join(map(literal, (whole, ratio, exact, None)))
+    at = f"CAST({literal(moment)} AS DATETIME(6))"
+    found = literal_reader(f"SELECT {written}, HEX({literal(raw)}), {others}, {at}")
+    hexes, (raw_read, whole_read, ratio_read, exact_read, none, at_read) = found[:-6], found[-6:]
+    assert [bytes.fromhex(text).decode() for text in hexes] == texts
+    assert bytes.fromhex(raw_read) == raw
+    assert (whole_read, float(ratio_read), exact_read, none) == (whole, ratio, exact, None)
+    assert at_read.replace(tzinfo=UTC) == moment
+
+
+@pytest.fixture
+def literal_reader(mysql_url: str) -> Iterator[Callable[[str], tuple[Any, ...]]]:
+    """Ask the server as a session of the store's asks: its character set and its mode."""
+    url = urlsplit(mysql_url)
+    mode = f"SET SESSION sql_mode = '{STRICT}'"
+    connection = pymysql.connect(
+        host=url.hostname, port=url.port or 3306, user="root", charset="utf8mb4", init_command=mode
+    )
+
+    def read(statement: str) -> tuple[Any, ...]:
+        with connection.cursor() as cursor:
+            cursor.execute(statement)
+            (row,) = cursor.fetchall()
+            return row
+
+    with connection:
+        yield read

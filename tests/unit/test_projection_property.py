@@ -8,6 +8,7 @@ lease that was lost unnoticed. The rows are compared with the log after every st
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import tempfile
 from collections import Counter as Tally
 from collections import defaultdict
@@ -24,6 +25,7 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
+    precondition,
     rule,
 )
 
@@ -47,7 +49,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 
     from cqrs_es.messages import StoredEvent
-    from cqrs_es.opened import OpenApplication
     from cqrs_es.ports.views import ParkedAggregate
     from cqrs_es.projection.applying import Applier
     from cqrs_es.runtime.process import Process
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PARTITIONS = 2
 HOLDERS = 2
-IDS = ("a", "b", "c", "d", "e")
+IDS = ("a", "b", "d")
 FOLLOWERS = ("journal", "lines", "echo")
 BAD: set[tuple[str, int]] = set()
 """The events, by counter and sequence, that everybody fails on for now."""
@@ -256,14 +257,17 @@ class Following(RuleBasedStateMachine):
         await self._storage.open()
         self._stack.push_async_callback(self._storage.close)
         self._faulty = FaultyStorage(self._storage)
-        opening = app.open(
+        settings, broker = (
             Settings(store_url=url, partitions=PARTITIONS),
-            storage=self._faulty,
-            broker=MemoryBroker(event_retention=1),
-            clock=self._clock,
-            initialise=True,
+            MemoryBroker(event_retention=1),
         )
-        self._opened: OpenApplication = await self._stack.enter_async_context(opening)
+        opened = [
+            await self._stack.enter_async_context(
+                app.open(settings, storage=each, broker=broker, clock=self._clock, initialise=True)
+            )
+            for each in (self._storage, self._faulty)
+        ]
+        self._sender, self._opened = opened  # who decides is another process
         await self._opened.initialise()
         self._epoch = (await self._storage.info()).log_epoch
 
@@ -284,7 +288,11 @@ class Following(RuleBasedStateMachine):
     async def add(self, commit: Commit) -> None:
         """Bring events into the log."""
         numbers = [next(self._numbers) for _ in range(commit.events)]
-        await self._opened.execute(Counter, commit.id, AddEach(numbers))
+        await self._sender.execute(Counter, commit.id, AddEach(numbers))
+        await self._look()
+
+    async def _look(self) -> None:
+        """Read the log behind everybody's back."""
         heads = await self._storage.events.heads()
         read = self._storage.events.read_log
         self._log = {p: await read(p, 0, head) for p, head in heads.items() if head}
@@ -315,11 +323,13 @@ class Following(RuleBasedStateMachine):
         """Bring events into the log."""
         self._run(self.add(commit))
 
-    @rule(id_=st.sampled_from(IDS), sequence=st.integers(1, 8))
-    def poison(self, id_: str, sequence: int) -> None:
-        """Let everybody fail on an event, which may be in the log already or still to come."""
-        BAD.add((id_, sequence))
-        self._ever_bad.add((id_, sequence))
+    @rule(id_=st.sampled_from(IDS), ahead=st.lists(st.integers(-2, 4), min_size=1, max_size=2))
+    def poison(self, id_: str, ahead: list[int]) -> None:
+        """Let everybody fail on events, which may be in the log already or still to come."""
+        there = sum(event.key.id == id_ for log in self._log.values() for event in log)
+        bad = {(id_, there + n) for n in ahead}
+        BAD.update(bad)
+        self._ever_bad |= bad
 
     @rule()
     def mend(self) -> None:
@@ -407,12 +417,17 @@ class Following(RuleBasedStateMachine):
         process = replace(self.process, broker=Topic(self, assignment, script))
         self._act(self._loop(name, process).run_partition(assignment), trouble)
 
-    @rule(data=st.data(), trouble=troubles)
-    def retry(self, data: st.DataObject, trouble: Trouble | None) -> None:
-        """Try a parked aggregate again, which may have been tried meanwhile."""
-        if not self._markers:
-            return
+    @precondition(lambda self: self._markers)
+    @rule(data=st.data(), mended=st.booleans(), more=st.integers(0, 2), trouble=troubles)
+    def retry(
+        self, data: st.DataObject, *, mended: bool, more: int, trouble: Trouble | None
+    ) -> None:
+        """Try a parked aggregate again, which may have been tried meanwhile, or gone on."""
         marker = data.draw(st.sampled_from(self._markers))
+        if mended:  # a later event of the same counter may go on failing
+            BAD.discard((marker.key.id, marker.from_sequence))
+        if more:
+            self._run(self.add(Commit(marker.key.id, more)))
         name = view_of(marker.projector).removeprefix("reactor:")
 
         async def work() -> None:
@@ -420,18 +435,34 @@ class Following(RuleBasedStateMachine):
 
         self._act(work(), trouble)
 
-    @rule(name=st.sampled_from(["journal", "lines"]), trouble=troubles)
-    def rebuild(self, name: str, trouble: Trouble | None) -> None:
-        """Rebuild a view, or go on with that; its process may die of it."""
+    @rule(
+        name=st.sampled_from(["journal", "lines"]),
+        meanwhile=st.lists(commits, max_size=4),
+        trouble=troubles,
+    )
+    def rebuild(self, name: str, meanwhile: list[Commit], trouble: Trouble | None) -> None:
+        """Rebuild a view that is in use, or go on with that; its process may die of it."""
+        if trouble is not None:  # while the store is away it would wait
+            trouble = replace(trouble, error=Died)
+
+        async def use() -> None:
+            for commit in meanwhile:
+                await self.add(commit)
+                for partition in range(PARTITIONS):
+                    with contextlib.suppress(errors.Conflict):
+                        await (await self._applier((name, partition, 0))).catch_up()
 
         async def work() -> None:
+            using = asyncio.create_task(use())
             try:
                 await self._opened.rebuild(name).run()
             except errors.ViewFailed:
                 assert BAD
+            finally:
+                await using
 
-        if trouble is not None:  # while the store is away it would wait
-            trouble = replace(trouble, error=Died)
+        for partition in range(PARTITIONS):
+            self._appliers.pop((name, partition, 0), None)
         self._act(work(), trouble)
 
     @rule()
@@ -458,7 +489,9 @@ class Following(RuleBasedStateMachine):
         self._run(self._check())
 
     async def _check(self) -> None:
-        self._markers += await self._storage.views.list_parked()
+        await self._look()
+        there = await self._storage.views.list_parked()
+        self._markers += [marker for marker in there if marker not in self._markers]
         await self._check_live(await self._storage.views.generations())
         await self._check_reactor(await self._expected("reactor:echo__1"))
         for key in await self._storage.views.list_tables():

@@ -42,7 +42,8 @@ class MysqlDatabase(ServerDatabase[MysqlSession]):
                     host=target.host,
                     port=target.port,
                     user=target.user,
-                    password=target.password,
+                    # Servers know it in UTF-8; aiomysql sends what it is given in latin1.
+                    password=target.password.encode().decode("latin1"),
                     db=target.database,
                     ssl=tls,
                     charset="utf8mb4",
