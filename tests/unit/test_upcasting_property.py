@@ -35,6 +35,7 @@ class Kind:
 
 
 versions = st.integers(1, 9)
+NOTHING: list[tuple[int, int]] = []
 
 
 @st.composite
@@ -45,11 +46,11 @@ def histories(draw: st.DrawFn) -> list[Kind]:
     for number in range(count):
         later = st.tuples(st.integers(number + 1, count - 1), versions)
         end, into = draw(
-            st.just(("current", []))
+            st.just(("current", NOTHING))
             if number == count - 1
             else st.one_of(
-                st.just(("current", [])),
-                st.just(("dropped", [])),
+                st.just(("current", NOTHING)),
+                st.just(("dropped", NOTHING)),
                 st.tuples(st.just("renamed"), st.lists(later, min_size=1, max_size=1)),
                 st.tuples(st.just("split"), st.lists(later, min_size=1, max_size=3)),
             )
