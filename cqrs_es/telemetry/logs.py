@@ -34,7 +34,8 @@ _MULTILINE: Final = {"exception", "stack"}
 def configure(level: LogLevel, log_format: LogFormat) -> None:
     """Send the logs of the framework, and of every library, to stderr.
 
-    Libraries are heard from `warning` on, unless the level is `debug`.
+    Libraries are heard from `warning` on, unless the level is `debug`. AWS's never is heard
+    at `debug`: its lines have session tokens in them.
     """
     structlog.configure(
         processors=_processors(console=_for_people(log_format)),
@@ -44,6 +45,8 @@ def configure(level: LogLevel, log_format: LogFormat) -> None:
     logging.captureWarnings(capture=True)
     loudness = _number(level) if level == "debug" else max(_number(level), logging.WARNING)
     logging.basicConfig(level=loudness, handlers=[_ToStructlog()], force=True)
+    for name in ("botocore", "aiobotocore"):
+        logging.getLogger(name).setLevel(max(loudness, logging.INFO))
 
 
 def to_logging_unless_configured() -> None:

@@ -373,3 +373,14 @@ def within(one: object) -> list[object]:
         slots = (name for cls in type(each).__mro__ for name in getattr(cls, "__slots__", ()))
         waiting += [getattr(each, name, None) for name in (*slots, *getattr(each, "__dict__", ()))]
     return found
+
+
+def test_the_credentials_of_aws_are_in_no_log(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At debug level AWS's own library writes each request down, session token included."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, f"{name}-{PART}")
+    endpoint = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("CQRS_ES_STORE_URL", f"dynamodb://eu-central-1/bank?endpoint={endpoint}")
+    result = here("--log-level", "debug", "status")
+    assert "Traceback" in result.err
+    assert PART not in result.out + result.err
