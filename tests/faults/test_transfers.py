@@ -18,6 +18,7 @@ import pytest
 from cqrs_es import wire
 from cqrs_es.cli.entry import main
 from cqrs_es.commands import new_command
+from cqrs_es.runtime import redelivery
 from cqrs_es.settings import Settings
 from tests.forking import fork
 from tests.outside import Outside, RabbitOutside, RedisOutside
@@ -54,6 +55,8 @@ KILLS = int(os.environ.get("CQRS_ES_TEST_KILLS", "4"))  # at most
 MOST_TRANSFERS, MOST_KILLS = 300, 60
 FUNDS = 100
 LOSE_EVERY = 10  # kills
+# Where there is one process, one in so many lives long enough to try again what others died of.
+LIVES_EVERY = 20
 SMALL_PAIRS = [("sqlite", "memory"), ("mysql", "redis")]
 PAIRS = [
     *(("mysql", "redis"), ("mysql", "amqp"), ("postgres", "amqp"), ("sqlite", "memory")),
@@ -160,6 +163,8 @@ class Bank:
 
         await eventually(at_work, within_seconds=60)
         await asyncio.sleep(self._chance.uniform(0.1, 1.9))
+        if self._in_one and self.kills.total() % LIVES_EVERY == LIVES_EVERY - 1:
+            await asyncio.sleep(redelivery.WAIT_SECONDS)
         process.kill()
         process.join()
         # One that is kept from running for a lease ends by itself.
