@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import msgspec
 import orjson
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from cqrs_es.runtime.process import Process
 
 T = TypeVar("T")
+pytestmark = pytest.mark.timeout(400)  # where others are at work it takes ten times as long
 PARTITIONS = 2
 HOLDERS = 2
 IDS = ("a", "b", "d")
