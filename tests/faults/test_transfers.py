@@ -57,6 +57,7 @@ FUNDS = 100
 LOSE_EVERY = 10  # kills
 # Where there is one process, one in so many lives long enough to try again what others died of.
 LIVES_EVERY = 20
+LONG_LIFE_SECONDS = redelivery.WAIT_SECONDS + 8
 SMALL_PAIRS = [("sqlite", "memory"), ("mysql", "redis")]
 PAIRS = [
     *(("mysql", "redis"), ("mysql", "amqp"), ("postgres", "amqp"), ("sqlite", "memory")),
@@ -164,7 +165,7 @@ class Bank:
         await eventually(at_work, within_seconds=60)
         await asyncio.sleep(self._chance.uniform(0.1, 1.9))
         if self._in_one and self.kills.total() % LIVES_EVERY == LIVES_EVERY - 1:
-            await asyncio.sleep(redelivery.WAIT_SECONDS)
+            await asyncio.sleep(LONG_LIFE_SECONDS)
         process.kill()
         process.join()
         # One that is kept from running for a lease ends by itself.
