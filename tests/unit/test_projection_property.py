@@ -309,7 +309,12 @@ class Following(RuleBasedStateMachine):
         if not delivery.foreign:
             found = topic_events(picked, "tests", self._epoch)
             return [TopicEvent(partition, event.offset, event.body) for event in found]
-        others = [msgspec.structs.replace(e, sequence=e.sequence + 100) for e in picked]
+        # Of a log that was longer: some stand where this one ends.
+        head = len(self._log.get(partition, []))
+        others = [
+            msgspec.structs.replace(e, sequence=e.sequence + 100, offset=head + number)
+            for number, e in enumerate(picked)
+        ]
         found = topic_events(others, "tests", "of another log")
         broken = [TopicEvent(partition, 1, b"{}")]
         return broken + [TopicEvent(partition, event.offset, event.body) for event in found]
