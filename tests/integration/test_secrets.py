@@ -178,11 +178,11 @@ def on_postgres(request: pytest.FixtureRequest, name: str) -> Generator[str]:
 @contextmanager
 def on_redis(request: pytest.FixtureRequest, name: str) -> Generator[str]:
     url: str = request.getfixturevalue("redis_url")
-    with redis.Redis.from_url(url) as client:  # pyright: ignore[reportUnknownMemberType]
-        ask: Any = client.execute_command  # pyright: ignore[reportUnknownMemberType]
-        ask("ACL", "SETUSER", name, "on", f">{AWKWARD}", "~*", "&*", "+@all")
+    client: Any = redis.Redis.from_url(url)  # pyright: ignore[reportUnknownMemberType]
+    with client:
+        client.execute_command("ACL", "SETUSER", name, "on", f">{AWKWARD}", "~*", "&*", "+@all")
         yield urlsplit(url).netloc.rpartition("@")[2] + urlsplit(url).path
-        ask("ACL", "DELUSER", name)
+        client.execute_command("ACL", "DELUSER", name)
 
 
 @contextmanager
