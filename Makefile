@@ -59,12 +59,14 @@ faults: $(VENV)/.installed  ## an hour of chaos: 20 minutes on each of three pai
 	CI=true CQRS_ES_TEST_CHAOS_SECONDS=$(SECONDS_OF_CHAOS) $(BIN)/pytest tests/faults/test_chaos.py \
 		--log-cli-level=WARNING $(PYTEST_ARGS)
 
-proofs: $(VENV)/.installed  ## what events cause, at size: transfers under kills, races, clocks, unique values, rates
+proofs: $(VENV)/.installed  ## at size: transfers under kills, races, clocks, unique values, rates; what idle services ask
 	CI=true CQRS_ES_TEST_TRANSFERS=$(TRANSFERS) CQRS_ES_TEST_KILLS=$(KILLS) CQRS_ES_TEST_RACES=10000 \
 		CQRS_ES_TEST_REGISTRATIONS=1000 CQRS_ES_TEST_REGISTERING=64 CQRS_ES_TEST_KEY_KILLS=30 \
+		CQRS_ES_TEST_IDLE=1 \
 		$(BIN)/pytest tests/faults/test_transfers.py tests/contract/test_scheduled.py \
 		tests/integration/test_causing.py tests/integration/test_unique_keys.py \
-		-k "kills or decided_or_cancelled or clock or hour_without or g12" \
+		tests/integration/test_idle.py \
+		-k "kills or decided_or_cancelled or clock or hour_without or g12 or nothing_to_do" \
 		--timeout=7200 --log-cli-level=WARNING $(PYTEST_ARGS)
 	$(BIN)/python -m benchmarks.scheduled
 
