@@ -334,18 +334,26 @@ class _Current:
         self._folding = folding
         self._filling = assignment.filling
         self._promotion = promotion
-        self._looked_at = -GENERATION_SECONDS
+        self._looked_at = self._applied_at = -GENERATION_SECONDS
         self._still = True
         self._settled = False
 
     async def still(self, applies: bool) -> bool:  # noqa: FBT001 - see `Follower`
         # Not the clock of the process, which stands still in tests of a domain.
         now = asyncio.get_running_loop().time()
-        old = GENERATION_SECONDS if applies or not self._settled else SETTLED_SECONDS
+        # What was applied last may have gone to a generation that was live no longer.
+        doubtful = self._applied_at >= self._looked_at
+        old = (
+            SETTLED_SECONDS
+            if self._settled and not applies and not doubtful
+            else GENERATION_SECONDS
+        )
         if self._still and now - self._looked_at >= old:
             first, self._looked_at = self._looked_at < 0, now
-            # At first not what others have read before this generation was begun.
-            numbers = await self._generations.get(0.0 if first else old)
+            # At first not what others have read before this generation was begun; nor, once all
+            # is quiet, what they have read before the last event was applied.
+            age = min(old, now - self._applied_at) if doubtful and not applies else old
+            numbers = await self._generations.get(0.0 if first else age)
             seen = generations_of(numbers, self._folding.name)
             if self._promotion is not None and await self._promotion.look(seen):
                 self._still = False  # which may have moved the checkpoint
@@ -354,6 +362,8 @@ class _Current:
             filling = not seen.is_live_or_filled(self._folding.generation)
             self._still = number == self._folding.generation and filling == self._filling
             self._settled = seen.live == number and number in seen.filled
+        if applies:
+            self._applied_at = asyncio.get_running_loop().time()
         return self._still
 
 
