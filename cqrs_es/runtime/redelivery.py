@@ -76,6 +76,11 @@ class Redelivered:
     attempts: int | None = None
     answered: bool = False
 
+    @property
+    def may_be_deadly(self) -> bool:
+        """Whether a process died of it alone, so that it waits before it is tried once more."""
+        return not self.answered and AMONG_FEW < (self.attempts or 0) < MOST_DEATHS
+
 
 Submit: TypeAlias = "Callable[[Redelivered, int, str | None], Answer]"
 """Hand a command to the executor: how often it was attempted, and why it must fail."""
@@ -141,8 +146,10 @@ class Redelivery:
         await self._take(at_once, few=few)
         if after_the_wait:
             wait = self._gate.wait_seconds
-            for id_ in (it.message.id for it in after_the_wait if it.attempts):
-                log.warning("a process died of a command", command_id=id_, wait=round(wait, 1))
+            for it in after_the_wait:
+                if it.may_be_deadly:
+                    id_ = it.message.id
+                    log.warning("a process died of a command", command_id=id_, wait=round(wait, 1))
             await self._clock.sleep(wait)
             await self._take(after_the_wait, few=few)
 
@@ -260,7 +267,7 @@ def _apart(
     at_once: list[Redelivered] = []
     after_the_wait: list[Redelivered] = []
     for it in suspects:
-        if AMONG_FEW < (it.attempts or 0) < MOST_DEATHS and not it.answered:
+        if it.may_be_deadly:
             waiting.add(it.message.key)
         waits = it.message.key in waiting and not it.answered
         (after_the_wait if waits else at_once).append(it)

@@ -254,8 +254,8 @@ class Servers:
         (self.disks[name] / "balloon").unlink()
         server = self.store if name == "store" else self.broker
         process = server.node.process if isinstance(server, RabbitServer) else server.process
-        time.sleep(1)  # one that is about to end
-        if process.poll() is not None:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(1)  # one that is about to end
             self.start_again(name)
 
 

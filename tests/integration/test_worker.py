@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 from msgspec.structs import replace
+from structlog.testing import capture_logs
 
 from cqrs_es import errors, renames, wire
 from cqrs_es.application import Application
@@ -215,7 +216,15 @@ async def test_g9_only_its_aggregate_waits_with_what_a_process_died_of(
     await broker.send([OutgoingCommand(0, "", body) for body in bodies])
     await (await broker.open_intake(0, "dead")).receive(len(bodies))
     deadly = orjson.loads(bodies[0])["id"]
-    await storage.events.record_attempts({deadly: 1})
+    behind = orjson.loads(bodies[1])["id"]
+    await storage.events.record_attempts({deadly: 1, behind: redelivery.AMONG_MANY})
+    with capture_logs() as lines:
+        await _decided_but_for_a_waiting_one(storage, broker)
+    said = [line["command_id"] for line in lines if line["event"] == "a process died of a command"]
+    assert said == [deadly]
+
+
+async def _decided_but_for_a_waiting_one(storage: FaultyStorage, broker: Broker) -> None:
     async with TestApp(counting_app(), storage=storage, broker=broker) as t:
 
         async def others_are_decided() -> bool:
