@@ -434,13 +434,18 @@ class Executor:
 
     def _settle(self, decided: Decided, result: ChainResult) -> None:
         if not isinstance(result, Committed):
-            self._reporter.conflict()
+            self._reporter.conflict(decided.submissions[0])
             for each in decided.submissions:
                 each.span.conflicted()
             taken, seen = result.taken, result.actual or 0
             # What was taken before is kept: the next refusal could else undo the last, for ever.
             again = [
-                replace(each, taken=(each.taken | taken) if taken else taken, seen=seen)
+                replace(
+                    each,
+                    taken=(each.taken | taken) if taken else taken,
+                    seen=seen,
+                    conflicts=each.conflicts + 1,
+                )
                 for each in decided.submissions
             ]
             self._again(decided.key, [*again, *decided.waiting])

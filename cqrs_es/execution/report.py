@@ -25,6 +25,9 @@ _NAMES: Final = {status: status.value for status in Status}
 _NOT_TIMED: Final = nullcontext()
 log = get_logger("cqrs_es.execution")
 
+WORRYING_CONFLICTS: Final = 100
+"""In a row: two processes that decide for one aggregate do not miss each other so often."""
+
 PHASES: Final[tuple[Phase, ...]] = ("lookup", "load", "decide", "append")
 
 
@@ -85,10 +88,13 @@ class Reporter:
         error = outcome.error
         log.info("refused", **ids_of(message), code=None if error is None else error.code)
 
-    def conflict(self) -> None:
-        """Count an aggregate whose commands are decided again."""
+    def conflict(self, first: Submission) -> None:
+        """Count an aggregate whose commands are decided again; warn where that does not end."""
         self.counts.conflicts += 1
         self._meter.conflict()
+        conflicts = first.conflicts + 1
+        if conflicts % WORRYING_CONFLICTS == 0:
+            log.warning("conflicts do not end", **ids_of(first.message), conflicts=conflicts)
 
     def committed(self, batch: Sequence[Sequence[Submission]]) -> None:
         """Count a batch, by aggregate, and report it."""

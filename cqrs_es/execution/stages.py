@@ -42,7 +42,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     one that only the framework sends. `dropped`: an operator gives it up, so it is rejected.
     `fresh`: its id was made for it just now, so that it has no outcome yet.
     `taken`: unique keys that another aggregate held when it was to be appended. `seen`: the
-    aggregate's sequence as a conflict told it. `received_at`: see `CommandContext`.
+    aggregate's sequence as a conflict told it. `conflicts`: how many there were.
+    `received_at`: see `CommandContext`.
     """
 
     message: CommandMessage
@@ -62,6 +63,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     fresh: bool = False
     taken: frozenset[UniqueKey] = frozenset()
     seen: int = 0
+    conflicts: int = 0
     span: CommandSpan = NO_SPAN
 
 

@@ -38,10 +38,11 @@ from tests.waiting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Sequence
+    from datetime import datetime
 
     from cqrs_es.aggregate import SourceOfTruth
     from cqrs_es.execution.stages import Answer
-    from cqrs_es.ports.store import Chain, StoredOutcome
+    from cqrs_es.ports.store import Chain, ChainResult, StoredOutcome
 
 PARTITIONS = 1
 ADDS = [Add(n) for n in range(2, 12)]
@@ -357,6 +358,28 @@ async def test_a_conflict_of_one_aggregate_is_not_the_others() -> None:
         await answered([a.submit("X", Add(1)), *(a.submit(f"A{n}", Add(1)) for n in range(9))])
         assert a.executor.counts.conflicts == 1
         assert a.executor.counts.batches == 3
+
+
+async def test_conflicts_that_do_not_end_are_told() -> None:
+    """A command that another writer is always quicker than is named, each hundred times."""
+    inner = storage_for("memory://")
+    async with executing(FaultyStorage(inner)) as quicker:
+        storage = FaultyStorage(inner)
+        append, times = storage.events.append, iter(range(110))
+
+        async def overtaken(chains: Sequence[Chain], recorded_at: datetime) -> list[ChainResult]:
+            if next(times, None) is not None:
+                await quicker.submit("X", Add(0))
+            return await append(chains, recorded_at)
+
+        with pytest.MonkeyPatch.context() as patch, structlog.testing.capture_logs() as logs:
+            patch.setattr(storage.events, "append", overtaken)
+            async with executing(storage) as rig:
+                (outcome,) = await answered([rig.submit("X", Add(1))])
+    assert outcome.accepted
+    (line,) = [line for line in logs if line["log_level"] == "warning"]
+    assert line["event"] == "conflicts do not end"
+    assert (line["command_id"], line["conflicts"]) == (outcome.command_id, 100)
 
 
 # --- The store is away -------------------------------------------------------
