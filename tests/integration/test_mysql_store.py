@@ -20,7 +20,7 @@ from cqrs_es.ports.store import NewEvent, ScheduledCommand
 from cqrs_es.stores import storage_for
 from cqrs_es.stores.mysql import session as mysql_session
 from cqrs_es.stores.mysql.database import STRICT
-from cqrs_es.stores.mysql.dialect import literal
+from cqrs_es.stores.mysql.dialect import literals
 from cqrs_es.types import new_command_id
 from tests.conftest import run_on
 from tests.contract.building import (
@@ -259,10 +259,9 @@ def test_literals_are_read_as_they_were_meant(
     moment: datetime,
 ) -> None:
     """By the server itself, beside one another in one statement: no value gets out of its own."""
-    written = ", ".join(f"HEX({literal(text)})" for text in texts)
-    others = ", ".join(map(literal, (whole, ratio, exact, None)))
-    at = f"CAST({literal(moment)} AS DATETIME(6))"
-    found = literal_reader(f"SELECT {written}, HEX({literal(raw)}), {others}, {at}")
+    values = (*texts, raw, whole, ratio, exact, None, moment)
+    select = f"SELECT {'HEX(%s), ' * (len(texts) + 1)}%s, %s, %s, %s, CAST(%s AS DATETIME(6))"
+    found = literal_reader(select % literals(values))
     hexes, (raw_read, whole_read, ratio_read, exact_read, none, at_read) = found[:-6], found[-6:]
     assert [bytes.fromhex(text).decode() for text in hexes] == texts
     assert bytes.fromhex(raw_read) == raw
