@@ -8,6 +8,7 @@ BENCH_ARGS ?=
 # `.ci/unpack-mysql FOLDER` fetches one on a Debian that has none.
 MYSQLD ?= mysqld
 SECONDS_OF_CHAOS ?= 1200
+FLOOD ?= 60000
 TRANSFERS ?= 10000
 KILLS ?= 5000
 CRASHES ?= 20
@@ -55,7 +56,8 @@ crashes: $(VENV)/.installed  ## kill processes at each instant that matters, 20 
 	CI=true CQRS_ES_TEST_CRASHES=$(CRASHES) $(BIN)/pytest tests/faults/test_crash_points.py \
 		--log-cli-level=WARNING $(PYTEST_ARGS)
 
-faults: $(VENV)/.installed  ## an hour of chaos: 20 minutes on each of three pairs of servers
+faults: $(VENV)/.installed  ## a flood of commands; an hour of chaos: 20 minutes on each of three pairs of servers
+	CI=true CQRS_ES_TEST_FLOOD=$(FLOOD) $(BIN)/pytest tests/faults/test_deaths.py -k flood_of_commands $(PYTEST_ARGS)
 	CI=true CQRS_ES_TEST_CHAOS_SECONDS=$(SECONDS_OF_CHAOS) $(BIN)/pytest tests/faults/test_chaos.py \
 		--log-cli-level=WARNING $(PYTEST_ARGS)
 

@@ -42,6 +42,10 @@ class Outside(ABC):
         """Begin to receive events and replies, where that does not go without saying."""
 
     @abstractmethod
+    def follow_replies(self, name: str, *reply_to: str) -> None:
+        """Begin to receive replies, where that does not go without saying."""
+
+    @abstractmethod
     def send_bytes(self, name: str, messages: Sequence[tuple[int, bytes]]) -> None:
         """Enqueue bytes in partitions; return when the broker has them."""
 
@@ -83,6 +87,9 @@ class RedisOutside(Outside):
 
     def follow(self, name: str, *reply_to: str) -> None:
         """Do nothing: streams keep what nobody reads."""
+
+    def follow_replies(self, name: str, *reply_to: str) -> None:
+        """Do nothing: likewise."""
 
     def send_bytes(self, name: str, messages: Sequence[tuple[int, bytes]]) -> None:
         with self.client.pipeline(transaction=False) as pipeline:

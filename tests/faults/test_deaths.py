@@ -11,8 +11,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 
+from cqrs_es.runtime.consumer import BATCHES_IN_HAND
 from tests.bank_service import message, query
-from tests.outside import Outside, RabbitOutside, RedisOutside
+from tests.outside import PARTITIONS, Outside, RabbitOutside, RedisOutside
 from tests.processes import Service, service
 from tests.proxy import proxy_to
 from tests.servers import psql
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(600)
 
 KILLS = int(os.environ.get("CQRS_ES_TEST_KILLS", "6"))
+FLOOD = int(os.environ.get("CQRS_ES_TEST_FLOOD", "2560"))  # more: make faults
+FLOOD_BYTES = 10_000_000  # fewer than a worker may have in hand: it is their number that counts
+KEPT_REPLIES = 1000  # of each client, by the contract
 
 
 class Place:
@@ -51,6 +55,33 @@ class Place:
         ]
         self.outside.send("slow", messages)
         return [str(each["id"]) for each in messages]
+
+    def flood(self, count: int) -> list[str]:
+        """Send so many commands at once, from clients that want to know; return the ids."""
+        clients = [f"client-{number // KEPT_REPLIES}" for number in range(count)]
+        self.outside.follow_replies("slow", *sorted(set(clients)))
+        payload = {"seconds": 0.0, "padding": "x" * (FLOOD_BYTES // count)}
+        messages = [
+            message("Take", f"J-{number}", payload, aggregate_type="job", reply_to=client)
+            for number, client in enumerate(clients)
+        ]
+        self.outside.send("slow", messages)
+        return [str(each["id"]) for each in messages]
+
+    def replies(self, count: int) -> list[str]:
+        """Return the ids of a flood's commands that were answered, each time that they were."""
+        clients = sorted({f"client-{number // KEPT_REPLIES}" for number in range(count)})
+        outcomes = [each for name in clients for each in self.outside.replies("slow", name)]
+        assert {each["status"] for each in outcomes} == {"accepted"}
+        return [each["command_id"] for each in outcomes]
+
+    def pending(self) -> int:
+        """Count the commands that the worker has taken from Redis, and not settled."""
+        assert isinstance(self.outside, RedisOutside)
+        with self.outside.client.pipeline(transaction=False) as pipeline:
+            for partition in range(PARTITIONS):
+                pipeline.xpending(f"slow:commands:{partition}", "workers")
+            return sum(each["pending"] for each in pipeline.execute())
 
     def started(self) -> subprocess.Popen[bytes]:
         """Start a worker, and wait until it has."""
@@ -178,7 +209,38 @@ def test_g9_a_flood_of_large_messages_fits(place: Place) -> None:
         place.send(0.01, *jobs, padding="x" * 200_000)
     worker = place.started()
     until(lambda: place.count("command_outcomes") == 800, "the flood does not get through")
-    status = Path(f"/proc/{worker.pid}/status").read_text()
-    (peak,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
-    assert int(peak) < 400 * 1024  # KiB
+    assert memory_of(worker, "VmHWM") < 400 * 1024
     assert place.slow.stop(worker) == 0
+
+
+@pytest.mark.parametrize("servers", [("mysql", "redis")], ids="-".join, indirect=True)
+def test_g9_a_flood_of_commands_waits_in_the_queue(place: Place) -> None:
+    """Of ten times what a worker takes at once the rest is no memory of it; all are answered."""
+    at_once = FLOOD // 10
+    place.slow.settings["CQRS_ES_BATCH_SIZE"] = str(at_once // (PARTITIONS * BATCHES_IN_HAND))
+    worker = place.started()
+    place.assert_all_accepted(place.send(0, "before"))
+    before = memory_of(worker, "VmRSS")
+    ids = place.flood(FLOOD)
+    in_hand: list[int] = []
+
+    def all_decided() -> bool:
+        in_hand.append(place.pending())
+        return place.count("command_outcomes") == FLOOD + 1
+
+    until(all_decided, "the flood does not get through")
+    assert at_once // 2 < max(in_hand) <= at_once
+    assert memory_of(worker, "VmHWM") - before < 8 * 1024 + 8 * at_once  # KiB
+    until(lambda: place.outside.queued("slow") == 0, "it is not settled")
+    assert sorted(place.replies(FLOOD)) == sorted(ids)
+    place.send(0, "after")
+    until(lambda: place.count("command_outcomes") == FLOOD + 2, "it does not go on")
+    assert place.slow.stop(worker) == 0
+    assert place.count("dead_letters") == place.count("command_attempts") == 0
+
+
+def memory_of(process: subprocess.Popen[bytes], figure: str) -> int:
+    """Return what the system says of a process's memory, in KiB."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    (found,) = (line.split()[1] for line in status.splitlines() if line.startswith(figure))
+    return int(found)
