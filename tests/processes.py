@@ -102,3 +102,10 @@ def service(
         for process in made.running:
             process.kill()
             process.wait()
+
+
+def memory_of(process: subprocess.Popen[bytes], figure: str) -> int:
+    """Return what the system says of a process's memory, in KiB."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    (found,) = (line.split()[1] for line in status.splitlines() if line.startswith(figure))
+    return int(found)

@@ -13,6 +13,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cqrs_es import errors
+from cqrs_es.http.events import WRITE_SECONDS
 from cqrs_es.http.requests import MOST_HEAD_BYTES, is_local
 from cqrs_es.program import DONE, FAILED, version
 from cqrs_es.runtime.health import Probes, probed
@@ -163,20 +164,25 @@ async def _until_asked(
 
 
 class Connection(H11Protocol):
-    """A connection whose client has to send its headers in time, and can be dropped."""
+    """A connection that is dropped when its client takes too long to send, or to read."""
 
-    _deadline: asyncio.TimerHandle | None = None
+    _sending: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Begin; `abort` in a request's state drops the connection with what is not sent yet."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # writing pauses while anything is left to be sent
         self.app_state = {**self.app_state, "abort": transport.abort}
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
-        """Take note of whether a head is still incomplete."""
+        """Take note of whether a request is still to come: its head, or the rest of one answered.
+
+        The body of a request that is being answered has a time of its own.
+        """
         super().data_received(data)
-        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+        if self.conn.our_state in {h11.IDLE, h11.DONE} and not self.transport.is_closing():
             self._expect_head()
         else:
             self._expect_nothing()
@@ -184,7 +190,19 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
         self._expect_nothing()
+        self._expect_no_reading()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Begin to wait until the client has read what there is for it."""
+        super().pause_writing()
+        if self._reading is None:
+            self._expect_reading()
+
+    def resume_writing(self) -> None:
+        """Go on."""
+        super().resume_writing()
+        self._expect_no_reading()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no request, or has too long a head."""
@@ -207,10 +225,22 @@ class Connection(H11Protocol):
         self.transport.close()
 
     def _expect_head(self) -> None:
-        if self._deadline is None:
-            self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+        if self._sending is None:
+            self._sending = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
 
     def _expect_nothing(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+        if self._sending is not None:
+            self._sending.cancel()
+            self._sending = None
+
+    def _expect_reading(self, before: int | None = None) -> None:
+        left = self.transport.get_write_buffer_size()
+        if before is not None and left >= before:
+            self.transport.abort()
+        else:
+            self._reading = self.loop.call_later(WRITE_SECONDS, self._expect_reading, left)
+
+    def _expect_no_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None

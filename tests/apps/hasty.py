@@ -1,4 +1,4 @@
-"""Gateways that wait a second only, and that die at the worst moment."""
+"""Gateways that wait as short as they are told to, and that die at the worst moment."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-from cqrs_es.http import Gateway, requests, serving
+from cqrs_es.http import Gateway, events, requests, serving
 from tests.apps.web import app, who
 
 if TYPE_CHECKING:
     from cqrs_es.messages import CommandMessage, Outcome
 
-if os.environ.get("TEST_HASTY"):
-    for module, name in ((requests, "BODY_SECONDS"), (serving, "HEAD_SECONDS")):
-        setattr(module, name, 1.0)
+if "TEST_HASTY" in os.environ:
+    for module, name in (
+        (requests, "BODY_SECONDS"),
+        (serving, "HEAD_SECONDS"),
+        (serving, "WRITE_SECONDS"),
+        (events, "WRITE_SECONDS"),
+    ):
+        setattr(module, name, float(os.environ["TEST_HASTY"]))
 
 
 class Dying(Gateway):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -14,7 +13,7 @@ import pytest
 from cqrs_es.runtime.consumer import BATCHES_IN_HAND
 from tests.bank_service import message, query
 from tests.outside import PARTITIONS, Outside, RabbitOutside, RedisOutside
-from tests.processes import Service, service
+from tests.processes import Service, memory_of, service
 from tests.proxy import proxy_to
 from tests.servers import psql
 from tests.waiting import until
@@ -22,6 +21,7 @@ from tests.waiting import until
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -237,10 +237,3 @@ def test_g9_a_flood_of_commands_waits_in_the_queue(place: Place) -> None:
     until(lambda: place.count("command_outcomes") == FLOOD + 2, "it does not go on")
     assert place.slow.stop(worker) == 0
     assert place.count("dead_letters") == place.count("command_attempts") == 0
-
-
-def memory_of(process: subprocess.Popen[bytes], figure: str) -> int:
-    """Return what the system says of a process's memory, in KiB."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    (found,) = (line.split()[1] for line in status.splitlines() if line.startswith(figure))
-    return int(found)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import http.client
+import signal
+import socket
+import statistics
 import time
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
@@ -12,12 +17,12 @@ import pytest
 from tests.command_line import cqrs_es
 from tests.conftest import run_on
 from tests.gateways import Answer, Stream, read_all, served
+from tests.processes import memory_of
 from tests.servers import launch, start_mariadb
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Generator, Iterator, Mapping, Sequence
 
     from tests.gateways import Served
 
@@ -119,6 +124,103 @@ def test_a_body_that_does_not_come_is_408(hasty: Served) -> None:
     described = hasty.get("/openapi.json").json["paths"]["/aggregates/note/{id}/Write"]
     assert "408" in described["post"]["responses"]
     assert not is_written(hasty, "slow")
+
+
+DAWDLERS: Mapping[str, Sequence[bytes]] = {
+    "nothing": [],
+    "half a request line": [b"GET /vie"],
+    "half a head": [b"GET / HTTP/1.1\r\nHost: x\r\n"],
+    "a head, byte by byte": [b"GET / HTTP/1.1\r\nX: ", *[b"x"] * 1000],
+    "half a body": [head("half") + b'Content-Length: 16\r\n\r\n{"text": '],
+    "a body, byte by byte": [head("slow") + b"Content-Length: 9999\r\n\r\n", *[b" "] * 1000],
+    "a body that nobody reads, byte by byte": [
+        b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n",
+        *[b" "] * 1000,
+    ],
+    "a request whose answer is not read": [
+        b"GET /aggregates/note/A/events HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    ],
+    "requests whose answers are not read": [
+        b"GET /aggregates/note/A/events HTTP/1.1\r\nHost: x\r\n\r\n" * 9
+    ],
+    "a stream that is not read": [b"GET /events?from=start HTTP/1.1\r\nHost: x\r\n\r\n"],
+}
+
+
+class Dawdler:
+    """A client that sends what it has a piece at a time, and reads nothing."""
+
+    def __init__(self, served: Served, kind: str) -> None:
+        self.kind = kind
+        self._pieces = iter(DAWDLERS[kind])
+        self.connection = socket.socket()
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.connection.connect(("127.0.0.1", served.port))
+        self.port: int = self.connection.getsockname()[1]
+
+    def go_on(self) -> None:
+        """Send the next piece, if there is one and anybody who takes it."""
+        with suppress(OSError):
+            self.connection.sendall(next(self._pieces, b""))
+
+
+def connected_to(served: Served) -> set[int]:
+    """Return the ports of clients whose connections a gateway holds."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    here = f":{served.port:04X}"
+    return {int(row[2][-4:], 16) for row in rows if row[1].endswith(here) and row[9] != "0"} - {0}
+
+
+@contextmanager
+def dawdling(gateway: Served) -> Generator[list[Dawdler]]:
+    """Connect five of each kind."""
+    with ExitStack() as stack:
+        all_ = [Dawdler(gateway, kind) for kind in DAWDLERS for _ in range(5)]
+        for each in all_:
+            stack.enter_context(each.connection)
+            each.go_on()
+        yield all_
+
+
+def test_clients_that_dawdle_keep_nobody_waiting(tmp_path: Path) -> None:
+    """Each is hung up on in its time, and costs little; the others, and a stop, wait for none."""
+    settings = {"CQRS_ES_STORE_URL": f"sqlite:///{tmp_path}/web.db", "TEST_HASTY": "1"}
+    with served(app="tests.apps.hasty:gateway", **settings) as gateway:
+        took: list[float] = []
+
+        def ask() -> None:
+            began = time.monotonic()
+            assert gateway.write("A", "x" * 200_000).status == 200
+            took.append(time.monotonic() - began)
+
+        for _ in range(20):
+            ask()
+        memory = memory_of(gateway.process.process, "VmRSS")
+        took.clear()
+        with dawdling(gateway) as clients:
+
+            def left() -> set[str]:
+                ports = connected_to(gateway)
+                return {each.kind for each in clients if each.port in ports}
+
+            def are_gone() -> bool:
+                ask()
+                for each in clients:
+                    each.go_on()
+                return not left()
+
+            ask()
+            assert left() == set(DAWDLERS)
+            with suppress(AssertionError):
+                until(are_gone, within_seconds=20)
+            assert left() == set()
+        assert statistics.median(took) < 0.5
+        assert memory_of(gateway.process.process, "VmHWM") - memory < 192 * 1024  # KiB
+        with dawdling(gateway):
+            began = time.monotonic()
+            gateway.process.signal(signal.SIGTERM)
+            assert gateway.process.end().code == 0
+            assert time.monotonic() - began < 10
 
 
 # --- Clients that lie ------------------------------------------------------------------
