@@ -91,13 +91,14 @@ def mysql_url(mysql_server: str, mysql_version: str) -> Iterator[str]:
 
 
 def run_on(server_url: str, statement: str) -> list[tuple[object, ...]]:
-    """Run a statement on a MySQL server."""
+    """Run a statement on a MySQL server, and commit it."""
     url = urlsplit(server_url)
     connection = pymysql.connect(
         host=url.hostname,
         port=url.port or 3306,
         user=unquote(url.username or "root"),
         password=unquote(url.password or ""),
+        autocommit=True,
     )
     with connection, connection.cursor() as cursor:
         cursor.execute(statement)
