@@ -1,6 +1,6 @@
-"""This framework as a contender: `app.execute`, one command at a time.
+"""This framework as a contender: `app.execute`, one command at a time, or so many together.
 
-python -m benchmarks.contenders.ours STORE_URL
+python -m benchmarks.contenders.ours STORE_URL [TOGETHER]
 """
 
 from __future__ import annotations
@@ -31,17 +31,28 @@ KINDS: dict[str, Callable[[dict[str, Any]], object]] = {
 async def main() -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
     settings = Settings(store_url=sys.argv[1], broker_url="memory://", partitions=16)
+    together = int(next(iter(sys.argv[2:]), 1))
     async with app.open(settings, initialise=True) as opened:
 
-        async def run(commands: Sequence[Command]) -> int:
+        async def execute(command: Command) -> bool:
+            made: Any = KINDS[command["type"]](command["payload"])
+            outcome = await opened.execute(account.BankAccount, command["aggregate_id"], made)
+            return outcome.accepted
+
+        async def one_by_one(commands: Sequence[Command]) -> int:
             accepted = 0
             for command in commands:
-                made: Any = KINDS[command["type"]](command["payload"])
-                outcome = await opened.execute(account.BankAccount, command["aggregate_id"], made)
-                accepted += outcome.accepted
+                accepted += await execute(command)
             return accepted
 
-        await serve(run)
+        async def at_once(commands: Sequence[Command]) -> int:
+            accepted = 0
+            for first in range(0, len(commands), together):
+                some = commands[first : first + together]
+                accepted += sum(await asyncio.gather(*map(execute, some)))
+            return accepted
+
+        await serve(one_by_one if together == 1 else at_once)
 
 
 if __name__ == "__main__":
