@@ -191,17 +191,13 @@ async def waiting(growth: Growth) -> None:
     with queue.servers("redis") as running:
         bank = queue.Bank(running, "waiting", measuring.PROJECT, ["worker"])
         bank.fill(count)
-        started = bank.start()
-        try:
+        with bank.running() as started:
             processes = {"worker": started["worker"].pid} | running.processes
             left = (running.outside.queued(bank.name) for _ in iter(_pause, None))
             moments: list[queue.Moment] = []
             for tenth in range(11):
                 next(each for each in left if each < count * (1 - tenth / 10) or each == 0)
                 moments.append(queue.Moment.now(processes))
-        finally:
-            started["worker"].terminate()
-            started["worker"].wait(60)
     found = [one.until(other, count // 10) for one, other in itertools.pairwise(moments)]
     for name in found[0]:
         tenths = {

@@ -1,17 +1,21 @@
 """What does a command cost that comes by the queue, and how many does a process get through?
 
     python -m benchmarks.queue [--broker rabbitmq] [--roles worker relay projector]
-        [--against REV]
+        [--workers 1 2 4] [--against REV]
 
 In each round the queue is filled, on a database of its own; then one process of each role is
 started, and timed from the first commit until the last event is handled by all of them. CPU
 seconds are the operating system's own, of each process from then to then.
+
+With `--workers` so many of them are measured too: they share out the partitions first, and are
+stopped by a signal while the queue is filled; time begins when they are let go on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,12 +35,12 @@ from benchmarks.contenders import building
 from benchmarks.contenders.by_queue.rules import TABLES
 from benchmarks.measuring import OURS, PROJECT, Figures, cpu_seconds, environment_of
 from tests.conftest import run_on
-from tests.outside import Outside, RabbitOutside, RedisOutside
+from tests.outside import PARTITIONS, Outside, RabbitOutside, RedisOutside
 from tests.servers import start_mariadb, start_rabbitmq, start_redis
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Generator, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 PATIENCE_SECONDS: Final = 240.0
 LOOK_SECONDS: Final = 0.02
@@ -59,9 +63,13 @@ class Moment:
     cpu: dict[str, float]
 
     @classmethod
-    def now(cls, processes: dict[str, int]) -> Moment:
-        """Look at the clocks."""
-        return cls(time.monotonic(), {name: cpu_seconds(pid) for name, pid in processes.items()})
+    def now(cls, processes: Mapping[str, int]) -> Moment:
+        """Look at the clocks; of a role's processes, `worker` and `worker 2`, take the sum."""
+        cpu: dict[str, float] = {}
+        for name, pid in processes.items():
+            role = name.split()[0]
+            cpu[role] = cpu.get(role, 0.0) + cpu_seconds(pid)
+        return cls(time.monotonic(), cpu)
 
     def until(self, end: Moment, count: int) -> dict[str, tuple[float, float]]:
         """Return wall and CPU of each process and of all, in microseconds for each of `count`."""
@@ -94,13 +102,13 @@ class Servers:
 
 
 @contextmanager
-def servers(broker: str) -> Generator[Servers]:
-    """Run private servers for the length of a block."""
+def servers(broker: str, *settings: str) -> Generator[Servers]:
+    """Run private servers for the length of a block; `settings` are MariaDB's options."""
     with tempfile.TemporaryDirectory(prefix="cqrs-es-") as name, ExitStack() as stack:
         folder = Path(name)
         for part in ("mariadb", "broker"):
             (folder / part).mkdir()
-        mariadb = start_mariadb(folder / "mariadb")
+        mariadb = start_mariadb(folder / "mariadb", *settings)
         stack.callback(mariadb.stop)
         url = f"mysql://root@127.0.0.1:{mariadb.port}/"
         outside: Outside
@@ -154,20 +162,26 @@ class Consumer(Service):
 
     def measure(self, count: int) -> dict[str, tuple[float, float]]:
         """Time it; return wall and CPU of each process, in microseconds a command."""
-        started = self.start()
-        with contextlib.ExitStack() as stack:
-            for process in started.values():
-                stack.callback(process.wait, 60)
-                stack.callback(process.terminate)
+        with self.running() as started:
             processes = {role: it.pid for role, it in started.items()} | self.servers.processes
-            looks = self._looks(started)
+            looks = self.looks(started)
             first = next(decided for decided in looks if decided > 0)
             begin = Moment.now(processes)
             next(decided for decided in looks if decided >= count and self.caught_up())
             end = Moment.now(processes)
         return begin.until(end, max(1, count - first))
 
-    def _looks(self, processes: dict[str, subprocess.Popen[bytes]]) -> Iterator[int]:
+    @contextmanager
+    def running(self) -> Generator[dict[str, subprocess.Popen[bytes]]]:
+        """Run its processes for the length of a block."""
+        started = self.start()
+        with contextlib.ExitStack() as stack:
+            for process in started.values():
+                stack.callback(process.wait, 60)
+                stack.callback(process.terminate)
+            yield started
+
+    def looks(self, processes: dict[str, subprocess.Popen[bytes]]) -> Iterator[int]:
         """Yield again and again how many commands have an outcome."""
         deadline, pause = time.monotonic() + PATIENCE_SECONDS, LOOK_SECONDS
         while time.monotonic() < deadline:
@@ -189,7 +203,8 @@ class Bank(Consumer):
     tree: Path
     roles: Sequence[str]
 
-    def _run(self, *arguments: str) -> subprocess.Popen[bytes]:
+    def run(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start a verb."""
         settings = {
             "CQRS_ES_APP": "worker.app:app",
             "CQRS_ES_STORE_URL": f"{self.servers.database}{self.name}",
@@ -203,14 +218,18 @@ class Bank(Consumer):
     def fill(self, count: int) -> None:
         """Make the tables, and fill the queue."""
         run_on(self.servers.database, f"CREATE DATABASE {self.name}")
-        finished(self._run("init"))
+        finished(self.run("init"))
+        self.send(count)
+
+    def send(self, count: int) -> None:
+        """Fill the queue."""
         messages = itertools.islice(measuring.commands(), count)
         while some := list(itertools.islice(messages, BATCH)):
             self.servers.outside.send(self.name, some)
 
     def start(self) -> dict[str, subprocess.Popen[bytes]]:
         """Start a process of each role."""
-        return {role: self._run(role) for role in self.roles}
+        return {role: self.run(role) for role in self.roles}
 
     def decided(self) -> int:
         """Return how many commands have an outcome."""
@@ -230,6 +249,47 @@ class Bank(Consumer):
         if "projector" in self.roles:
             done += [query(f"{checkpoints} '{v}%'") for v in ("account_query", "bank_totals")]
         return min(done) >= written
+
+
+@dataclass(slots=True)
+class Workers(Bank):
+    """The bank with some workers, among which the partitions are shared out before it begins."""
+
+    workers: int = 1
+
+    def fill(self, count: int) -> None:
+        """Make the tables; the queue is filled when the workers are there."""
+        Bank.fill(self, 0)
+
+    def start(self) -> dict[str, subprocess.Popen[bytes]]:
+        """Start all of them."""
+        return {f"worker {number}": self.run("worker") for number in range(1, self.workers + 1)}
+
+    def measure(self, count: int) -> dict[str, tuple[float, float]]:
+        """Time it; return wall and CPU of all workers, in microseconds a command."""
+        with self.running() as started:
+            processes = {name: it.pid for name, it in started.items()} | self.servers.processes
+            looks = self.looks(started)
+            next(None for _ in looks if self._shared_out())
+            for process in started.values():
+                process.send_signal(signal.SIGSTOP)
+            try:
+                self.send(count)
+                begin = Moment.now(processes)
+            finally:
+                for process in started.values():
+                    process.send_signal(signal.SIGCONT)
+            next(None for decided in looks if decided >= count)
+            end = Moment.now(processes)
+        return begin.until(end, count)
+
+    def _shared_out(self) -> bool:
+        """Say whether each has as many partitions as any other."""
+        share = PARTITIONS // self.workers
+        owners = "SELECT owner FROM leases WHERE role = 'worker' AND owner IS NOT NULL"
+        with_share = f"{owners} GROUP BY owner HAVING COUNT(*) >= {share}"
+        found = self.servers.query(self.name, f"SELECT COUNT(*) FROM ({with_share}) AS w")
+        return found == self.workers
 
 
 @dataclass(slots=True)
@@ -330,11 +390,18 @@ def contenders(
     def by_hand(module: str, python: str | Path, *worker: str) -> Make:
         return lambda running, name: ByHand(running, name, module, python, worker)
 
+    def some(tree: Path, number: int) -> Make:
+        return lambda running, name: Workers(running, name, tree, ["worker"], number)
+
     count = QUICK_COMMANDS if chosen.quick else chosen.commands
-    found = {OURS: (bank(PROJECT), count)}
-    if against is not None:
-        return found | {against.name: (bank(against.tree), count)}
-    if chosen.alone:
+    trees = {OURS: PROJECT} | ({} if against is None else {against.name: against.tree})
+    found = {name: (bank(tree), count) for name, tree in trees.items()}
+    for name, tree in trees.items():
+        prefix = "" if name == OURS else f"{name}, "
+        for number in chosen.workers:
+            title = f"{prefix}{number} worker{'s' * (number > 1)}"
+            found[title] = (some(tree, number), count)
+    if chosen.alone or against is not None:
         return found
     if (python := building.celery_python()) is not None:
         celery = ("celery", "--app", CELERY, "worker", "--loglevel", "ERROR", "--concurrency")
@@ -351,6 +418,7 @@ def race(
 ) -> dict[str, dict[str, Figures]]:
     """Measure all of them, round by round in turns; return figures by process."""
     turns = list(contenders(chosen, against).items())
+    order = [name for name, _ in turns]
     figures: dict[str, dict[str, Figures]] = {}
     with servers(chosen.broker) as running:
         for number in range(1 if chosen.quick else chosen.rounds):
@@ -362,7 +430,10 @@ def race(
                     found = figures.setdefault(process, {}).setdefault(name, Figures())
                     found.wall.append(wall)
                     found.cpu.append(cpu)
-    return figures
+    return {
+        process: {name: found[name] for name in order if name in found}
+        for process, found in figures.items()
+    }
 
 
 def main() -> None:
@@ -372,6 +443,7 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="without the contenders")
     parser.add_argument("--processes", type=int, default=8, help="of Celery's pool")
     parser.add_argument("--roles", nargs="+", default=["worker"], metavar="VERB")
+    parser.add_argument("--workers", nargs="+", type=int, default=[], help="measure so many too")
     chosen = parser.parse_args()
     report = measuring.Report("queue", chosen)
     with measuring.revision(chosen.against) as against:
