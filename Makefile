@@ -72,9 +72,10 @@ proofs: $(VENV)/.installed  ## at size: transfers under kills, races, clocks, un
 		--timeout=7200 --log-cli-level=WARNING $(PYTEST_ARGS)
 	$(BIN)/python -m benchmarks.scheduled
 
-bench: $(VENV)/.installed  ## what a command costs: by the queue, by HTTP, and one at a time beside others
+bench: $(VENV)/.installed  ## what a command costs: by the queue, by HTTP, one at a time; and what following the log costs
 	$(BIN)/python -m benchmarks.one_at_a_time $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.queue $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.following $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.latency $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.http $(BENCH_ARGS)
 
@@ -84,6 +85,7 @@ growth: $(VENV)/.installed  ## what becomes of speed and memory with a million r
 bench-against: $(VENV)/.installed  ## the same of this tree and of another commit, in turns: REV=commit
 	$(BIN)/python -m benchmarks.one_at_a_time --against $(REV) $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.queue --against $(REV) $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.following --against $(REV) $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.latency --against $(REV) $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.http --against $(REV) $(BENCH_ARGS)
 

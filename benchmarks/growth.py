@@ -215,13 +215,12 @@ async def memory(growth: Growth) -> None:
     """Say what this process takes when it knows many aggregates."""
     async with growth.opened("memory", growth.chosen.cache_bytes) as opened:
         await give(opened, new_ids(growth.chosen.commands))
-        before = resident()
-        for done in range(0, growth.chosen.aggregates, growth.chosen.aggregates // 5):
-            await give(opened, new_ids(growth.chosen.aggregates // 5))
-            number = done + growth.chosen.aggregates // 5
-            print(f"{number:,} aggregates: {resident():.0f} MB, {before:.0f} MB before", flush=True)
+        found, some = {"before": resident()}, growth.chosen.aggregates // 5
+        for number in range(1, 6):
+            await give(opened, new_ids(some))
+            found[f"{number * some:,} aggregates"] = resident()
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGABYTE
-        print(f"at most {most:.0f} MB", flush=True)
+        growth.report.add_memory("memory", found | {"at most": most})
 
 
 def resident() -> float:

@@ -12,7 +12,6 @@ counted that the whole service asks of the database.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import subprocess
 import sys
@@ -388,10 +387,8 @@ def main() -> None:
     with measuring.revision(chosen.against) as against:
         found = race(chosen, against)
     show(found, f"{chosen.broker}, {chosen.store}, {chosen.rate:g}/s")
-    if chosen.json is not None:
-        figures = {name: dataclasses.asdict(it) for name, it in found.items()}
-        whole = {"question": "latency", "on": measuring.surroundings(), "milliseconds": figures}
-        chosen.json.write_text(json.dumps(whole, indent=1))
+    figures = {name: dataclasses.asdict(it) for name, it in found.items()}
+    measuring.write(chosen.json, "latency", {"milliseconds": figures})
 
 
 if __name__ == "__main__":

@@ -51,9 +51,24 @@ def options(description: str | None, rounds: int, commands: int) -> argparse.Arg
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--commands", type=int, default=commands, help="in each round")
     parser.add_argument("--against", metavar="REV", help="measure another commit beside this tree")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write every round's figures")
+    add_json(parser)
     parser.add_argument("--quick", action="store_true", help="only see whether it works")
     return parser
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says where `write` writes."""
+    told = "write every round's figures to a file, or to one of the question's name in a folder"
+    parser.add_argument("--json", metavar="PATH", type=Path, help=told)
+
+
+def write(path: Path | None, question: str, found: Mapping[str, object]) -> None:
+    """Write what was found as JSON, if that is wanted, with what it was found on."""
+    if path is None:
+        return
+    whole = {"question": question, "on": surroundings()} | dict(found)
+    file = path / f"{question}.json" if path.is_dir() else path
+    file.write_text(json.dumps(whole, indent=1))
 
 
 # --- Commands ----------------------------------------------------------------
@@ -255,15 +270,18 @@ def databases(store: str) -> Generator[Sequence[str]]:
 class Report:
     """What was measured, as tables on the terminal and as JSON."""
 
-    def __init__(self, question: str, chosen: argparse.Namespace) -> None:
+    def __init__(self, question: str, chosen: argparse.Namespace, each: str = "a command") -> None:
+        """Report an answer to a question; figures are microseconds of `each`."""
         self._question = question
+        self._each = each
         self._chosen = chosen
         self._found: dict[str, Mapping[str, Figures]] = {}
+        self._megabytes: dict[str, Mapping[str, float]] = {}
 
     def add(self, setting: str, figures: Mapping[str, Figures]) -> None:
         """Add what was found in one setting, and show it."""
         self._found[setting] = figures
-        table = Table("contender", title=f"{self._question}: {setting}, µs a command")
+        table = Table("contender", title=f"{self._question}: {setting}, µs {self._each}")
         for heading in ("wall", "from-to", "CPU", "from-to", "wall : ours", "CPU : ours"):
             table.add_column(heading, justify="right")
         first = figures[OURS] if OURS in figures else next(iter(figures.values()))
@@ -272,16 +290,20 @@ class Report:
             table.add_row(name, *_spread(it.wall), *_spread(it.cpu), f"{wall:.2f}", f"{cpu:.2f}")
         Console(width=100).print(table)
 
+    def add_memory(self, setting: str, megabytes: Mapping[str, float]) -> None:
+        """Add how much memory was found in use, and show it."""
+        self._megabytes[setting] = megabytes
+        for name, it in megabytes.items():
+            print(f"{setting}, {name}: {it:.0f} MB", flush=True)
+
     def finish(self) -> None:
         """Write everything to a file, if one is wanted."""
-        if self._chosen.json is None:
-            return
         found = {
             setting: {name: {"wall": it.wall, "cpu": it.cpu} for name, it in figures.items()}
             for setting, figures in self._found.items()
         }
-        whole = {"question": self._question, "on": surroundings(), "microseconds": found}
-        self._chosen.json.write_text(json.dumps(whole, indent=1))
+        whole = {"each": self._each, "microseconds": found, "megabytes": self._megabytes}
+        write(self._chosen.json, self._question, whole)
 
 
 def _spread(figures: Sequence[float]) -> tuple[str, str]:

@@ -1,6 +1,6 @@
 """What scheduled commands cost: the look for due ones, their decision, how late timers are.
 
-    python -m benchmarks.scheduled [--store mysql postgres sqlite] [--rows 1000000]
+    python -m benchmarks.scheduled [--store mysql postgres sqlite] [--rows 1000000] [--json PATH]
 
 One row in ten is due, the others are for the next day. A worker asks for a batch, and for as
 many more as it has in hand. A worker in this process then decides as many commands from its
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from benchmarks.measuring import Figures, Report, add_json
 from benchmarks.summing import Add, Sum
 from cqrs_es import wire
 from cqrs_es.application import Application
@@ -135,6 +136,10 @@ class Rates:
     rate: list[float] = field(default_factory=list[float])
     cpu: list[float] = field(default_factory=list[float])
 
+    def figures(self) -> Figures:
+        """Return microseconds of each command, of all rounds but the first."""
+        return Figures([1e6 / it for it in self.rate[1:]], [it * 1e6 for it in self.cpu[1:]])
+
 
 @contextmanager
 def clocked(what: str, count: int, rates: Rates) -> Generator[None]:
@@ -180,7 +185,7 @@ async def from_rows(opened: OpenApplication, what: str, count: int, rates: Rates
         await decided(opened, before + count)
 
 
-async def race(opened: OpenApplication, what: str, count: int, rounds: int) -> None:
+async def race(opened: OpenApplication, what: str, count: int, rounds: int) -> dict[str, Figures]:
     """Decide commands from the queue and from rows, in turns, by one worker; compare the two."""
     queue, rows = Rates(), Rates()
     async with opened.running({"worker"}):
@@ -203,6 +208,7 @@ async def race(opened: OpenApplication, what: str, count: int, rounds: int) -> N
         f" in CPU of the worker {statistics.median(pair[1] for pair in pairs):.2f}",
         flush=True,
     )
+    return {"from the queue": queue.figures(), "from rows": rows.figures()}
 
 
 async def timers(opened: OpenApplication, what: str, meter: Lateness) -> None:
@@ -221,7 +227,7 @@ async def timers(opened: OpenApplication, what: str, meter: Lateness) -> None:
     )
 
 
-async def measure(what: str, url: str, rows: int, count: int, rounds: int) -> None:
+async def measure(what: str, url: str, chosen: argparse.Namespace, report: Report) -> None:
     app = Application("bench")
     app.aggregate(Sum)
     meter = Lateness()
@@ -230,13 +236,13 @@ async def measure(what: str, url: str, rows: int, count: int, rounds: int) -> No
         settings, broker=MemoryBroker(event_retention=100), initialise=True, meter=meter
     )
     async with opening as opened:
-        await race(opened, what, count, rounds)
+        report.add(what, await race(opened, what, chosen.count, chosen.rounds))
         await timers(opened, what, meter)
-        if not rows:
+        if not chosen.rows:
             return
         began = time.monotonic()
-        await fill(opened, rows)
-        print(f"{what} {rows} rows added in {time.monotonic() - began:.0f} s", flush=True)
+        await fill(opened, chosen.rows)
+        print(f"{what} {chosen.rows} rows added in {time.monotonic() - began:.0f} s", flush=True)
         if what == "mysql":
             run_on(url, "ANALYZE TABLE bench.outgoing_commands")
         elif what == "postgres":
@@ -273,11 +279,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--count", type=int, default=20_000, help="commands in a round")
     parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
+    add_json(parser)
+    chosen = parser.parse_args()
+    report = Report("scheduled", chosen)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
-    for store in arguments.store:
+    for store in chosen.store:
         with database(store) as url:
-            asyncio.run(measure(store, url, arguments.rows, arguments.count, arguments.rounds))
+            asyncio.run(measure(store, url, chosen, report))
+    report.finish()
 
 
 if __name__ == "__main__":
