@@ -1,12 +1,19 @@
-"""A network between a client and a server that can be reset, stalled and healed."""
+"""A network between a client and a server that can be reset, stalled and healed.
+
+`python -m tests.proxy PORT …` has a proxy in front of each of these ports: see `Wires`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 import struct
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from tests.bank_data import PROJECT
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
@@ -111,3 +118,61 @@ async def proxy_to(server_port: int) -> AsyncGenerator[Proxy]:
         proxy.heal()
         listener.close()
         proxy.reset()
+
+
+class Wires:
+    """Proxies in front of servers, by name, in a process of their own.
+
+    Beside threads that are at work they would be slow, which is a fault that nobody planned.
+    """
+
+    def __init__(self, servers: dict[str, int]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.proxy", *map(str, servers.values())],
+            cwd=PROJECT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._numbers = {name: number for number, name in enumerate(servers)}
+        self.ports = dict(zip(servers, map(int, self._heard().split()), strict=True))
+
+    def do(self, name: str, action: str) -> None:
+        """Do something to a proxy, by the name of its method."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{self._numbers[name]} {action}\n")
+        self._process.stdin.flush()
+        assert self._heard() == "done\n"
+
+    def close(self) -> None:
+        """Hang up."""
+        assert self._process.stdin is not None
+        with self._process:
+            self._process.stdin.close()
+            assert self._process.wait(20) == 0
+
+    def _heard(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+
+async def _serve(ports: Sequence[str]) -> None:
+    """Say on which ports the proxies listen; do to them what lines say until there are no more."""
+    async with AsyncExitStack() as stack:
+        proxies = [await stack.enter_async_context(proxy_to(int(port))) for port in ports]
+        _say(*(proxy.port for proxy in proxies))
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            number, action = line.split()
+            getattr(proxies[int(number)], action)()
+            _say("done")
+    if others := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(others, timeout=5)  # their connections are cut
+
+
+def _say(*words: object) -> None:
+    sys.stdout.write(f"{' '.join(map(str, words))}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(sys.argv[1:]))

@@ -27,10 +27,14 @@ async def eventually(
 
 
 def until(
-    condition: Callable[[], object], what: str = "it", *, within_seconds: float = PATIENCE
+    condition: Callable[[], object],
+    what: str = "it",
+    *,
+    within_seconds: float = PATIENCE,
+    every: float = POLL_SECONDS,
 ) -> None:
     """Return once the condition holds, for tests without an event loop; fail when it does not."""
     deadline = time.monotonic() + within_seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not so within {within_seconds} s"
-        time.sleep(POLL_SECONDS)
+        time.sleep(every)

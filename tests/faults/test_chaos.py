@@ -7,7 +7,6 @@ every pair of servers, `make test` for seconds on one.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import logging
 import os
@@ -16,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import threading
 import time
 from collections import Counter, defaultdict
 from contextlib import ExitStack, contextmanager, suppress
@@ -36,7 +34,7 @@ from tests.history.records import History
 from tests.history.traffic import Sender
 from tests.outside import Outside, RabbitOutside, RedisOutside
 from tests.processes import Service, service
-from tests.proxy import Proxy, proxy_to
+from tests.proxy import Wires
 from tests.servers import (
     RabbitServer,
     Server,
@@ -51,7 +49,7 @@ from tests.servers import (
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Generator, Iterator
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +61,7 @@ SENDERS = 3
 SMALL_DISK_BYTES = 2_000_000_000
 # Seconds from the end of a fault until all that was sent before is answered.
 PATIENCE = 200.0 if SECONDS else 100.0
+LOOKS_APART_SECONDS = 0.1  # each asks the database twice
 
 pytestmark = pytest.mark.timeout(SECONDS + 400)
 
@@ -108,41 +107,7 @@ def planned(seed: int, servers: Servers) -> Iterator[Fault]:
         yield Fault(kind, role, rng.uniform(0, longest))
 
 
-# --- The servers, and the wires to them ------------------------------------------------
-
-
-class Wires:
-    """Proxies in front of the servers, in a thread of their own."""
-
-    def __init__(self, ports: dict[str, int]) -> None:
-        self._ports = ports
-        self._ready = threading.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._ended = asyncio.Event()
-        self.proxies: dict[str, Proxy] = {}
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="wires")
-        self._thread.start()
-        assert self._ready.wait(10)
-
-    def do(self, action: Callable[[], object]) -> None:
-        """Do something to a proxy."""
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(action)
-
-    def close(self) -> None:
-        """Hang up."""
-        self.do(self._ended.set)
-        self._thread.join(10)
-
-    async def _run(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        store, broker = self._ports["store"], self._ports["broker"]
-        async with proxy_to(store) as to_store, proxy_to(broker) as to_broker:
-            self.proxies = {"store": to_store, "broker": to_broker}
-            self._ready.set()
-            await self._ended.wait()
-        if others := asyncio.all_tasks() - {asyncio.current_task()}:
-            await asyncio.wait(others, timeout=5)  # their connections are cut
+# --- The servers ------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -331,12 +296,14 @@ class Chaos:
             lambda: not any(ids & sender.unanswered() for sender, ids in waiting),
             f"what was sent before the end of {fault} is not answered",
             within_seconds=PATIENCE,
+            every=LOOKS_APART_SECONDS,
         )
         heads = self._heads()
         until(
             lambda: self._has_got_to(heads),
             f"relay, projectors or reactors do not get on after {fault}",
             within_seconds=PATIENCE,
+            every=LOOKS_APART_SECONDS,
         )
         self.done[fault.kind] += 1
         self.recovery[f"{fault.kind} {fault.role}"].append(time.monotonic() - healed)
@@ -350,7 +317,11 @@ class Chaos:
         for sender in self.senders:
             sender.join(PATIENCE)
             assert not sender.is_alive(), f"{len(sender.in_flight)} of {sender.name} unanswered"
-        until(self._is_at_rest, "relay, projectors, reactors or due rows do not get to the end")
+        until(
+            self._is_at_rest,
+            "relay, projectors, reactors or due rows do not get to the end",
+            every=LOOKS_APART_SECONDS,
+        )
         return time.monotonic() - began
 
     def recorded(self) -> History:
@@ -448,16 +419,15 @@ class Chaos:
         self.servers.restart(fault.role, fault.seconds)
 
     def _cut(self, fault: Fault) -> None:
-        self.wires.do(self.wires.proxies[fault.role].reset)
+        self.wires.do(fault.role, "reset")
 
     def _stall(self, fault: Fault) -> None:
-        proxy = self.wires.proxies[fault.role]
-        self.wires.do(proxy.stall)
+        self.wires.do(fault.role, "stall")
         time.sleep(fault.seconds)
-        self.wires.do(proxy.heal)
+        self.wires.do(fault.role, "heal")
 
     def _half_close(self, fault: Fault) -> None:
-        self.wires.do(self.wires.proxies[fault.role].half_close)
+        self.wires.do(fault.role, "half_close")
 
     def _refuse_writes(self, fault: Fault) -> None:
         self.servers.refuse_writes(fault.role, refused=True)
@@ -489,8 +459,8 @@ def chaos(store: str, broker: str, folder: Path, seed: int, *, copies: int = 2) 
         wires = Wires({"store": servers.store.port, "broker": servers.broker.port})
         stack.callback(wires.close)
         urls = (
-            servers.store_url(wires.proxies["store"].port),
-            servers.broker_url(wires.proxies["broker"].port),
+            servers.store_url(wires.ports["store"]),
+            servers.broker_url(wires.ports["broker"]),
         )
         (folder / "logs").mkdir()
         bank = stack.enter_context(service("worker.app:app", *urls, folder / "logs"))
