@@ -8,7 +8,7 @@ import socket
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import orjson
 
@@ -107,15 +107,24 @@ class Served:
             return read_all(connection)
 
 
-async def ask_within(gateway: Gateway, method: str, path: str, body: bytes = b"") -> Answer:
+async def ask_within(
+    gateway: Gateway,
+    method: str,
+    path: str,
+    body: bytes = b"",
+    headers: Mapping[str, bytes] | None = None,
+) -> Answer:
     """Ask a gateway of this process, as a server would."""
     where, _, query = path.partition("?")
-    headers = [(b"content-type", b"application/json"), (b"prefer", f"wait={SECONDS:.0f}".encode())]
+    named = {"Content-Type": b"application/json", "Prefer": f"wait={SECONDS:.0f}".encode()}
     scope = {
         "type": "http",
         "method": method,
-        "headers": headers,
-        "path": where,
+        "headers": [
+            (name.lower().encode(), value) for name, value in {**named, **(headers or {})}.items()
+        ],
+        "path": unquote(where),
+        "raw_path": where.encode(),
         "query_string": query.encode(),
     }
     sent: list[Any] = []

@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+import unicodedata
 from typing import TYPE_CHECKING, Any
 
 import orjson
+import pytest
 import structlog
 from structlog.testing import capture_logs
 
@@ -18,15 +20,17 @@ from cqrs_es.execution import report
 from cqrs_es.settings import Settings
 from cqrs_es.telemetry.lines import reads_info
 from cqrs_es.testing import TestApp
+from tests.acceptance.test_injection import HOSTILE, MESSAGES, encoded
 from tests.bank_data import PROJECT
 from tests.command_line import EXAMPLE, cqrs_es, environment, message, running
+from tests.raw import raw
 from tests.samples import Add, AddThenCrash, Counter, counting_app
 from tests.waiting import until
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pytest
+    from tests.command_line import Here
 
 
 def lines(err: str, event: str | None = None) -> list[dict[str, Any]]:
@@ -289,3 +293,28 @@ async def test_a_batch_is_described_to_readers_only(monkeypatch: pytest.MonkeyPa
             monkeypatch.setattr(report, "log", log)
             await opened.execute(Counter, "c", Add(1))
     assert len(described) == 1
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_nobody_writes_lines_of_their_own(
+    here: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: str
+) -> None:
+    """Whatever senders call things: no line more, and nothing that a terminal obeys."""
+    commands = tmp_path / "commands"
+    sent = [encoded(each) for each, _ in MESSAGES.values()]
+    alone = [
+        encoded(raw("Remind", {"name": value}, aggregate_type="box", aggregate_id=value[:255]))
+        for value in HOSTILE.values()
+    ]
+    commands.write_bytes(b"\n".join([*sent, *alone]))
+    monkeypatch.setenv("CQRS_ES_APP", "tests.acceptance.test_injection:app")
+    monkeypatch.setenv("CQRS_ES_LOG_FORMAT", form)
+    monkeypatch.setenv("CQRS_ES_BATCH_SIZE", "1")  # whose lines say which command it was
+    said = here.done("--log-level", "debug", "run", "--commands", str(commands), "--until-idle").err
+    assert "DROP TABLE" in said
+    for line in said.splitlines():
+        assert not line.startswith("X-Injected"), line
+    kinds = {"json": ("Cc",), "console": ("Cc", "Cf")}[form]  # no reader of JSON obeys the latter
+    assert {each for each in said if unicodedata.category(each) in kinds} == {"\n"}
+    if form == "json":
+        assert len(lines(said)) == len(said.splitlines())
