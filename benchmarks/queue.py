@@ -24,7 +24,7 @@ from abc import ABC, abstractmethod
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias
 from urllib.parse import urlsplit
 
 import orjson
@@ -191,8 +191,9 @@ class Consumer(Service):
                     raise RuntimeError(message)
             time.sleep(pause)
             began = time.monotonic()
-            yield self.decided()
+            decided = self.decided()
             pause = max(LOOK_SECONDS, LOOKS_APART * (time.monotonic() - began))
+            yield decided
         raise TimeoutError
 
 
@@ -202,6 +203,7 @@ class Bank(Consumer):
 
     tree: Path
     roles: Sequence[str]
+    lease_seconds: ClassVar[str] = "3"
 
     def run(self, *arguments: str) -> subprocess.Popen[bytes]:
         """Start a verb."""
@@ -210,7 +212,7 @@ class Bank(Consumer):
             "CQRS_ES_STORE_URL": f"{self.servers.database}{self.name}",
             "CQRS_ES_BROKER_URL": self.servers.broker,
             "CQRS_ES_SERVICE": self.name,
-            "CQRS_ES_LEASE_SECONDS": "3",
+            "CQRS_ES_LEASE_SECONDS": self.lease_seconds,
             "CQRS_ES_LOG_LEVEL": "WARNING",
         }
         return quiet([sys.executable, "-m", "cqrs_es.cli", *arguments], settings, self.tree)
@@ -219,11 +221,10 @@ class Bank(Consumer):
         """Make the tables, and fill the queue."""
         run_on(self.servers.database, f"CREATE DATABASE {self.name}")
         finished(self.run("init"))
-        self.send(count)
+        self.send(itertools.islice(measuring.commands(), count))
 
-    def send(self, count: int) -> None:
+    def send(self, messages: Iterator[dict[str, Any]]) -> None:
         """Fill the queue."""
-        messages = itertools.islice(measuring.commands(), count)
         while some := list(itertools.islice(messages, BATCH)):
             self.servers.outside.send(self.name, some)
 
@@ -256,6 +257,7 @@ class Workers(Bank):
     """The bank with some workers, among which the partitions are shared out before it begins."""
 
     workers: int = 1
+    lease_seconds: ClassVar[str] = "6"  # well beyond what it takes to fill the queue
 
     def fill(self, count: int) -> None:
         """Make the tables; the queue is filled when the workers are there."""
@@ -267,6 +269,7 @@ class Workers(Bank):
 
     def measure(self, count: int) -> dict[str, tuple[float, float]]:
         """Time it; return wall and CPU of all workers, in microseconds a command."""
+        messages = list(itertools.islice(measuring.commands(), count))
         with self.running() as started:
             processes = {name: it.pid for name, it in started.items()} | self.servers.processes
             looks = self.looks(started)
@@ -274,7 +277,7 @@ class Workers(Bank):
             for process in started.values():
                 process.send_signal(signal.SIGSTOP)
             try:
-                self.send(count)
+                self.send(iter(messages))
                 begin = Moment.now(processes)
             finally:
                 for process in started.values():
