@@ -54,7 +54,7 @@ test-newest: $(VENV)/.installed  ## run the suites on the newest versions that t
 
 crashes: $(VENV)/.installed  ## kill processes at each instant that matters, 20 times each, on SQLite and four pairs of servers
 	CI=true CQRS_ES_TEST_CRASHES=$(CRASHES) $(BIN)/pytest tests/faults/test_crash_points.py \
-		--log-cli-level=WARNING $(PYTEST_ARGS)
+		--numprocesses=4 -rA $(PYTEST_ARGS)
 
 faults: $(VENV)/.installed  ## a flood of commands; an hour of chaos: 20 minutes on each of three pairs of servers
 	CI=true CQRS_ES_TEST_FLOOD=$(FLOOD) $(BIN)/pytest tests/faults/test_deaths.py -k flood_of_commands $(PYTEST_ARGS)

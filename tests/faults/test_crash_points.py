@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CRASHES = int(os.environ.get("CQRS_ES_TEST_CRASHES", "0"))
+SHARES = 4  # of the hits, so that several can be made at once: most of the time is waiting
 ROLES = ("worker", "relay", "projector", "rebuild")
 VIEWS = ("account_query", "bank_totals")
 AT_ONCE = 1  # instant of each role in `make test`
@@ -160,12 +161,18 @@ def test_some_instants(tmp_path: Path) -> None:
     crash("mysql", "redis", tmp_path, 0)
 
 
+def share_of_hits(share: int) -> int:
+    """Return how often a test hits each instant, so that all shares together do `CRASHES` times."""
+    return CRASHES // SHARES + (share < CRASHES % SHARES)
+
+
 @pytest.mark.skipif(not CRASHES, reason="make crashes runs it: it takes minutes")
+@pytest.mark.parametrize("share", range(SHARES))
 @pytest.mark.parametrize("broker", ["redis", "amqp"])
 @pytest.mark.parametrize("store", ["mysql", "postgres"])
-def test_each_instant_often(store: str, broker: str, tmp_path: Path) -> None:
+def test_each_instant_often(store: str, broker: str, share: int, tmp_path: Path) -> None:
     """Each of them, on every pair of servers."""
-    crash(store, broker, tmp_path, CRASHES)
+    crash(store, broker, tmp_path, share_of_hits(share))
 
 
 # --- Reactors and due rows, and SQLite -------------------------------------------------
@@ -235,17 +242,18 @@ async def test_some_instants_of_reactors_and_due_rows(sqlite_url: str, tmp_path:
 
 
 @pytest.mark.skipif(not CRASHES, reason="make crashes runs it: it takes minutes")
+@pytest.mark.parametrize("share", range(SHARES))
 @pytest.mark.parametrize(
     ("store_url", "broker"),
     [("sqlite", "memory"), ("mysql", "redis"), ("postgres", "amqp")],
     indirect=["store_url"],
 )
 async def test_each_instant_of_one_process(
-    store_url: str, broker: str, request: pytest.FixtureRequest, tmp_path: Path
+    store_url: str, broker: str, share: int, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """The process that dies has every role; so that of SQLite, where there is no other."""
     url = "memory://" if broker == "memory" else request.getfixturevalue(f"{broker}_url")
-    instants = instants_of([*ROLES, "due", "reactor"], seeded(store_url), CRASHES)
+    instants = instants_of([*ROLES, "due", "reactor"], seeded(store_url), share_of_hits(share))
     await crash_runs(store_url, url, tmp_path, instants)
 
 
