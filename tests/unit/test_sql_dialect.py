@@ -134,6 +134,7 @@ def test_moments_as_text_sort_by_time() -> None:
 def test_moments_are_read_as_databases_give_them(given: object) -> None:
     """As text or not, with a zone or in UTC."""
     assert utc_moment(given) == MOMENT
+    assert utc_moment("2026-11-23") == datetime(2026, 11, 23, tzinfo=UTC)
 
 
 # --- URLs --------------------------------------------------------------------
