@@ -19,14 +19,14 @@ from cqrs_es.projection.generations import (
     publish,
 )
 from cqrs_es.projection.rebuild import Rebuild, RebuildProgress, Switch
-from cqrs_es.projector import Projector, SqlSession
+from cqrs_es.projector import Projector, SqlSession, physical_name
 from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
 from cqrs_es.types import partition_of
 from tests.faulty import Faults, FaultyStorage, FaultyViews
 from tests.samples import Add, AddEach, Added, Counter, Services, Totals
 from tests.stores import on_sql
-from tests.tallies import Sums, check_complete, check_live, numbers_of, tallying_app
+from tests.tallies import Sums, check_complete, check_live, held_by, numbers_of, tallying_app
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
@@ -437,6 +437,32 @@ async def test_the_switch_applies_what_the_live_one_is_ahead(store_url: str, nam
         assert await switch.attempt({})
         assert await numbers_of(views, name) == (2, None, 2)
         await publish(views, opened.projection(name))
+        assert await check_complete(opened, name) == 2
+
+
+@on_sql
+@pytest.mark.parametrize("name", VIEWS)
+async def test_what_comes_after_the_fill_is_in_the_next_generation(
+    store_url: str, name: str
+) -> None:
+    """What the live one has seen by the switch, then also what no projector has seen yet."""
+    settings = Settings(store_url=store_url, partitions=PARTITIONS)
+    async with tallying_app().open(settings, initialise=True) as opened:
+        await opened.execute(Counter, "a", AddEach([1, 2, 3]))
+        await project(opened)
+
+        class Late(Rebuild):
+            async def _attempt(self, switch: Switch, rate: int) -> bool:
+                await opened.execute(Counter, "a", Add(10))
+                await project(opened)
+                await opened.execute(Counter, "b", Add(100))
+                switched = await super()._attempt(switch, rate)
+                assert await check_live(opened, name) == 2
+                key = physical_name(name, 2)
+                assert (await held_by(opened.storage, key))["a"] == 16
+                return switched
+
+        assert await Late(opened.registry, opened.storage, opened.projection(name)).run() == 2
         assert await check_complete(opened, name) == 2
 
 
