@@ -28,12 +28,13 @@ from tests.tallies import check_complete, tallying_app
 from tests.waiting import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 
     from cqrs_es.opened import OpenApplication
     from cqrs_es.ports.broker import EventFeed
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.store import LoadedAggregate, LoadRequest
+    from cqrs_es.ports.views import ViewTransaction
 
 LONG = 60.0
 
@@ -251,6 +252,34 @@ async def test_g9_a_retry_ends_with_all_that_was_passed_over(
         assert await opened.retry_parked("fragile", marker)
         await projecting[0]
         await project(opened)
+        assert await opened.parked() == []
+        assert await opened.view(Fragile, "b") == Fragile(16)
+
+
+@on_sql
+async def test_g9_a_retry_goes_as_far_as_the_projector_is_when_it_begins(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the projector passed over just before the transaction is applied in it, too."""
+    async with counting(Fragile).open(on(store_url), initialise=True) as opened:
+        Fragile.bad, Fragile.first = frozenset("b"), 1
+        await opened.execute(Counter, "b", AddEach([1, 2, 3]))
+        await project(opened)
+        (marker,) = await opened.parked()
+        Fragile.bad = frozenset()
+        await opened.execute(Counter, "b", Add(10))
+        views = opened.storage.views
+        begin = views.transaction
+
+        @contextlib.asynccontextmanager
+        async def begin_late() -> AsyncGenerator[ViewTransaction]:
+            monkeypatch.setattr(views, "transaction", begin)
+            await project(opened)
+            async with begin() as transaction:
+                yield transaction
+
+        monkeypatch.setattr(views, "transaction", begin_late)
+        assert await opened.retry_parked("fragile", marker)
         assert await opened.parked() == []
         assert await opened.view(Fragile, "b") == Fragile(16)
 
