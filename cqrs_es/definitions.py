@@ -10,7 +10,7 @@ import hashlib
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from types import NoneType
 from typing import Any, Final, Literal, TypeAlias, TypeVar, cast, get_args
@@ -111,7 +111,7 @@ class Remote:
     """Another service that commands are sent to, and its broker's URL or a variable that has it."""
 
     service: str
-    url: str
+    url: str = field(repr=False)
 
     @property
     def variable(self) -> str | None:

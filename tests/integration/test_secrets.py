@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 import traceback
 import uuid
-from collections.abc import Generator
+from base64 import b64encode, urlsafe_b64encode
+from collections import deque
+from collections.abc import Collection, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote, urlsplit
 
 import orjson
@@ -18,6 +20,8 @@ import redis
 
 from cqrs_es import errors
 from cqrs_es.brokers import broker_for
+from cqrs_es.client import Client, SyncClient
+from cqrs_es.http import Gateway
 from cqrs_es.ports.storage import Storage
 from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
@@ -27,6 +31,7 @@ from tests.command_line import cqrs_es, running
 from tests.conftest import run_on
 from tests.gateways import JSON, Answer, ask, served
 from tests.outside import Outside, RabbitOutside, RedisOutside
+from tests.samples import Add, Counter, counting_app
 from tests.servers import free_port, psql
 from tests.waiting import until
 
@@ -250,6 +255,7 @@ VERBS = (
     ("send", "account", "A", "NoSuchCommand", "{}"),
     ("republish", "0", "99"),
     ("rebuild", "account_query"),
+    *((*verb, "--help") for verb in ((), ("run",), ("send",), ("serve",), ("settings",))),
 )
 
 
@@ -305,6 +311,7 @@ def test_no_process_says_a_secret(
         }
         said = [cqrs_es("init", cwd=PROJECT, stdin=b"", **settings)]
         assert said[0].code == 0, said[0].err
+        key = secret_of(request, store)
         with ExitStack() as stack:
             port = free_port()
             first, *others = ROLES[store]
@@ -319,15 +326,39 @@ def test_no_process_says_a_secret(
             for variable, value in settings.items():
                 monkeypatch.setenv(variable, value)
             said += [here("--log-level", "debug", *verb) for verb in VERBS]
+            said.append(here.done("schema", "export", str(tmp_path / "schemas")))
             answers += [ask(port, "GET", path) for path in ("/metrics", "/ready", "/live")]
             for process in [*processes, gateway.process]:
                 process.signal(signal.SIGTERM)
             said += [process.end() for process in [*processes, gateway.process]]
     texts = [f"{result.out}{result.err}" for result in said]
     texts += [f"{answer.headers}{answer.body.decode()}" for answer in answers]
-    for text in texts:
+    files = [each for each in (tmp_path / "schemas").rglob("*") if each.is_file()]
+    documents = [each.read_text() for each in files]
+    assert any('"asyncapi"' in each for each in documents)
+    for text in texts + documents:
         assert PART not in text
         assert METADATA not in text
+        assert not shows(text, key)
+
+
+def secret_of(request: pytest.FixtureRequest, store: str) -> bytes:
+    """Read what a store's signatures are made with, behind its back."""
+    sql = "SELECT value FROM {}store_info WHERE name = 'secret'"
+    url: str = request.getfixturevalue("mysql_url" if store == "mysql" else "postgres_url")
+    if store == "mysql":
+        ((found,),) = run_on(url, sql.format(f"{urlsplit(url).path[1:]}."))
+    else:
+        found = psql(url, sql.format("")).strip()
+    key = bytes.fromhex(str(found))
+    assert len(key) >= 32
+    return key
+
+
+def shows(text: str, key: bytes) -> bool:
+    """Tell whether a text has a key in one of the ways in which keys are written."""
+    written = (key.hex(), b64encode(key).decode(), urlsafe_b64encode(key).decode(), repr(key)[2:-1])
+    return any(each in text for each in written)
 
 
 # --- Objects ----------------------------------------------------------------------
@@ -338,6 +369,7 @@ HOLDERS = (
     f"postgresql://root:{IN_URL}@127.0.0.1:6432/bank",
     f"redis://root:{IN_URL}@127.0.0.1/0",
     f"redis://127.0.0.1/0?password={IN_URL}",
+    f"rediss://127.0.0.1/0?ssl_keyfile=key.pem&ssl_password={IN_URL}",
     f"rediss://root:{IN_URL}@127.0.0.1/0",
     f"amqp://root:{IN_URL}@127.0.0.1/",
     f"amqps://root:{IN_URL}@127.0.0.1/",
@@ -361,18 +393,59 @@ def test_no_object_shows_one(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
         assert PART not in f"{each!r} {each!s}", type(each)
 
 
+@pytest.mark.parametrize(("store", "broker"), [("mysql", "redis"), ("postgresql", "amqp")])
+async def test_nothing_that_is_open_shows_one(
+    request: pytest.FixtureRequest, store: str, broker: str
+) -> None:
+    """Nor the key of the store's signatures: applications, clients, gateways, transactions."""
+    with account(request, store) as of_store, account(request, broker) as of_broker:
+        app = counting_app()
+        app.remote("billing", url=of_broker.url())
+        app.remote("shipping", url="CQRS_ES_SHIPPING_URL")
+        gateway = Gateway(app)
+        settings = Settings(
+            store_url=of_store.url(),
+            broker_url=of_broker.url(),
+            service=f"s{uuid.uuid4().hex[:12]}",
+            remote_urls={"CQRS_ES_SHIPPING_URL": of_broker.url()},
+        )
+        service = settings.service or ""
+        async with (
+            app.open(settings, initialise=True) as opened,
+            gateway.on(opened),
+            Client(settings.broker_url, service=service, store_url=of_store.url()) as client,
+            opened.storage.views.transaction() as transaction,
+        ):
+            await opened.execute(Counter, "a", Add(1))
+            info = await opened.storage.info()
+            roots = [app, opened, gateway, client, transaction, opened.supervisor(), info, settings]
+            seen = [each for root in roots for each in within(root)]
+            with SyncClient(settings.broker_url, service=service) as synchronous:
+                seen += within(synchronous)
+    names = {type(each).__name__ for each in seen}
+    assert {"Remote", "Process", "Keys", "StoreInfo"} <= names
+    for each in seen:
+        text = f"{each!r} {each!s}"
+        assert PART not in text, type(each)
+        assert not shows(text, info.secret), type(each)
+
+
 def within(one: object) -> list[object]:
     """Return an object and the framework's own objects that it is made of."""
-    found: list[object] = []
+    found: dict[int, object] = {}
     waiting = [one]
     while waiting:
         each = waiting.pop()
-        if any(each is other for other in found) or not type(each).__module__.startswith("cqrs_es"):
-            continue
-        found.append(each)
-        slots = (name for cls in type(each).__mro__ for name in getattr(cls, "__slots__", ()))
-        waiting += [getattr(each, name, None) for name in (*slots, *getattr(each, "__dict__", ()))]
-    return found
+        if isinstance(each, Mapping):
+            waiting += cast("Mapping[object, object]", each).values()
+        elif isinstance(each, (list, tuple, set, frozenset, deque)):
+            waiting += cast("Collection[object]", each)
+        elif id(each) not in found and type(each).__module__.startswith("cqrs_es"):
+            found[id(each)] = each
+            slots = (name for cls in type(each).__mro__ for name in getattr(cls, "__slots__", ()))
+            names = (*slots, *getattr(each, "__dict__", ()))
+            waiting += [getattr(each, name, None) for name in names]
+    return list(found.values())
 
 
 def test_the_credentials_of_aws_are_in_no_log(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
