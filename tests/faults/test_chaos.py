@@ -496,10 +496,10 @@ def live_through(store: str, broker: str, folder: Path, seconds: float, faults: 
         drained = made.drain()
         history = made.recorded()
         log.warning(
-            "%s; %s commands sent %s times, %s events; drained in %.1f s; recovered in %s",
+            "%s; %s messages sent, %s outcomes, %s events; drained in %.1f s; recovered in %s",
             dict(made.done),
-            len(history.outcomes),
             len(history.sent),
+            len(history.outcomes),
             len(history.events),
             drained,
             {name: [round(each, 1) for each in times] for name, times in made.recovery.items()},
