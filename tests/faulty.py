@@ -154,7 +154,9 @@ class FaultyEvents(EventStore):
         await self._faults.around("record_attempts", lambda: self._inner.record_attempts(attempts))
 
     async def forget_attempts(self, command_ids: Collection[str]) -> None:
-        await self._inner.forget_attempts(command_ids)
+        await self._faults.around(
+            "forget_attempts", lambda: self._inner.forget_attempts(command_ids)
+        )
 
     async def find_holders(self, keys: Collection[UniqueKey]) -> dict[UniqueKey, str]:
         return await self._inner.find_holders(keys)

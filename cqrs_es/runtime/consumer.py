@@ -78,6 +78,8 @@ class CommandWorker(Role):
         self.dead = 0
         """How many messages no outcome was possible for."""
         self._telling: set[asyncio.Task[None]] = set()
+        # Partitions of which attempts may have stayed recorded that nobody has died of.
+        self._unclear: set[int] = set()
 
     async def run_partition(self, assignment: Assignment) -> None:
         """Consume a partition until stopped, then settle what is in hand."""
@@ -87,6 +89,8 @@ class CommandWorker(Role):
         with process.timetable.taking(lease.partition) as due:
             batch = process.settings.batch_size
             most = BATCHES_IN_HAND * batch
+            if lease.partition in self._unclear:
+                assignment.suspects = most
             events, timetable = process.storage.events, process.timetable
             intakes = [queue, DueIntake(events, timetable, due, assignment, batch, most)]
             consumers = [Consumer(self, process, intake, assignment) for intake in intakes]
@@ -96,9 +100,13 @@ class CommandWorker(Role):
                 raise errors.innermost(several) from None
             finally:
                 # It may be cancelled twice, by whoever stops and by what that makes fail.
+                self._unclear.add(lease.partition)
+                clear = True
                 for consumer in consumers:
                     consumer.abandon()
-                    await asyncio.shield(consumer.redelivery.take_back())
+                    clear &= await asyncio.shield(consumer.redelivery.take_back())
+                if clear:
+                    self._unclear.discard(lease.partition)
                 await queue.close()
 
     async def watch(self) -> None:

@@ -235,11 +235,11 @@ class Redelivery:
             self._before.pop(command_id, None)
         await self._forget(over)
 
-    async def take_back(self) -> None:
+    async def take_back(self) -> bool:
         """Record what there was before of every attempt that is not answered.
 
         The process lets go of those commands and is alive: it has not died of
-        them. Where the store does not take that in time they stay recorded.
+        them. Where the store does not take that in time they stay recorded: False.
         """
         before, self._before = self._before, {}
         again = {command_id: number for command_id, number in before.items() if number is not None}
@@ -250,6 +250,8 @@ class Redelivery:
                     await self._outage.wait_out(lambda: self._events.record_attempts(again))
         except (TimeoutError, errors.CqrsError) as exc:
             log.warning("attempts not taken back", commands=len(before), error=str(exc))
+            return False
+        return True
 
     async def _forget(self, command_ids: Collection[str]) -> None:
         if command_ids:

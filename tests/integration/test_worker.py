@@ -19,6 +19,7 @@ from cqrs_es.messages import Status
 from cqrs_es.ports.broker import Delivery, OutgoingCommand
 from cqrs_es.ports.store import ScheduledCommand
 from cqrs_es.runtime import consumer, redelivery
+from cqrs_es.runtime.leases import Assignment
 from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
 from cqrs_es.testing import FakeClock, TestApp
@@ -293,6 +294,48 @@ async def test_g9_a_stop_before_the_end_counts_nothing(before: int | None) -> No
                 raise asyncio.CancelledError
         assert await storage.events.find_attempts(ids) == recorded
         clock.advance(LEASE_SECONDS + 1)
+
+
+async def test_g9_what_could_not_be_taken_back_is_looked_at_again(
+    storage: FaultyStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attempt that was recorded but not made is over once the same process decides the row."""
+    monkeypatch.setattr(redelivery, "WAIT_SECONDS", 0.0)
+    message = wire.parse_command(added(7))
+    async with counting_app().open(Settings(store_url="memory://"), storage=storage) as opened:
+        await storage.leases.acquire("worker", "dead", [0], 0.0)
+        await storage.events.schedule([ScheduledCommand.of(message, opened.process.clock.now(), 1)])
+        storage.faults.after("record_attempts", *[errors.StoreUnavailable("it is away")] * 1000)
+        worker = consumer.CommandWorker(opened.process)
+
+        async def attempts() -> dict[str, int]:
+            return await storage.events.find_attempts([message.id])
+
+        async def decided() -> bool:
+            return not await storage.events.find_scheduled([message.id])
+
+        async def consuming() -> asyncio.Task[None]:
+            (lease,) = await storage.leases.acquire("worker", opened.process.owner, [0], 60.0)
+            return asyncio.create_task(worker.run_partition(Assignment(lease)))
+
+        watching = asyncio.create_task(worker.watch())
+        first = await consuming()
+        await eventually(attempts)
+        storage.faults.before("forget_attempts", errors.StoreError("it is away"))
+        await _cancelled(first)
+        assert await attempts() == {message.id: 1}
+        storage.faults.forgive("record_attempts")
+        second = await consuming()
+        await eventually(decided)
+        await _cancelled(second, watching)
+        assert (await opened.load(Counter, "A")).sequence == 1
+        assert await attempts() == {}
+
+
+async def _cancelled(*tasks: asyncio.Task[None]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def test_a_cancelled_answer_settles_nothing(
