@@ -105,7 +105,7 @@ class CommandWorker(Role):
                 for consumer in consumers:
                     consumer.abandon()
                     clear &= await asyncio.shield(consumer.redelivery.take_back())
-                if clear:
+                if clear and not assignment.suspects:
                     self._unclear.discard(lease.partition)
                 await queue.close()
 

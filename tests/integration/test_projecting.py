@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from cqrs_es.ports.broker import EventFeed
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.store import LoadedAggregate, LoadRequest
-    from cqrs_es.ports.views import ViewTransaction
+    from cqrs_es.ports.views import ParkedAggregate, ViewTransaction
 
 LONG = 60.0
 
@@ -226,18 +226,24 @@ async def test_g9_parked_in_two_views(store_url: str) -> None:
         assert (await opened.view(Twin, "b"), await opened.view(Fragile, "b")) == (Twin(6), None)
 
 
+async def mended(opened: OpenApplication) -> ParkedAggregate:
+    """Park an aggregate, mend the view, and add an event that the projector has not seen."""
+    Fragile.bad, Fragile.first = frozenset("b"), 1
+    await opened.execute(Counter, "b", AddEach([1, 2, 3]))
+    await project(opened)
+    (marker,) = await opened.parked()
+    Fragile.bad = frozenset()
+    await opened.execute(Counter, "b", Add(10))
+    return marker
+
+
 @on_sql
 async def test_g9_a_retry_ends_with_all_that_was_passed_over(
     store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the projector reaches while the retry reads is neither missed nor applied twice."""
     async with counting(Fragile).open(on(store_url), initialise=True) as opened:
-        Fragile.bad, Fragile.first = frozenset("b"), 1
-        await opened.execute(Counter, "b", AddEach([1, 2, 3]))
-        await project(opened)
-        (marker,) = await opened.parked()
-        Fragile.bad = frozenset()
-        await opened.execute(Counter, "b", Add(10))
+        marker = await mended(opened)
         load, projecting = opened.storage.events.load, list[asyncio.Task[None]]()
 
         async def load_late(requests: Sequence[LoadRequest]) -> Sequence[LoadedAggregate]:
@@ -262,12 +268,7 @@ async def test_g9_a_retry_goes_as_far_as_the_projector_is_when_it_begins(
 ) -> None:
     """What the projector passed over just before the transaction is applied in it, too."""
     async with counting(Fragile).open(on(store_url), initialise=True) as opened:
-        Fragile.bad, Fragile.first = frozenset("b"), 1
-        await opened.execute(Counter, "b", AddEach([1, 2, 3]))
-        await project(opened)
-        (marker,) = await opened.parked()
-        Fragile.bad = frozenset()
-        await opened.execute(Counter, "b", Add(10))
+        marker = await mended(opened)
         views = opened.storage.views
         begin = views.transaction
 

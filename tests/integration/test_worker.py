@@ -325,9 +325,12 @@ async def test_g9_what_could_not_be_taken_back_is_looked_at_again(
         await _cancelled(first)
         assert await attempts() == {message.id: 1}
         storage.faults.forgive("record_attempts")
-        second = await consuming()
+        storage.faults.before("due", errors.StoreError("no row was looked at"))
+        with pytest.raises(errors.StoreError, match="no row"):
+            await (await consuming())
+        last = await consuming()
         await eventually(decided)
-        await _cancelled(second, watching)
+        await _cancelled(last, watching)
         assert (await opened.load(Counter, "A")).sequence == 1
         assert await attempts() == {}
 

@@ -155,10 +155,9 @@ def utc_text(moment: datetime) -> str:
 
 def utc_moment(value: object) -> datetime:
     """Return a moment that a database gave, as text or as a datetime in UTC; aware."""
-    text = "" if isinstance(value, datetime) else str(value)
-    moment = value if isinstance(value, datetime) else datetime.fromisoformat(text)
+    moment = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
     if moment.tzinfo is not None:
         return moment.astimezone(UTC)
-    if ":" in text:  # takes a fifth of the time of `replace`
-        return datetime.fromisoformat(f"{text}+00:00")
+    if isinstance(value, str) and ":" in value:  # takes a fifth of the time of `replace`
+        return datetime.fromisoformat(f"{value}+00:00")
     return moment.replace(tzinfo=UTC)
