@@ -28,6 +28,7 @@ from cqrs_es.messages import NO_METADATA, Outcome, StoredEvent
 from cqrs_es.opened import OpenApplication
 from cqrs_es.ports.clock import Clock, SystemClock
 from cqrs_es.ports.storage import check_service
+from cqrs_es.projection.shared_log import SharedLog
 from cqrs_es.registry import Registry
 from cqrs_es.runtime.due import Timetable
 from cqrs_es.runtime.log_watcher import LogWatcher
@@ -273,6 +274,7 @@ class Application:
                 broker=broker,
                 clock=clock,
                 executor=executor,
+                shared_log=SharedLog(storage.events),
                 watcher=watcher,
                 timetable=timetable,
                 nudger=nudger,

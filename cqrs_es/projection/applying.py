@@ -15,6 +15,7 @@ from cqrs_es import errors
 from cqrs_es.ports.views import ParkedAggregate
 from cqrs_es.projection.folding import NOT_POISON, past_collisions, reason_of, write
 from cqrs_es.projection.generations import is_projected, lost
+from cqrs_es.projection.shared_log import SharedLog
 from cqrs_es.telemetry.lines import get_logger
 from cqrs_es.telemetry.tracing import NO_TRACING, Tracing
 
@@ -48,6 +49,7 @@ class Applier:
         folding: Folding,
         partition: int,
         *,
+        shared_log: SharedLog | None = None,
         breaker: ParkingBreaker | None = None,
         on_failure: Callable[[StoredEvent, Exception], None] | None = None,
         on_move: Callable[[int, int], None] | None = None,
@@ -55,6 +57,7 @@ class Applier:
     ) -> None:
         self._registry = registry
         self._storage = storage
+        self._shared_log = shared_log or SharedLog(storage.events)
         self.folding = folding
         self._on_move = on_move
         self._partition = partition
@@ -78,7 +81,7 @@ class Applier:
         applied = 0
         while most is None or self.checkpoint < most:
             limit = READ_LIMIT if most is None else min(READ_LIMIT, most - self.checkpoint)
-            events = await self._storage.events.read_log(self._partition, self.checkpoint, limit)
+            events = await self._shared_log.read_log(self._partition, self.checkpoint, limit)
             if not events:
                 break
             await self._apply(events)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cqrs_es.ports.clock import Clock
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.store import StoreInfo
+    from cqrs_es.projection.shared_log import SharedLog
     from cqrs_es.registry import Registry
     from cqrs_es.runtime.due import Timetable
     from cqrs_es.runtime.log_watcher import LogWatcher
@@ -50,6 +51,7 @@ class Process:
     broker: Broker
     clock: Clock
     executor: Executor
+    shared_log: SharedLog
     watcher: LogWatcher
     timetable: Timetable
     nudger: Nudger

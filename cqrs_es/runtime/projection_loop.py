@@ -235,6 +235,7 @@ class ProjectorLoop(Role):
             self._storage,
             folding,
             assignment.lease.partition,
+            shared_log=self._process.shared_log,
             # Filled like a rebuild: an event that it fails on ends that, and parks nothing.
             breaker=None if assignment.filling else self._breaker,
             on_failure=self._process.on_view_failure,
@@ -288,6 +289,7 @@ class ReactorLoop(Role):
             process.storage,
             folding,
             assignment.lease.partition,
+            shared_log=process.shared_log,
             breaker=self._breaker,
             on_failure=process.on_view_failure,
             on_move=moved,

@@ -17,6 +17,7 @@ import pytest
 from cqrs_es import errors
 from cqrs_es.application import Application
 from cqrs_es.ports.clock import SystemClock
+from cqrs_es.ports.leases import Part
 from cqrs_es.ports.views import ViewRow
 from cqrs_es.runtime.leases import LeaseKeeper, Membership
 from cqrs_es.settings import Settings
@@ -328,13 +329,20 @@ async def test_a_server_that_never_answers(server: Server, monkeypatch: pytest.M
 
 
 async def test_all_connections_in_use(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another user waits for one, but not for ever."""
+    """Another user waits for one, but not for ever; a lease does not, from whose end all goes."""
+    leases = storage.leases
+    held = await leases.acquire("relay", "a", [0, 1], LEASE_SECONDS)
+    part = Part("relay", fit=True, seconds=LEASE_SECONDS, held=held)
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(pool.MAX_CONNECTIONS):
             await stack.enter_async_context(storage.views.transaction())
         monkeypatch.setattr(pool, "CONNECT_SECONDS", 0.2)
         with pytest.raises(errors.StoreUnavailable, match="in use"):
             await storage.info()
+        standing = (await leases.take_part("a", [part], LEASE_SECONDS))["relay"]
+        assert standing.kept == held
+        assert await leases.go_on("a", [part], LEASE_SECONDS)
+        assert (await leases.look("a", [part])) is not None
     assert (await storage.info()).partitions == PARTITIONS
 
 

@@ -37,10 +37,15 @@ set back; processes whose `CQRS_ES_LEASE_SECONDS` differ are not that far apart.
 
 
 class SqlLeases(Leases):
-    """The members and leases of an SQL database."""
+    """The members and leases of an SQL database.
+
+    A round waits for no connection behind the work that its leases protect: the slower the store,
+    the sooner they would be lost, and all that is taken anew makes it slower.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._ahead = database.ahead
 
     async def take_part(
         self, owner: str, parts: Sequence[Part], seconds: float
@@ -64,7 +69,7 @@ class SqlLeases(Leases):
                 await _call_back(session, now, term)
             return {role: _standing(role, owner, kept, members, now) for role in roles}
 
-        return await self._database.run(work)
+        return await self._ahead.run(work)
 
     async def go_on(self, owner: str, parts: Sequence[Part], seconds: float) -> bool:
         """Announce and renew by one statement, which counts what it has renewed."""
@@ -85,7 +90,7 @@ class SqlLeases(Leases):
             sql, parameters = _filled(session.dialect.go_on, values)
             return await session.execute(sql, parameters) == len(parts) + len(leases)
 
-        return await self._database.read(work)
+        return await self._ahead.read(work)
 
     async def look(self, owner: str, parts: Sequence[Part]) -> Mapping[str, Standing] | None:
         """Read the members; None where some are from before the clock was set back."""
@@ -106,7 +111,7 @@ class SqlLeases(Leases):
                 part.role: _standing(part.role, owner, part.held, members, now) for part in parts
             }
 
-        return await self._database.read(work)
+        return await self._ahead.read(work)
 
     async def announce(self, role: str, owner: str, *, fit: bool, seconds: float) -> None:
         """Be a member of a role for so many seconds from now."""

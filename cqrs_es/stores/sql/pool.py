@@ -7,8 +7,9 @@ import select
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
+from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, Self, TypeVar
 
 from cqrs_es import errors
 from cqrs_es.stores.sql.session import (
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_CONNECTIONS: Final = 16
+RESERVED_CONNECTIONS: Final = 2
+"""Beside those: for what must not wait behind other work."""
 CONNECT_SECONDS: Final = 10.0
 STATEMENT_SECONDS: Final = 30.0
 MIGRATION_SECONDS: Final = 600.0
@@ -138,12 +141,13 @@ S = TypeVar("S", bound=ServerSession)
 
 
 class Pool(Generic[S]):
-    """At most `MAX_CONNECTIONS` connections, made when they are needed."""
+    """At most `MAX_CONNECTIONS` connections, made when they are needed, and those reserved."""
 
     def __init__(self, connect: Callable[[], Awaitable[S]]) -> None:
         self._connect = connect
         self._open = False
-        self._free = asyncio.Semaphore(MAX_CONNECTIONS)
+        self.places = asyncio.Semaphore(MAX_CONNECTIONS)
+        self.reserved = asyncio.Semaphore(RESERVED_CONNECTIONS)
         self._idle: list[tuple[S, float]] = []
         self._trusted: set[S] = set()
 
@@ -151,7 +155,7 @@ class Pool(Generic[S]):
         """Connect once, to know that it can be done."""
         self._open = True
         try:
-            async with self.lent():
+            async with self.lent(self.places):
                 pass
         except BaseException:
             self._open = False
@@ -165,13 +169,13 @@ class Pool(Generic[S]):
             await session.disconnect()
 
     @asynccontextmanager
-    async def lent(self) -> AsyncGenerator[S]:
-        """Lend a connection for the length of a block.
+    async def lent(self, places: asyncio.Semaphore) -> AsyncGenerator[S]:
+        """Lend a connection for the length of a block, once one of the `places` is free.
 
         Where it turns out not to lead to the primary, none that was made before
         is lent again: what is read there may be old.
         """
-        await self._wait_for_a_place()
+        await self._take(places)
         try:
             session = self._take_idle() or await self._new()
             try:
@@ -182,26 +186,26 @@ class Pool(Generic[S]):
             finally:
                 self._give_back(session)
         finally:
-            self._free.release()
+            places.release()
 
     async def _new(self) -> S:
         session = await self._connect()
         self._trusted.add(session)
         return session
 
-    async def _wait_for_a_place(self) -> None:
+    async def _take(self, places: asyncio.Semaphore) -> None:
         if not self._open:
             message = "the store is not open: call open() first"
             raise errors.StoreUnavailable(message)
-        if not self._free.locked():
-            await self._free.acquire()  # at once: to set a deadline takes longer
+        if not places.locked():
+            await places.acquire()  # at once: to set a deadline takes longer
             return
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                await self._free.acquire()
+                await places.acquire()
         except TimeoutError as exc:
             message = (
-                f"all {MAX_CONNECTIONS} connections to the store are in use, and none came free in"
+                "all connections to the store are in use, and none came free in"
                 f" {CONNECT_SECONDS:g} s: is the store answering?"
             )
             raise errors.StoreUnavailable(message) from exc
@@ -233,6 +237,14 @@ class ServerDatabase(Database, Generic[S]):
 
     def __init__(self) -> None:
         self._pool: Pool[S] = Pool(self._connect)
+        self._places = self._pool.places
+
+    @property
+    def ahead(self) -> Self:
+        """The same database, by the connections that are reserved."""
+        ahead = copy(self)
+        ahead._places = self._pool.reserved  # noqa: SLF001 - its own kind
+        return ahead
 
     @abstractmethod
     async def _connect(self) -> S:
@@ -256,13 +268,13 @@ class ServerDatabase(Database, Generic[S]):
 
     async def read(self, work: Work[T]) -> T:
         """Do work with each statement on its own, committed as it ends."""
-        async with self._pool.lent() as session:
+        async with self._pool.lent(self._places) as session:
             return await work(session)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[Session]:
         """Lend a connection in a transaction; commit at the end."""
-        async with self._pool.lent() as session:
+        async with self._pool.lent(self._places) as session:
             try:
                 await session.begin()
                 yield session
@@ -274,7 +286,7 @@ class ServerDatabase(Database, Generic[S]):
     @asynccontextmanager
     async def migration(self) -> AsyncGenerator[Session]:
         """Lend a connection that holds a lock for the whole database; DDL commits by itself."""
-        async with self._pool.lent() as session:
+        async with self._pool.lent(self._places) as session:
             session.deadline = MIGRATION_SECONDS
             try:
                 await self._lock_migrations(session)

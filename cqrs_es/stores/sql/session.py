@@ -7,7 +7,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeAlias, TypeVar
 
 from cqrs_es import errors
 from cqrs_es.errors import RolledBack as RolledBack  # what drivers raise, beside DuplicateKey
@@ -169,6 +169,11 @@ class Database(ABC):
 
     Everything raises errors of `cqrs_es.errors`, `RolledBack` or `DuplicateKey`.
     """
+
+    @property
+    def ahead(self) -> Self:
+        """The same database for what must not wait until other work gives a connection back."""
+        return self
 
     @abstractmethod
     async def open(self) -> None:
