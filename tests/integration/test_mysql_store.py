@@ -6,6 +6,7 @@ import math
 import random
 import uuid
 from datetime import UTC, datetime, timedelta
+from itertools import chain as chain_of
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -21,9 +22,11 @@ from cqrs_es.stores import storage_for
 from cqrs_es.stores.mysql import session as mysql_session
 from cqrs_es.stores.mysql.database import STRICT
 from cqrs_es.stores.mysql.dialect import literals
+from cqrs_es.stores.sql import events
 from cqrs_es.types import new_command_id
 from tests.conftest import run_on
 from tests.contract.building import (
+    AWKWARD_IDS,
     NOW,
     PARTITIONS,
     accepted,
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from decimal import Decimal
 
+    from cqrs_es.messages import StoredEvent
     from cqrs_es.ports.storage import Storage
 
 TARGET = account_in(1)
@@ -198,6 +202,59 @@ def rows_in_any_order(count: int) -> list[ScheduledCommand]:
         )
         for moment in moments
     ]
+
+
+async def test_the_log_is_read_as_its_streams_are(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log by one column of JSON for each event, streams by their columns: to the byte."""
+    bodies = [
+        orjson.dumps({"text": text, "more": [None, {"a": [1.5, -0.0, 2**53]}]})
+        for text in ("", "\x00\x01\x1f\x7f", "\"\\'", "\u2028", "🏦", "]},{[", "x" * 70_000)
+    ]
+    bodies += [b'{ "spaced" :\t[ ] }', b"{" + b'"a":{' * 30 + b"}" * 31]
+    made = tuple(NewEvent("Happened", "1.0", body, body) for body in bodies)
+    keys = [account(id_) for id_ in AWKWARD_IDS]
+    await storage.events.append(
+        [chain(key, 0, accepted(key, 0, made)) for key in keys], NOW + timedelta(microseconds=1)
+    )
+    streams = [event for key in keys for event in await stream(storage, key)]
+    with monkeypatch.context() as patch:
+        patch.setattr(events, "event_of", None)
+        log = await whole_log(storage)
+    assert len(streams) == len(keys) * len(made)
+    assert sorted(streams, key=_place) == sorted(chain_of(*log.values()), key=_place)
+
+
+def _place(event: StoredEvent) -> tuple[int, int]:
+    return event.partition, event.offset
+
+
+@pytest.mark.parametrize(
+    ("change", "read"),
+    [
+        ("payload = '{'", b"{"),
+        ("payload = '{},{}'", b"{},{}"),
+        ("payload = '{}],[{}'", b"{}],[{}"),
+        ("recorded_at = NULL", b'{"number":1}'),
+    ],
+)
+async def test_a_row_that_is_not_as_it_should_be(
+    storage: Storage, mysql_url: str, change: str, read: bytes
+) -> None:
+    """It is read as it is by itself: what is wrong with it is said by those who decode it."""
+    await commit(storage, one(TARGET, 0, 3))
+    database = urlsplit(mysql_url).path[1:]
+    text = "LONGTEXT COLLATE utf8mb4_general_ci"
+    for statement in (
+        f"ALTER TABLE {database}.events MODIFY payload {text}, MODIFY recorded_at DATETIME(6)",
+        f"UPDATE {database}.events SET {change} WHERE sequence = 1",  # noqa: S608
+    ):
+        run_on(mysql_url, statement)
+    found = await storage.events.read_log(1, 0, 10)
+    assert [event.offset for event in found] == [1, 2, 3]
+    assert found[0].payload == read
+    assert found == await stream(storage, TARGET)
 
 
 async def test_rows_that_are_due_together_lie_together(storage: Storage) -> None:

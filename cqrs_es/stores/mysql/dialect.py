@@ -85,6 +85,15 @@ MARIADB: Final = Dialect(
         SET members.expires_at = UTC_TIMESTAMP(6) + INTERVAL {term} MICROSECOND,
             leases.expires_at = UTC_TIMESTAMP(6) + INTERVAL {term} MICROSECOND
         WHERE members.owner = {owner} AND members.role IN {roles}""",
+    # aiomysql takes a microsecond for each column: a row so takes half of the time to read.
+    # As bytes, which go together whatever the columns' collations are.
+    event_as_json="""
+        CONCAT(
+            '[', JSON_QUOTE(aggregate_type), ',', JSON_QUOTE(aggregate_id), ',', sequence,
+            ',', JSON_QUOTE(event_type), ',', JSON_QUOTE(event_version),
+            ',', CAST(payload AS BINARY), ',', CAST(metadata AS BINARY),
+            ',', log_partition, ',', log_offset,
+            ',', IFNULL(JSON_QUOTE(command_id), 'null'), ',"', recorded_at, 'Z"]')""",
 )
 
 MYSQL: Final = dataclasses.replace(
@@ -95,6 +104,7 @@ MYSQL: Final = dataclasses.replace(
     # MySQL 8.0.20 deprecates VALUES(), and MariaDB has no row alias.
     row_alias=" AS new",
     incoming="new.{column}",
+    event_as_json=None,  # JSON is a type of its own there: not measured
 )
 
 

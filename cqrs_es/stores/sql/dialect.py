@@ -50,6 +50,9 @@ class Dialect:
     `go_on` renews a process's memberships and leases; see `SqlLeases.go_on`, which fills in what
     it has in braces. None where a transaction costs no more.
 
+    `event_as_json` makes one JSON array of an event's columns, for a driver that takes long for
+    each column; None where it does not. See `rows.events_of_json`.
+
     For projectors' own tables: `own_types` says what becomes of a column's type, in which
     `{column}` is its name, `{size}` what stands in parentheses and `{rest}` what follows;
     `own_value` what is stored of a value; `decimal_functions` what adds where `+` is inexact.
@@ -82,6 +85,7 @@ class Dialect:
     collation: str | None = None
     list_collations: str = ""
     go_on: str | None = None
+    event_as_json: str | None = None
 
     def quoted(self, name: str) -> str:
         """Return a name as an identifier; raise `ConfigurationError` if it can't be one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
+import msgspec
 import orjson
 
 from cqrs_es import errors
@@ -17,6 +18,8 @@ from cqrs_es.types import AggregateKey
 from cqrs_es.wire import decode_outcome, encode_outcome
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from cqrs_es.stores.sql.dialect import Dialect, Parameter
     from cqrs_es.stores.sql.session import Row
 
@@ -40,6 +43,49 @@ def event_of(row: Row) -> StoredEvent:
         command_id=command,
         recorded_at=EPOCH if at is None else _moment(at, name, sequence),
     )
+
+
+class _EventColumns(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
+    aggregate_type: str
+    aggregate_id: str
+    sequence: int
+    event_type: str
+    event_version: str
+    payload: msgspec.Raw
+    metadata: msgspec.Raw
+    log_partition: int
+    log_offset: int
+    command_id: str | None
+    recorded_at: datetime
+
+
+_EVENTS_COLUMNS: Final = msgspec.json.Decoder(list[_EventColumns])
+
+
+def events_of_json(rows: Sequence[Row]) -> list[StoredEvent] | None:
+    """Read rows of one `Dialect.event_as_json` each; None where not all are as they should be."""
+    texts = [b"null" if text is None else text for (text,) in rows]
+    try:
+        found = _EVENTS_COLUMNS.decode(b"[%b]" % b",".join(texts))
+    except msgspec.DecodeError:
+        return None
+    if len(found) != len(rows):
+        return None
+    return [
+        StoredEvent(
+            key=AggregateKey(each.aggregate_type, each.aggregate_id),
+            sequence=each.sequence,
+            event_type=each.event_type,
+            event_version=each.event_version,
+            payload=bytes(each.payload),
+            metadata=bytes(each.metadata),
+            partition=each.log_partition,
+            offset=each.log_offset,
+            command_id=each.command_id,
+            recorded_at=each.recorded_at,
+        )
+        for each in found
+    ]
 
 
 def event_row(event: StoredEvent, recorded_at: Parameter) -> tuple[Parameter, ...]:
