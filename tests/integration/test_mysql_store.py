@@ -253,7 +253,7 @@ async def test_a_row_that_is_not_as_it_should_be(
         run_on(mysql_url, statement)
     found = await storage.events.read_log(1, 0, 10)
     assert [event.offset for event in found] == [1, 2, 3]
-    assert found[0].payload == read
+    assert found[0].payload.replace(b" ", b"") == read  # MySQL puts one after each colon
     assert found == await stream(storage, TARGET)
 
 

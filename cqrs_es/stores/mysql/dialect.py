@@ -104,7 +104,6 @@ MYSQL: Final = dataclasses.replace(
     # MySQL 8.0.20 deprecates VALUES(), and MariaDB has no row alias.
     row_alias=" AS new",
     incoming="new.{column}",
-    event_as_json=None,  # JSON is a type of its own there: not measured
 )
 
 
