@@ -12,6 +12,8 @@ FLOOD ?= 60000
 TRANSFERS ?= 10000
 KILLS ?= 5000
 CRASHES ?= 20
+# In memory: processes are killed, not the machine, and a disk would be what all of it waits for.
+CRASH_DISK ?= $(firstword $(wildcard /dev/shm /tmp))
 FUNCTION_COMMANDS ?= 10000
 FUZZ_SECONDS ?= 120
 FUZZED ?= message outcome event stored command cursor http arguments
@@ -53,8 +55,8 @@ test-newest: $(VENV)/.installed  ## run the suites on the newest versions that t
 	$(VENV)/newest/bin/pytest $(RANGE_SUITES) $(PYTEST_ARGS)
 
 crashes: $(VENV)/.installed  ## kill processes at each instant that matters, 20 times each, on SQLite and four pairs of servers
-	CI=true CQRS_ES_TEST_CRASHES=$(CRASHES) $(BIN)/pytest tests/faults/test_crash_points.py \
-		--numprocesses=4 -rA $(PYTEST_ARGS)
+	CI=true CQRS_ES_TEST_CRASHES=$(CRASHES) TMPDIR=$(CRASH_DISK) \
+		$(BIN)/pytest tests/faults/test_crash_points.py --numprocesses=4 -rA $(PYTEST_ARGS)
 
 faults: $(VENV)/.installed  ## a flood of commands; an hour of chaos: 20 minutes on each of three pairs of servers
 	CI=true CQRS_ES_TEST_FLOOD=$(FLOOD) $(BIN)/pytest tests/faults/test_deaths.py -k flood_of_commands $(PYTEST_ARGS)

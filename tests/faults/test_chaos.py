@@ -31,7 +31,7 @@ from tests.conftest import run_on
 from tests.history import recorder
 from tests.history.checker import REACTOR, RELAY, VIEWS, assert_promises_held
 from tests.history.records import History
-from tests.history.traffic import Sender
+from tests.history.traffic import PAUSE_SECONDS, Sender
 from tests.outside import Outside, RabbitOutside, RedisOutside
 from tests.processes import Service, service
 from tests.proxy import Wires
@@ -144,7 +144,12 @@ class Servers:
         else:
             self.store = start_postgres(store)
             self._tell("CREATE DATABASE bank")
-        self.broker = start_redis(broker) if self.broker_name == "redis" else start_rabbitmq(broker)
+        start_broker = start_redis if self.broker_name == "redis" else start_rabbitmq
+        try:
+            self.broker = start_broker(broker)
+        except BaseException:
+            self.store.stop()
+            raise
 
     def stop(self) -> None:
         self.broker.stop()
@@ -450,23 +455,37 @@ class Chaos:
 
 
 @contextmanager
-def chaos(store: str, broker: str, folder: Path, seed: int, *, copies: int = 2) -> Generator[Chaos]:
-    """Run a bank with some processes of each role, and its senders."""
+def chaos(
+    store: str,
+    broker: str,
+    folder: Path,
+    seed: int,
+    *,
+    copies: int = 2,
+    pause_seconds: float = PAUSE_SECONDS,
+    by_wire: bool = True,
+) -> Generator[Chaos]:
+    """Run a bank with some processes of each role, and its senders, which pause between batches.
+
+    Its processes reach the servers by wires that can be cut, or at once.
+    """
     servers = Servers(store, broker, folder)
     servers.start(on_small_disks=SECONDS > 0)
     with ExitStack() as stack:
         stack.callback(servers.stop)
         wires = Wires({"store": servers.store.port, "broker": servers.broker.port})
         stack.callback(wires.close)
-        urls = (
-            servers.store_url(wires.ports["store"]),
-            servers.broker_url(wires.ports["broker"]),
+        by = (
+            wires.ports if by_wire else {"store": servers.store.port, "broker": servers.broker.port}
         )
+        urls = servers.store_url(by["store"]), servers.broker_url(by["broker"])
         (folder / "logs").mkdir()
         bank = stack.enter_context(service("worker.app:app", *urls, folder / "logs"))
         made = Chaos(servers, wires, bank, History(broker))
         made.senders += [
-            Sender(f"sender-{n}", seed + n, "bank", made.connected, made.to_send_again)
+            Sender(
+                f"sender-{n}", seed + n, "bank", made.connected, made.to_send_again, pause_seconds
+            )
             for n in range(SENDERS)
         ]
         if broker == "amqp":

@@ -103,6 +103,7 @@ class Sender(threading.Thread):
         service: str,
         connect: Callable[[str], Outside],
         to_send_again: Callable[[dict[str, float]], set[str]],
+        pause_seconds: float = PAUSE_SECONDS,
     ) -> None:
         super().__init__(name=name, daemon=True)
         self.sent: list[Sent] = []
@@ -117,6 +118,7 @@ class Sender(threading.Thread):
         self._rng = random.Random(seed)
         self._connect, self._service = connect, service
         self._to_send_again = to_send_again
+        self._pause_seconds = pause_seconds
         self._outside: Outside | None = None
         self._ended = threading.Event()
 
@@ -135,7 +137,7 @@ class Sender(threading.Thread):
                 self._once()
             except (OSError, redis.RedisError, amqp.AMQPError):
                 self._hang_up()
-            time.sleep(PAUSE_SECONDS)
+            time.sleep(self._pause_seconds)
         self._hang_up()
 
     def _hang_up(self) -> None:
