@@ -237,13 +237,13 @@ class ServerDatabase(Database, Generic[S]):
 
     def __init__(self) -> None:
         self._pool: Pool[S] = Pool(self._connect)
-        self._places = self._pool.places
+        self.places = self._pool.places
 
     @property
     def ahead(self) -> Self:
         """The same database, by the connections that are reserved."""
         ahead = copy(self)
-        ahead._places = self._pool.reserved  # noqa: SLF001 - its own kind
+        ahead.places = self._pool.reserved
         return ahead
 
     @abstractmethod
@@ -268,13 +268,13 @@ class ServerDatabase(Database, Generic[S]):
 
     async def read(self, work: Work[T]) -> T:
         """Do work with each statement on its own, committed as it ends."""
-        async with self._pool.lent(self._places) as session:
+        async with self._pool.lent(self.places) as session:
             return await work(session)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncGenerator[Session]:
         """Lend a connection in a transaction; commit at the end."""
-        async with self._pool.lent(self._places) as session:
+        async with self._pool.lent(self.places) as session:
             try:
                 await session.begin()
                 yield session
@@ -286,7 +286,7 @@ class ServerDatabase(Database, Generic[S]):
     @asynccontextmanager
     async def migration(self) -> AsyncGenerator[Session]:
         """Lend a connection that holds a lock for the whole database; DDL commits by itself."""
-        async with self._pool.lent(self._places) as session:
+        async with self._pool.lent(self.places) as session:
             session.deadline = MIGRATION_SECONDS
             try:
                 await self._lock_migrations(session)
