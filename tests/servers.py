@@ -49,7 +49,7 @@ PACKAGES = {
     "promtool": "prometheus",
     "curl": "curl",
 }
-START_SECONDS = 120.0  # RabbitMQ takes 40 s where two cores have thirty processes to run
+START_SECONDS = 120.0  # 30 were too few for RabbitMQ where two cores had thirty processes to run
 STOP_SECONDS = 20.0
 
 

@@ -236,8 +236,10 @@ def _place(event: StoredEvent) -> tuple[int, int]:
         ("payload = '{'", b"{"),
         ("payload = '{},{}'", b"{},{}"),
         ("payload = '{}],[{}'", b"{}],[{}"),
+        ("payload = CONCAT(REPEAT('[', 9000), REPEAT(']', 9000))", b"[" * 9000 + b"]" * 9000),
         ("recorded_at = NULL", b'{"number":1}'),
     ],
+    ids=["broken", "two values", "two rows", "nested too deep", "no moment"],
 )
 async def test_a_row_that_is_not_as_it_should_be(
     storage: Storage, mysql_url: str, change: str, read: bytes

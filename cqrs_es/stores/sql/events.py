@@ -31,7 +31,6 @@ if TYPE_CHECKING:
         UniqueKey,
     )
     from cqrs_es.stores.append_plan import AppendPlan
-    from cqrs_es.stores.sql.dialect import Parameter
     from cqrs_es.stores.sql.session import Database, Query, Row, Session, Work
 
 _HEADS: Final = "SELECT log_partition, head FROM log_partitions"
@@ -381,26 +380,24 @@ def _by_type(keys: Iterable[AggregateKey]) -> list[tuple[str, Sequence[str]]]:
 
 async def _read_log(session: Session, partition: int, after: int, limit: int) -> list[StoredEvent]:
     place = (partition, after, limit)
-    events = await _read_events(session, _OF_THE_LOG, place)
+    events = await _read_page(session, place)
     if not events and await _head(session, partition) != after:
         # Events may have been committed between the two statements.
-        events = await _read_events(session, _OF_THE_LOG, place)
+        events = await _read_page(session, place)
         _check_not_empty(events, partition, after)
     _check_contiguous(events, partition, after)
     return events
 
 
-async def _read_events(
-    session: Session, where: str, parameters: Sequence[Parameter]
-) -> list[StoredEvent]:
+async def _read_page(session: Session, place: tuple[int, int, int]) -> list[StoredEvent]:
     """Read events by the quickest way; those that are not as they should be by their columns."""
     as_json = session.dialect.event_as_json
     if as_json is not None:
-        sql = f"SELECT {as_json} FROM {EVENTS.name} {where}"  # noqa: S608 - our own names
-        events = events_of_json(await session.fetch(sql, parameters))
+        sql = f"SELECT {as_json} FROM {EVENTS.name} {_OF_THE_LOG}"  # noqa: S608 - our own names
+        events = events_of_json(await session.fetch(sql, place))
         if events is not None:
             return events
-    return [event_of(row) for row in await session.fetch(f"{EVENTS.select} {where}", parameters)]
+    return [event_of(row) for row in await session.fetch(f"{EVENTS.select} {_OF_THE_LOG}", place)]
 
 
 async def _head(session: Session, partition: int) -> int:

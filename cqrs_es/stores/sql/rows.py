@@ -67,7 +67,7 @@ def events_of_json(rows: Sequence[Row]) -> list[StoredEvent] | None:
     texts = [b"null" if text is None else text for (text,) in rows]
     try:
         found = _EVENTS_COLUMNS.decode(b"[%b]" % b",".join(texts))
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     if len(found) != len(rows):
         return None
