@@ -27,6 +27,9 @@ on_dynamodb = pytest.mark.parametrize("store_url", ["dynamodb"], indirect=True)
 """For a test of what only DynamoDB does, or can't."""
 
 
+SERVERS = ("mysql", "postgres")
+
+
 class _MayHaveSql(Protocol[T_co]):
     @property
     def sql(self) -> T_co | None: ...

@@ -153,6 +153,11 @@ class AppendPlan(msgspec.Struct, frozen=True, kw_only=True):
         return any(isinstance(result, Committed) for result in self.results)
 
     @property
+    def commits_all(self) -> bool:
+        """Whether no chain conflicts."""
+        return all(isinstance(result, Committed) for result in self.results)
+
+    @property
     def is_plain(self) -> bool:
         """Whether it writes nothing but events and new outcomes, as most do."""
         return not (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import orjson
@@ -12,6 +13,7 @@ import pytest
 from cqrs_es import errors
 from cqrs_es.messages import Status
 from cqrs_es.ports.store import Committed, Conflicted, LoadRequest
+from cqrs_es.stores.sql.expected import Expectations
 from cqrs_es.types import new_command_id
 from tests.contract.building import (
     NOW,
@@ -34,15 +36,41 @@ from tests.contract.building import (
     stream,
     whole_log,
 )
-from tests.stores import on_dynamodb, on_sql
+from tests.stores import SERVERS, on_dynamodb, on_sql
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from cqrs_es.messages import Outcome
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.store import Chain, ChainResult
     from tests.contract.conftest import Database
 
 KEY = account("ACCT-001")
+
+
+@pytest.fixture(autouse=True, params=["reads first", "expects"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have each test append in both ways that servers know; expectations are often wrong then."""
+    if request.param == "expects":
+        url: str = request.getfixturevalue("store_url")
+        if not url.startswith(SERVERS):
+            pytest.skip("only servers are spared round trips")
+        monkeypatch.setattr(Expectations, "__init__", always_expect)
+
+
+def always_expect(expectations: Expectations) -> None:
+    """Expect to be alone in every partition, whatever was seen there."""
+    expectations._left = defaultdict(int)
+    expectations._alone = Everywhere()
+
+
+class Everywhere(set[int]):
+    """The partitions where an append expects to be alone."""
+
+    def issuperset(self, _: Iterable[object]) -> bool:
+        """Say so of any."""
+        return True
 
 
 # --- Versions ----------------------------------------------------------------

@@ -27,17 +27,24 @@ from tests.conftest import run_on
 from tests.contract.building import (
     NOW,
     PARTITIONS,
+    accepted,
     account,
     account_in,
+    assert_complete,
+    chain,
     commit,
+    conflict,
+    events,
     letter,
     one,
+    refused,
     stream,
+    whole_log,
 )
 from tests.proxy import proxy_to
 from tests.samples import Add, Counter, Services, Totals
 from tests.servers import psql, start_mariadb
-from tests.stores import sql_of
+from tests.stores import in_sql, sql_of
 from tests.waiting import eventually, until
 
 if TYPE_CHECKING:
@@ -45,6 +52,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cqrs_es.ports.storage import Storage
+    from cqrs_es.ports.store import Chain
     from cqrs_es.ports.views import ViewTransaction
     from cqrs_es.runtime.leases import Assignment
 
@@ -532,18 +540,96 @@ async def test_bodies_of_any_bytes_are_kept(storage: Storage) -> None:
 # --- Round trips -------------------------------------------------------------
 
 
-async def test_an_append_takes_few_round_trips(
-    server: Server, storage: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One for the lock and what is read, on PostgreSQL one for each; one for writing and COMMIT."""
-    answer, trips = pool.ServerSession._answer, itertools.count()
+@pytest.fixture
+def trips(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count what is sent to the server and answered, whoever sends it."""
+    answer, counted = pool.ServerSession._answer, [0]
 
-    async def counted(session: pool.ServerSession, ask: Callable[[], Awaitable[object]]) -> object:
-        next(trips)
+    async def counting(session: pool.ServerSession, ask: Callable[[], Awaitable[object]]) -> object:
+        counted[0] += 1
         return await answer(session, ask)
 
-    await commit(storage, one(account("A"), 0, 2))
-    monkeypatch.setattr(pool.ServerSession, "_answer", counted)
-    await commit(storage, one(account("A"), 2, 2))
-    assert next(trips) == (2 if server.url.startswith("mysql") else 3)
-    assert len(await stream(storage, account("A"))) == 4
+    monkeypatch.setattr(pool.ServerSession, "_answer", counting)
+    return counted
+
+
+async def trips_of_commit(storage: Storage, trips: list[int], chain: Chain) -> int:
+    """Append a chain that passes; return how many round trips that took."""
+    before = trips[0]
+    await commit(storage, chain)
+    return trips[0] - before
+
+
+async def test_an_append_takes_few_round_trips(
+    server: Server, storage: Storage, trips: list[int]
+) -> None:
+    """One to lock and read, on PostgreSQL one for each; one to write. In all one, where alone."""
+    reading = 2 if server.url.startswith("mysql") else 3
+    chains = [one(account("A"), base, 2) for base in (0, 2, 4, 6)]
+    found = [await trips_of_commit(storage, trips, each) for each in chains]
+    assert found == [reading, reading, 1, 1]
+    assert len(await stream(storage, account("A"))) == 8
+
+
+async def test_beside_others_an_append_reads_first(
+    server: Server, storage: Storage, trips: list[int]
+) -> None:
+    """What is not as expected costs a round trip more, once, until it is again."""
+    reading = 2 if server.url.startswith("mysql") else 3
+    mine, theirs = account_in(1), account_in(1, nth=1)
+    for base in range(3):
+        await commit(storage, one(mine, base))
+    other = storage_for(server.url)
+    await other.open()
+    await commit(other, one(theirs, 0))
+    failed = 2  # and rolled back
+    found = [await trips_of_commit(storage, trips, one(mine, base)) for base in (3, 4, 5)]
+    assert found == [failed + reading, reading, 1]
+    await commit(other, one(theirs, 1))
+    await other.close()
+    await commit(storage, one(mine, 6))
+    assert_complete(await whole_log(storage))
+
+
+@pytest.mark.parametrize("rejects", [False, True])
+async def test_what_an_append_expects_is_looked_at_under_its_lock(
+    server: Server, storage: Storage, *, rejects: bool
+) -> None:
+    """While it waits for the lock somebody else moves the aggregate: it conflicts."""
+    mine = account("A")
+    for base in range(3):
+        await commit(storage, one(mine, base))
+    doomed = chain(mine, 3, refused(mine, 3)) if rejects else one(mine, 3)
+    other = storage_for(server.url)
+    await other.open()
+    partition = mine.partition(PARTITIONS)
+    async with in_sql(other.views) as sql:
+        await sql.fetch(HEAD, (partition,))
+        waiting = asyncio.create_task(conflict(storage, doomed))
+        await asyncio.sleep(0.3)  # it waits for the lock by then
+        assert not waiting.done()
+        copied = (
+            "INSERT INTO events SELECT aggregate_type, aggregate_id, 4, event_type, event_version,"
+            " payload, metadata, log_partition, 4, command_id, recorded_at FROM events"
+            " WHERE sequence = 3"
+        )
+        await sql.execute(copied)
+        await sql.execute(
+            "UPDATE log_partitions SET head = 4 WHERE log_partition = ?", (partition,)
+        )
+    assert await waiting == 4
+    await other.close()
+    assert len(await stream(storage, mine)) == 4
+
+
+async def test_an_append_of_many_reads_first(
+    server: Server, storage: Storage, trips: list[int]
+) -> None:
+    """Where commands share what it costs, it is cheaper to ask for them together."""
+    reading = 2 if server.url.startswith("mysql") else 3
+    mine = account("A")
+    for base in range(3):
+        await commit(storage, one(mine, base))
+    many = chain(mine, 3, *[accepted(mine, 3 + n, events(1, 4 + n)) for n in range(21)])
+    assert await trips_of_commit(storage, trips, many) == reading
+    assert await trips_of_commit(storage, trips, one(mine, 24)) == 1

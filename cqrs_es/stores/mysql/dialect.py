@@ -94,6 +94,8 @@ MARIADB: Final = Dialect(
             ',', CAST(payload AS BINARY), ',', CAST(metadata AS BINARY),
             ',', log_partition, ',', log_offset,
             ',', IFNULL(JSON_QUOTE(command_id), 'null'), ',"', recorded_at, 'Z"]')""",
+    # The greatest number that there is, and one more: dividing by zero would give NULL.
+    assertion="SELECT 18446744073709551615 + IF({holds}, 0, 1)",
 )
 
 MYSQL: Final = dataclasses.replace(

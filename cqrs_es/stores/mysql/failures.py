@@ -14,6 +14,7 @@ from cqrs_es import errors
 from cqrs_es.stores.sql.session import (
     DuplicateKey,
     RolledBack,
+    Unexpected,
     refusing,
     too_slow,
     unreachable,
@@ -85,6 +86,7 @@ _UNREACHABLE: Final = frozenset(
 )
 _SLOW: Final = frozenset({1317, 1969, 3024})  # interrupted by somebody, or by the server's limit
 _OPTION_FORBIDS: Final = 1290
+_OUT_OF_RANGE: Final = 1690
 _NOT_COMMITTED: Final = 1180
 _NO_SPACE: Final = re.compile(r"error 28\b|No space left")
 _SETTINGS: Final = {
@@ -145,7 +147,8 @@ def _error_by_text(code: int, text: str) -> errors.CqrsError:
     if code == _NESTED_TOO_DEEP or (code == _CHECK_FAILED and _JSON_COLUMN.search(text)):
         message = "the JSON is nested deeper than the server takes; yield flatter events"
         return errors.TooLarge(message)
-    return errors.StoreError(f"the database refused the statement: ({code}) {text}")
+    kind = Unexpected if code == _OUT_OF_RANGE else errors.StoreError
+    return kind(f"the database refused the statement: ({code}) {text}")
 
 
 def _code_and_text(exc: pymysql.MySQLError) -> tuple[int, str]:

@@ -88,6 +88,7 @@ POSTGRES: Final = Dialect(
             WHERE owner = {owner} AND ({held}) RETURNING 1
         )
         SELECT 1 FROM announced UNION ALL SELECT 1 FROM renewed""",
+    assertion="SELECT 1 / CASE WHEN {holds} THEN 1 ELSE 0 END",
 )
 
 

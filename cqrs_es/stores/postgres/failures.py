@@ -13,6 +13,7 @@ from cqrs_es import errors
 from cqrs_es.stores.sql.session import (
     DuplicateKey,
     RolledBack,
+    Unexpected,
     refusing,
     too_slow,
     unreachable,
@@ -26,6 +27,7 @@ _NO_SUCH_TABLE: Final = "42P01"
 _OTHER_SESSION: Final = {"42P05", "26000"}
 """A prepared statement is there that nobody made, or is not there that was made."""
 _CANCELLED: Final = "57014"
+_DIVISION_BY_ZERO: Final = "22012"
 
 _ERRORS: Final[Mapping[str, type[errors.CqrsError]]] = {
     "40000": RolledBack,
@@ -110,4 +112,5 @@ def _error_for(exc: asyncpg.PostgresError) -> errors.CqrsError:
     missing = _TABLE.search(str(exc))
     if state == _NO_SUCH_TABLE and missing and missing[1] in FRAMEWORK_NAMES:
         return errors.StoreNotInitialised()
-    return errors.StoreError(f"the database refused the statement: ({state}) {exc}")
+    kind = Unexpected if state == _DIVISION_BY_ZERO else errors.StoreError
+    return kind(f"the database refused the statement: ({state}) {exc}")

@@ -50,6 +50,8 @@ class Dialect:
     `go_on` renews a process's memberships and leases; see `SqlLeases.go_on`, which fills in what
     it has in braces. None where a transaction costs no more.
 
+    `assertion` is a query that fails, with `Unexpected`, unless what it `{holds}` does; a server's.
+
     `event_as_json` makes one JSON array of an event's columns, for a driver that takes long for
     each column; None where it does not. See `rows.events_of_json`.
 
@@ -86,6 +88,11 @@ class Dialect:
     list_collations: str = ""
     go_on: str | None = None
     event_as_json: str | None = None
+    assertion: str = ""
+
+    def fail_unless(self, holds: str) -> str:
+        """Return a query that fails, with `Unexpected`, unless a condition holds."""
+        return self.assertion.format(holds=holds)
 
     def quoted(self, name: str) -> str:
         """Return a name as an identifier; raise `ConfigurationError` if it can't be one."""

@@ -11,8 +11,9 @@ from cqrs_es.stores import append_plan
 from cqrs_es.stores.append_plan import AppendState
 from cqrs_es.stores.sql import dead_letters, outcomes, scheduled, unique_keys
 from cqrs_es.stores.sql.dialect import marks
+from cqrs_es.stores.sql.expected import Expectations, as_expected
 from cqrs_es.stores.sql.rows import event_of, event_row, events_of_json, snapshot_of, snapshot_row
-from cqrs_es.stores.sql.session import chunks
+from cqrs_es.stores.sql.session import Unexpected, chunks
 from cqrs_es.stores.sql.tables import EVENTS, LOG_PARTITIONS, SNAPSHOTS
 from cqrs_es.types import AggregateKey, partition_of_lane
 
@@ -64,6 +65,7 @@ class SqlEvents(EventStore):
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._expectations = Expectations()
 
     async def load(self, requests: Sequence[LoadRequest]) -> list[LoadedAggregate]:
         """Read a page of each aggregate, in the order of `requests`."""
@@ -73,15 +75,45 @@ class SqlEvents(EventStore):
         """Write what passes its checks, in one transaction; results in the order of `chains`."""
         if not chains:
             return []
+        expected = self._expectations.of(chains) if self._database.is_server else None
+        if expected is not None:
+            try:
+                plan = await self._append_as_expected(chains, expected, recorded_at)
+            except Unexpected:
+                self._expectations.disappoint(expected.heads)
+            else:
+                self._expectations.left(expected.heads, plan.new_heads)
+                return list(plan.results)
 
-        async def work(session: Session) -> list[ChainResult]:
+        async def work(session: Session) -> tuple[AppendState, AppendPlan]:
             state = await _lock_and_read(session, chains)
             plan = append_plan.plan_append(chains, state, recorded_at)
             with session.writing_last():
                 await _write(session, plan, recorded_at)
-            return list(plan.results)
+            return state, plan
 
-        return await self._database.run(work)
+        state, plan = await self._database.run(work)
+        self._expectations.left(state.heads, plan.new_heads)
+        return list(plan.results)
+
+    async def _append_as_expected(
+        self, chains: Sequence[Chain], expected: AppendState, recorded_at: datetime
+    ) -> AppendPlan:
+        """Lock, check and write with the commit; raise `Unexpected` where it is not as expected."""
+        plan = append_plan.plan_append(chains, expected, recorded_at)
+        if not plan.commits_all:
+            raise Unexpected
+        condition, values = as_expected(chains, expected)
+
+        async def work(session: Session) -> None:
+            heads, partitions = _of_heads([*expected.heads])
+            with session.writing_last():
+                await session.execute(f"{heads}{session.dialect.for_update}", partitions)
+                await session.execute(session.dialect.fail_unless(condition), values)
+                await _write(session, plan, recorded_at)
+
+        await self._database.run(work)
+        return plan
 
     async def find_outcomes(self, command_ids: Collection[str]) -> dict[str, StoredOutcome]:
         """Look up the outcomes of those ids that have one."""

@@ -235,6 +235,8 @@ class Pool(Generic[S]):
 class ServerDatabase(Database, Generic[S]):
     """A database on a server; an adapter says how to connect, and how to take turns migrating."""
 
+    is_server = True
+
     def __init__(self) -> None:
         self._pool: Pool[S] = Pool(self._connect)
         self.places = self._pool.places

@@ -31,6 +31,10 @@ class DuplicateKey(errors.StoreError):
     """A row with that key is there already; the statement had no effect."""
 
 
+class Unexpected(errors.StoreError):
+    """A statement failed as `Dialect.assertion` does; nothing was written."""
+
+
 _AT_ONCE: Final = nullcontext()
 
 
@@ -168,7 +172,10 @@ class Database(ABC):
     """A database that can be connected to.
 
     Everything raises errors of `cqrs_es.errors`, `RolledBack` or `DuplicateKey`.
+    `is_server`: a statement goes a way, so that it is worth something to need fewer.
     """
+
+    is_server = False
 
     @property
     def ahead(self) -> Self:
