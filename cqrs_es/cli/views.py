@@ -61,9 +61,11 @@ def rebuild(
     if remove:
         done: dict[str, object] | None = _remove(context, name)
     else:
+        from cqrs_es.service import run_to_end
+
         settings, app = invocation_of(context).load()
         work = _rebuild(app, settings, name, abort=abort, switch_to=switch_to, drop=drop)
-        done = asyncio.run(work)
+        done = run_to_end(work)
     if done is None:
         raise typer.Exit(INTERRUPTED)
     if json:
