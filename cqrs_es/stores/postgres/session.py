@@ -13,7 +13,7 @@ import asyncpg
 import orjson
 
 from cqrs_es import errors
-from cqrs_es.stores.postgres.dialect import POSTGRES, literal, numbered, to_format
+from cqrs_es.stores.postgres.dialect import POSTGRES, literals, numbered, readable, to_format
 from cqrs_es.stores.postgres.failures import mapped_errors
 from cqrs_es.stores.sql.dialect import utc_moment
 from cqrs_es.stores.sql.own import own_text
@@ -73,7 +73,7 @@ class PostgresSession(ServerSession):
         """Run a query, locking its rows until the transaction ends if wanted."""
         text = numbered(f"{sql}{self.dialect.for_update}" if lock else sql)
         await self._make_begin()
-        values = map(_readable, parameters)
+        values = map(readable, parameters)
         found = await self._answer(lambda: self._connection.fetch(text, *values))
         return [tuple(row) for row in found]
 
@@ -91,15 +91,16 @@ class PostgresSession(ServerSession):
     async def write(self, statement: RowStatement, rows: Sequence[Sequence[Parameter]]) -> None:
         """Run a statement for many rows, in one round trip for each chunk."""
         if self._writing_last:
+            row_format = to_format(statement.row)
             for some in chunks(rows):
-                values = ", ".join(_text(statement.row, row) for row in some)
-                self._last.append(f"{statement.head} {values}{statement.tail}")
+                texts = ", ".join([row_format % literals(row) for row in some])
+                self._last.append(f"{statement.head} {texts}{statement.tail}")
             return
         text = numbered(str(statement))
         await self._make_begin()
         for some in chunks(rows):
-            readable = [tuple(map(_readable, row)) for row in some]
-            await self._answer(partial(self._connection.executemany, text, readable))
+            values = [tuple(map(readable, row)) for row in some]
+            await self._answer(partial(self._connection.executemany, text, values))
 
     async def fitted(
         self, sql: str, rows: Sequence[Sequence[Parameter]]
@@ -219,7 +220,7 @@ class PostgresSession(ServerSession):
             self._begins = False
             sql = f"BEGIN; {sql}"
         # What has its values in it is not to be looked through, or remembered: it may be long.
-        text, values = numbered(sql) if parameters else sql, map(_readable, parameters)
+        text, values = numbered(sql) if parameters else sql, map(readable, parameters)
         done: str = await self._answer(lambda: self._connection.execute(text, *values))
         return done
 
@@ -227,14 +228,9 @@ class PostgresSession(ServerSession):
         return mapped_errors(self._connection)
 
 
-def _readable(value: Parameter) -> Parameter:
-    """Replace what PostgreSQL's text can't hold; JSON escapes it, so this is prose."""
-    return value.replace("\0", "\N{SYMBOL FOR NULL}") if isinstance(value, str) else value
-
-
 def _text(sql: str, parameters: Sequence[Parameter]) -> str:
     """Return a statement of the framework's own with its values in it."""
-    return to_format(sql) % tuple(literal(_readable(value)) for value in parameters)
+    return to_format(sql) % literals(parameters)
 
 
 def _plain(value: object) -> object:
