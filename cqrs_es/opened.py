@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import msgspec
 
 from cqrs_es import errors, wire
 from cqrs_es.commands import new_command
@@ -84,8 +85,7 @@ A = TypeVar("A", bound="Stateful[Any]")
 V = TypeVar("V", bound="View[Any]")
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded(Generic[A]):
+class Loaded(msgspec.Struct, Generic[A], frozen=True):
     """An aggregate as the store holds it; `snapshot` is its snapshot's number, 0 for none."""
 
     state: A
@@ -93,8 +93,7 @@ class Loaded(Generic[A]):
     snapshot: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
+class Kept(msgspec.Struct, frozen=True, kw_only=True):
     """A generation of a view that the store has; `state` as `cqrs-es views list` explains it.
 
     `own`: this code projects into it. `code` is its fingerprint in hexadecimal, None where

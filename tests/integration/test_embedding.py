@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from msgspec import structs
 
 from cqrs_es import CommandContext, Envelope, View, errors
 from cqrs_es.application import Application, ExecutionPolicy, execution_policy
@@ -192,7 +193,8 @@ async def test_a_row_that_does_not_fit(store_url: str) -> None:
         assert row is not None
         async with storage.views.transaction() as transaction:
             await transaction.save(
-                "totals__1", [replace(row, version=row.version + 1, payload=b'{"total": "one"}')]
+                "totals__1",
+                [structs.replace(row, version=row.version + 1, payload=b'{"total": "one"}')],
             )
         with pytest.raises(errors.UndecodableRow, match="cqrs-es rebuild totals") as damaged:
             await opened.view(Totals, "a")
