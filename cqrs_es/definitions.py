@@ -18,7 +18,6 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 import orjson
-from cronsim import CronSim, CronSimError
 
 from cqrs_es import errors
 from cqrs_es.aggregate import NO_RETRIES, Aggregate, EventSourced, Retries, SourceOfTruth, Stateful
@@ -71,6 +70,8 @@ class Recurring(msgspec.Struct, frozen=True):
 
     def after(self, moment: datetime) -> datetime:
         """Return the first time after a moment, in UTC; raise `DefinitionError` for none."""
+        from cronsim import CronSim, CronSimError  # noqa: PLC0415 - few have recurring commands
+
         try:
             return next(CronSim(self.cron, moment.astimezone(self.zone))).astimezone(UTC)
         except (CronSimError, StopIteration) as exc:

@@ -43,7 +43,6 @@ from cqrs_es.projector import (
     role_of,
 )
 from cqrs_es.reactor import reactor_role
-from cqrs_es.runtime.supervisor import Supervisor
 from cqrs_es.runtime.topic import republish
 from cqrs_es.runtime.waiting import Home
 from cqrs_es.telemetry.lines import get_logger
@@ -73,6 +72,7 @@ if TYPE_CHECKING:
     from cqrs_es.projection.rebuild import RebuildProgress
     from cqrs_es.registry import Registry
     from cqrs_es.runtime.process import Process
+    from cqrs_es.runtime.supervisor import Supervisor
     from cqrs_es.telemetry.tracing import CommandSpan
     from cqrs_es.view import View
 
@@ -625,6 +625,8 @@ class OpenApplication:
 
     def supervisor(self, roles: Collection[str] | None = None) -> Supervisor:
         """Make what runs roles in this process: those named, or all there are."""
+        from cqrs_es.runtime.supervisor import Supervisor  # noqa: PLC0415 - only roles need it
+
         if self.registry.left_out:
             log.warning("projectors left out", why="no SQL", names=self.registry.left_out)
         return Supervisor(self.process, roles)

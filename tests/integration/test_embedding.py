@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -51,6 +53,16 @@ async def opened(store_url: str) -> AsyncIterator[OpenApplication]:
 async def elsewhere(work: Coroutine[object, object, object]) -> object:
     """Run work in a thread with an event loop of its own."""
     return await asyncio.wait_for(asyncio.to_thread(asyncio.run, work), SECONDS)
+
+
+# --- Its import ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seldom", ["cqrs_es.runtime.supervisor", "cronsim", "structlog"])
+def test_importing_an_application_leaves_out_what_few_need(seldom: str) -> None:
+    """A function or program that only executes commands starts sooner."""
+    program = f"import sys, cqrs_es.application; assert {seldom!r} not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 # --- Where it is not open -----------------------------------------------------
