@@ -16,8 +16,8 @@ from types import NoneType
 from typing import Any, Final, Literal, TypeAlias, TypeVar, cast, get_args
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+import msgspec
 import orjson
-from cronsim import CronSim, CronSimError
 
 from cqrs_es import errors
 from cqrs_es.aggregate import NO_RETRIES, Aggregate, EventSourced, Retries, SourceOfTruth, Stateful
@@ -60,8 +60,7 @@ RECURRING: Final = "$every "
 """What the rows of recurring commands are called, as timers of their target: this and the name."""
 
 
-@dataclass(frozen=True, slots=True)
-class Recurring:
+class Recurring(msgspec.Struct, frozen=True):
     """A command that is sent at each time of a cron expression, in a zone."""
 
     name: str
@@ -71,6 +70,8 @@ class Recurring:
 
     def after(self, moment: datetime) -> datetime:
         """Return the first time after a moment, in UTC; raise `DefinitionError` for none."""
+        from cronsim import CronSim, CronSimError  # noqa: PLC0415 - few have recurring commands
+
         try:
             return next(CronSim(self.cron, moment.astimezone(self.zone))).astimezone(UTC)
         except (CronSimError, StopIteration) as exc:
@@ -146,8 +147,7 @@ def remote_target(target: str) -> tuple[str, str]:
 # --- Aggregates --------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class EventDefinition:
+class EventDefinition(msgspec.Struct, frozen=True):
     """An event class as the log knows it."""
 
     spec: MessageSpec
@@ -155,8 +155,7 @@ class EventDefinition:
     codec: Codec[Any]
 
 
-@dataclass(frozen=True, slots=True)
-class AggregateDefinition:
+class AggregateDefinition(msgspec.Struct, frozen=True):
     """An aggregate class with everything it needs to be run; `inputs` of a process manager."""
 
     cls: type[AnyAggregate]
@@ -277,8 +276,7 @@ EVENT_INPUT: Final = "$event"
 REFUSED_INPUT: Final = "$refused"
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessInputs:
+class ProcessInputs(msgspec.Struct, frozen=True):
     """How events and refusals are carried to a process manager: by which names, in which form.
 
     An event goes through the upcasters of its aggregate when it is read, so it may lie in a
@@ -572,8 +570,7 @@ def _check_field_names(cls: type[Any], taken: Mapping[str, str]) -> None:
 # --- Views and projectors ----------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class ViewDefinition:
+class ViewDefinition(msgspec.Struct, frozen=True):
     """A view class that the framework keeps as rows of JSON."""
 
     cls: type[AnyView]
@@ -588,8 +585,7 @@ class ViewDefinition:
         return self.cls.view_name
 
 
-@dataclass(frozen=True, slots=True)
-class ProjectorDefinition:
+class ProjectorDefinition(msgspec.Struct, frozen=True):
     """A projector class with tables and SQL of its own.
 
     One that is not `needed` is left out where the store has no SQL.
@@ -610,8 +606,7 @@ class ProjectorDefinition:
 ProjectionDefinition: TypeAlias = ViewDefinition | ProjectorDefinition
 
 
-@dataclass(frozen=True, slots=True)
-class ReactorDefinition:
+class ReactorDefinition(msgspec.Struct, frozen=True):
     """What follows the log to send commands: a reactor, or what routes to a process manager.
 
     `process` is that process manager; `reactor` and `services` are of a reactor.

@@ -13,7 +13,6 @@ import dataclasses
 import math
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from types import NoneType
@@ -62,8 +61,7 @@ class Misfit(Exception):
         return f"{self.path}: {self.args[0]}"
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
+class Form(msgspec.Struct, frozen=True):
     """How values of one type are written.
 
     `classes` are those that a value may have; those in `plain` are written by
@@ -74,7 +72,7 @@ class Form:
     classes: frozenset[type]
     write: Write
     plain: frozenset[type] = frozenset()
-    unchecked: Mapping[type, Write] = field(default_factory=dict[type, Write])
+    unchecked: Mapping[type, Write] = msgspec.field(default_factory=dict[type, Write])
 
 
 def writer(info: types.Type, where: str) -> Write:

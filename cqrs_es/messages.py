@@ -27,8 +27,7 @@ FIRST_VERSION: Final = "1.0"
 # --- Declaring messages ------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class MessageSpec:
+class MessageSpec(msgspec.Struct, frozen=True):
     """What `@command` and `@event` note about a class: never its module path."""
 
     kind: Literal["command", "event"]

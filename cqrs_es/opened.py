@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import msgspec
 
 from cqrs_es import errors, wire
 from cqrs_es.commands import new_command
@@ -42,7 +43,6 @@ from cqrs_es.projector import (
     role_of,
 )
 from cqrs_es.reactor import reactor_role
-from cqrs_es.runtime.supervisor import Supervisor
 from cqrs_es.runtime.topic import republish
 from cqrs_es.runtime.waiting import Home
 from cqrs_es.telemetry.lines import get_logger
@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from cqrs_es.projection.rebuild import RebuildProgress
     from cqrs_es.registry import Registry
     from cqrs_es.runtime.process import Process
+    from cqrs_es.runtime.supervisor import Supervisor
     from cqrs_es.telemetry.tracing import CommandSpan
     from cqrs_es.view import View
 
@@ -84,8 +85,7 @@ A = TypeVar("A", bound="Stateful[Any]")
 V = TypeVar("V", bound="View[Any]")
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded(Generic[A]):
+class Loaded(msgspec.Struct, Generic[A], frozen=True):
     """An aggregate as the store holds it; `snapshot` is its snapshot's number, 0 for none."""
 
     state: A
@@ -93,8 +93,7 @@ class Loaded(Generic[A]):
     snapshot: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
+class Kept(msgspec.Struct, frozen=True, kw_only=True):
     """A generation of a view that the store has; `state` as `cqrs-es views list` explains it.
 
     `own`: this code projects into it. `code` is its fingerprint in hexadecimal, None where
@@ -626,6 +625,8 @@ class OpenApplication:
 
     def supervisor(self, roles: Collection[str] | None = None) -> Supervisor:
         """Make what runs roles in this process: those named, or all there are."""
+        from cqrs_es.runtime.supervisor import Supervisor  # noqa: PLC0415 - only roles need it
+
         if self.registry.left_out:
             log.warning("projectors left out", why="no SQL", names=self.registry.left_out)
         return Supervisor(self.process, roles)

@@ -8,8 +8,11 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import AsyncExitStack, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+
+import msgspec
+from msgspec.structs import replace
 
 from cqrs_es import errors
 from cqrs_es.application import PATIENCE_SECONDS, execution_policy
@@ -74,8 +77,7 @@ class Task:
 EVERYTHING: Final = Task()
 
 
-@dataclass(slots=True)
-class Report:
+class Report(msgspec.Struct):
     """What a process did, and what its views hold in the end, if it got that far.
 
     `code` is the exit code that the process is to end with.
@@ -83,9 +85,9 @@ class Report:
 
     code: int = DONE
     reason: str = "asked to stop"
-    progress: Progress = field(default_factory=Progress)
+    progress: Progress = msgspec.field(default_factory=Progress)
     seconds: float = 0.0
-    rows: Mapping[str, int] = field(default_factory=dict[str, int])
+    rows: Mapping[str, int] = msgspec.field(default_factory=dict[str, int])
     parked: int = 0
 
     @property

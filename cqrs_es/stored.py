@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+import msgspec
 import orjson
 
 from cqrs_es import errors, wire
@@ -49,12 +49,11 @@ class Kind(NamedTuple):
     version: str
 
 
-@dataclass(slots=True)
-class Kept:
+class Kept(msgspec.Struct):
     """How many events there are of a kind, and some of them: each is as likely as another."""
 
     count: int = 0
-    samples: list[StoredEvent] = field(default_factory=list["StoredEvent"])
+    samples: list[StoredEvent] = msgspec.field(default_factory=list["StoredEvent"])
 
     def add(self, event: StoredEvent, sample: int) -> None:
         """Count an event; keep it, perhaps in place of another [Waterman's algorithm R]."""
@@ -88,8 +87,7 @@ async def _log(events: EventStore, partition: int) -> AsyncIterator[StoredEvent]
 # --- What can't be read ---------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Unreadable:
+class Unreadable(msgspec.Struct, frozen=True):
     """Something that is stored and that this code could not read: how many, and why the first.
 
     What is not `lost` costs time only: a snapshot is made anew from the events.
@@ -101,12 +99,11 @@ class Unreadable:
     lost: bool = True
 
 
-@dataclass(slots=True)
-class _Found:
+class _Found(msgspec.Struct):
     """Gathers what can't be read, the first reason for each thing."""
 
-    reasons: dict[str, str] = field(default_factory=dict[str, str])
-    counts: dict[str, int] = field(default_factory=dict[str, int])
+    reasons: dict[str, str] = msgspec.field(default_factory=dict[str, str])
+    counts: dict[str, int] = msgspec.field(default_factory=dict[str, int])
 
     def note(self, what: str, reason: str) -> None:
         self.reasons.setdefault(what, reason)

@@ -12,7 +12,6 @@ import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Final, TypeVar, Union, cast
 
@@ -24,8 +23,7 @@ from cqrs_es import errors
 TAG: Final = "type"
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     """A dataclass, and its fields with the types that msgspec is shown."""
 
     cls: type[Any]

@@ -6,10 +6,10 @@ import contextlib
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final, cast
 
+import msgspec
 import orjson
 from msgspec.structs import replace
 
@@ -106,8 +106,7 @@ def completed(message: CommandMessage, max_bytes: int) -> CommandMessage:
     return replace(message, id=id_, body=body)
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
+class Schedule(msgspec.Struct, frozen=True):
     """A command that is to be decided at a moment, as its sender asks for it."""
 
     message: CommandMessage

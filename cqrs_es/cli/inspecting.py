@@ -6,9 +6,9 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
+import msgspec
 import orjson
 import typer
 
@@ -301,8 +301,7 @@ def view(
     with_application(context, work)
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
+class Page(msgspec.Struct, frozen=True):
     """Which rows of a view to print: those with an id above `after`, None for all of them."""
 
     after: str
@@ -400,12 +399,11 @@ READ_LIMIT: Final = 500
 _POSITION: Final = re.compile(r"([0-9]{1,9}):([0-9]{1,18})")
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(msgspec.Struct, frozen=True):
     """Where to begin: at the start or the end of the log, but for some partitions elsewhere."""
 
     at_end: bool = True
-    offsets: Mapping[int, int] = field(default_factory=dict[int, int])
+    offsets: Mapping[int, int] = msgspec.field(default_factory=dict[int, int])
 
     @classmethod
     def parse(cls, texts: Collection[str]) -> Start:
@@ -458,8 +456,7 @@ def tail(
     raise typer.Exit(DONE if clean else FAILED)
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
+class Selection(msgspec.Struct, frozen=True):
     """What to show of the log (every type of event unless `types` names some), and how."""
 
     start: Start

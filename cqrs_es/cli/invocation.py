@@ -11,10 +11,11 @@ import sys
 import tomllib
 import traceback
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 from urllib.parse import urlsplit
+
+import msgspec
 
 from cqrs_es import errors
 from cqrs_es.settings import LogFormat, LogLevel, Settings
@@ -31,8 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class Invocation:
+class Invocation(msgspec.Struct):
     """One call of the command line: its global options, filled in before the verb runs."""
 
     app: str | None = None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
+import msgspec
 import orjson
 import typer
 
@@ -51,8 +51,7 @@ def print_text(text: str) -> None:
     sys.stdout.flush()
 
 
-@dataclass(frozen=True, slots=True)
-class Coloured:
+class Coloured(msgspec.Struct, frozen=True):
     """A number or a word in a table that has a colour on a terminal."""
 
     value: int | str

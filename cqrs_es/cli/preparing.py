@@ -6,10 +6,11 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
+import msgspec
 import typer
 
 from cqrs_es import errors
@@ -103,7 +104,7 @@ def settings(context: typer.Context, json: JsonFlag = False) -> None:
 
     Example: cqrs-es settings
     """
-    explained = [asdict(one) for one in explain(invocation_of(context).settings())]
+    explained = [msgspec.structs.asdict(one) for one in explain(invocation_of(context).settings())]
     if json:
         for one in explained:
             print_json(one)
@@ -118,8 +119,7 @@ def settings(context: typer.Context, json: JsonFlag = False) -> None:
 Check: TypeAlias = "Callable[[], Awaitable[str]]"
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True):
     """What one check found; `code` is the exit code that it asks for."""
 
     check: str
@@ -369,8 +369,7 @@ MEANINGS: Final[Mapping[str, str]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
+class Explanation(msgspec.Struct, frozen=True):
     """One setting: its variable, its value now (passwords masked), its default, its meaning."""
 
     name: str

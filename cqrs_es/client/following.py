@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from cqrs_es import errors
 from cqrs_es.cloudevents import event_at
@@ -238,8 +239,7 @@ async def _received(feed: EventFeed) -> list[TopicEvent]:
 # --- Order: each offset once, none left out ------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Gap:
+class Gap(msgspec.Struct, frozen=True):
     """Offsets of a partition, first and last included, that later ones arrived before."""
 
     partition: int

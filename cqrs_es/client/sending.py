@@ -12,8 +12,9 @@ import secrets
 from collections import defaultdict, deque
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from cqrs_es import errors, wire
 from cqrs_es.cloudevents import timestamp
@@ -35,8 +36,7 @@ SENT_AT_ONCE: Final = 500
 BYTES_AT_ONCE: Final = 4 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Asked:
+class _Asked(msgspec.Struct, frozen=True, eq=False):
     """Commands that somebody waits to have sent."""
 
     commands: Sequence[OutgoingCommand]

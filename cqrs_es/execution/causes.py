@@ -12,12 +12,12 @@ import functools
 import hashlib
 import hmac
 import uuid
-from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 import orjson
-from msgspec import structs
+from msgspec.structs import replace
 
 from cqrs_es import errors, wire
 from cqrs_es.cloudevents import timestamp
@@ -51,8 +51,7 @@ INHERITED: Final = ("correlation_id", "traceparent", "tracestate")
 ELAPSED: Final = spec_of(Elapsed).name
 
 
-@dataclass(frozen=True, slots=True)
-class Cause:
+class Cause(msgspec.Struct, frozen=True):
     """What causes commands: an event, or a command without one.
 
     `id` is the event's CloudEvents id, or the command's id; `command_id` is that of the
@@ -119,7 +118,7 @@ class Causes:
         except errors.InvalidMessage as exc:
             message = f"send({target!r}, …, {name}): {exc.message}"
             raise errors.DefinitionError(message) from exc
-        return structs.replace(row, key=AggregateKey(target, key.id), partition=lane)
+        return replace(row, key=AggregateKey(target, key.id), partition=lane)
 
     def recurring(self, definition: Recurring, after: datetime) -> ScheduledCommand:
         """Make the row of a recurring command's first time after a moment.

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import CodeType
 from typing import TYPE_CHECKING, Final, TypeAlias
+
+import msgspec
 
 from cqrs_es import errors
 from cqrs_es.execution.baselines import first_page, replayed
@@ -113,8 +114,7 @@ def due(definitions: Iterable[AggregateDefinition], noted: Mapping[str, str]) ->
 # --- Filling the table anew --------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Collision:
+class Collision(msgspec.Struct, frozen=True, order=True):
     """A value that two aggregates of a type have: `holder` holds it, `other` does not."""
 
     name: str
@@ -122,8 +122,7 @@ class Collision:
     other: str
 
 
-@dataclass(frozen=True, slots=True)
-class KeysRebuilt:
+class KeysRebuilt(msgspec.Struct, frozen=True):
     """What was looked at and changed; with collisions, the type stays due."""
 
     aggregates: int

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
+import msgspec
+
 from cqrs_es.aggregate import NO_RETRIES, Retries
 from cqrs_es.execution.retry import with_jitter
 from cqrs_es.messages import CommandMessage
@@ -55,8 +57,7 @@ class ExecutionPolicy:
         return with_jitter(waits[failures - 1]) if failures <= len(waits) else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hooks:
+class Hooks(msgspec.Struct, frozen=True, kw_only=True):
     """Called on the hot path: they wait for nothing and raise nothing.
 
     `on_failure` is told of every exception that a handler raises unexpectedly;

@@ -14,10 +14,10 @@ import asyncio
 import re
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
+import msgspec
 import orjson
 from starlette.responses import Response
 
@@ -51,8 +51,7 @@ KEPT_BYTES: Final = 1024 * 1024
 _POSITION: Final = re.compile(r"([0-9A-Za-z-]{1,64});((?:[0-9]{1,9}:[0-9]{1,18},?)*)")
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
+class Written(msgspec.Struct, frozen=True):
     """An event of the log as it is sent."""
 
     offset: int

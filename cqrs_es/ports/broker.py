@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import enum
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
 
@@ -36,8 +35,7 @@ ANY_SIZE: Final = 2**62
 """What `receive` may take where nobody counts bytes."""
 
 
-@dataclass(frozen=True, slots=True)
-class OutgoingCommand:
+class OutgoingCommand(msgspec.Struct, frozen=True):
     """An encoded command message and the partition it belongs in."""
 
     partition: int
@@ -69,8 +67,7 @@ class Delivery(msgspec.Struct, frozen=True):
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class OutgoingReply:
+class OutgoingReply(msgspec.Struct, frozen=True):
     """An encoded outcome and the sender it is for."""
 
     reply_to: str
@@ -78,8 +75,7 @@ class OutgoingReply:
     outcome: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class OutgoingEvent:
+class OutgoingEvent(msgspec.Struct, frozen=True):
     """An event of the log in its topic form."""
 
     offset: int
@@ -91,8 +87,7 @@ class OutgoingEvent:
 ReadLog: TypeAlias = "Callable[[int], Awaitable[Sequence[OutgoingEvent]]]"
 
 
-@dataclass(frozen=True, slots=True)
-class TopicEvent:
+class TopicEvent(msgspec.Struct, frozen=True):
     """An event as a subscriber gets it."""
 
     partition: int
@@ -100,8 +95,7 @@ class TopicEvent:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Topology:
+class Topology(msgspec.Struct, frozen=True):
     """What a service's queues and topic were declared for.
 
     `log_epoch` is None where the broker can't tell.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from cqrs_es.types import storable
 
@@ -18,8 +19,7 @@ RECEIVED_AT: Final = "received_at"
 """The header that says when a message was received, for who decides it again."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeadLetter:
+class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     """A message that nobody could decide, and why.
 
     `id` is the command's id where the message has a valid one that no other
@@ -33,7 +33,7 @@ class DeadLetter:
     body: bytes
     body_hash: str
     body_length: int
-    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    headers: Mapping[str, str] = msgspec.field(default_factory=dict[str, str])
     attempts: int = 1
     first_seen_at: datetime
     last_seen_at: datetime

@@ -12,13 +12,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import msgspec
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from datetime import datetime
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(msgspec.Struct, frozen=True):
     """A process that takes part in a role; `fit` unless it met events newer than its code."""
 
     role: str
@@ -42,8 +43,7 @@ class Lease:
     inherited: bool = field(default=False, compare=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(msgspec.Struct, frozen=True):
     """What a process does in one role: it is a member for so many seconds, 0 for no longer.
 
     `held` are the leases that it goes on with.
@@ -55,8 +55,7 @@ class Part:
     held: Collection[Lease]
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(msgspec.Struct, frozen=True):
     """A role after a round: the leases that the process still holds, and all members.
 
     `expires_in` is after how many seconds the first of the other members would be gone, None

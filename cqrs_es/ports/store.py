@@ -55,8 +55,7 @@ class NewEvent(msgspec.Struct, frozen=True, gc=False):
     metadata: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(msgspec.Struct, frozen=True):
     """An aggregate's state after event `last_sequence`; `number` counts its snapshots from 1."""
 
     key: AggregateKey
@@ -221,8 +220,7 @@ class Committed(msgspec.Struct, frozen=True):
     outcomes: tuple[Outcome, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Conflicted:
+class Conflicted(msgspec.Struct, frozen=True):
     """The chain was not written: decide it again on what the store holds now.
 
     `actual` is the aggregate's sequence in the store. When it equals the

@@ -16,8 +16,9 @@ it happened: read the checkpoint to find out.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from cqrs_es.projector import (
     NO_CHANGES as NO_CHANGES,  # these four are part of this port's vocabulary
@@ -34,8 +35,7 @@ if TYPE_CHECKING:
     from cqrs_es.types import AggregateKey
 
 
-@dataclass(frozen=True, slots=True)
-class ViewRow:
+class ViewRow(msgspec.Struct, frozen=True):
     """One row of a view; `version` counts its writes from 1, `payload` is JSON."""
 
     view_id: str
@@ -43,8 +43,7 @@ class ViewRow:
     payload: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ParkedAggregate:
+class ParkedAggregate(msgspec.Struct, frozen=True):
     """An aggregate whose events a projector does not apply until it is fixed (G9)."""
 
     projector: str

@@ -27,8 +27,9 @@ no fingerprints; what is live there is taken for this code's where it looks so.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from cqrs_es import errors
 from cqrs_es.projection.folding import folding_for, past_collisions
@@ -49,8 +50,7 @@ FIRST: Final = 1
 FEW_EVENTS: Final = 100
 
 
-@dataclass(frozen=True, slots=True)
-class Generations:
+class Generations(msgspec.Struct, frozen=True):
     """A view's generations as they stand; `building` is None without a rebuild under way.
 
     `last` is the highest number there has been. `made_by` has the fingerprint of each
@@ -60,8 +60,8 @@ class Generations:
     live: int
     building: int | None
     last: int
-    made_by: Mapping[int, int] = field(default_factory=dict[int, int])
-    filled: Mapping[int, int] = field(default_factory=dict[int, int])
+    made_by: Mapping[int, int] = msgspec.field(default_factory=dict[int, int])
+    filled: Mapping[int, int] = msgspec.field(default_factory=dict[int, int])
 
     def projected_by(self, fingerprint: int | None) -> int | None:
         """Return the generation that code projects into; None where it has to begin one."""

@@ -17,8 +17,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
+
+import msgspec
 
 from cqrs_es import errors
 from cqrs_es.execution.retry import Retry
@@ -70,8 +71,7 @@ MOST_REFUSALS: Final = 5
 MOST_TRIES: Final = 5
 
 
-@dataclass(frozen=True, slots=True)
-class RebuildProgress:
+class RebuildProgress(msgspec.Struct, frozen=True):
     """How much of the log a generation holds; `done` and `total` count events.
 
     `per_second` is how many were applied since this process went to work.

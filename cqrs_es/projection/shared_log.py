@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
+
+import msgspec
 
 if TYPE_CHECKING:
     from cqrs_es.messages import StoredEvent
@@ -17,8 +18,7 @@ MOST_KEPT_BYTES: Final = 1_048_576
 _Place: TypeAlias = tuple[int, int]
 
 
-@dataclass(slots=True, eq=False)
-class _Reading:
+class _Reading(msgspec.Struct, eq=False):
     """A read of the store, and how many wait for it."""
 
     place: _Place

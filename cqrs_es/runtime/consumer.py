@@ -18,9 +18,11 @@ import asyncio
 import itertools
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from msgspec.structs import replace
 
 from cqrs_es import errors, wire
 from cqrs_es.execution.retry import Retry
@@ -316,8 +318,7 @@ class Room:
         self._bytes += size
 
 
-@dataclass(slots=True, eq=False)
-class _Held:
+class _Held(msgspec.Struct, eq=False):
     """A delivery in hand; `answer` is None for one that was buried, or stored for later.
 
     Once it is answered there is its `outcome`, or its `trouble`: why it got none, unless its row

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from cqrs_es import errors
 from cqrs_es.execution.retry import Retry
@@ -41,8 +42,7 @@ LOOK_SECONDS: Final = 1.0
 LISTED_AT_ONCE: Final = 500
 
 
-@dataclass(frozen=True, slots=True)
-class Overdue:
+class Overdue(msgspec.Struct, frozen=True):
     """How many rows of a partition are due, and for how many seconds the first has been."""
 
     rows: int

@@ -6,9 +6,10 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from cqrs_es import errors
 from cqrs_es.program import version
@@ -131,8 +132,7 @@ def _longest_handler(settings: Settings, registry: Registry) -> float:
     return max((seconds or settings.handler_timeout for seconds in own), default=0.0)
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
+class _Seen(msgspec.Struct, frozen=True):
     offset: int | None
     since: float
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, TypeAlias
+
+import msgspec
+from msgspec.structs import replace
 
 from cqrs_es import errors
 from cqrs_es.execution.retry import backoff
@@ -68,8 +70,7 @@ def fair_share(members: Sequence[Member], owner: str, partitions: int) -> int:
     return each + (1 if ranked.index(owner) < left_over else 0)
 
 
-@dataclass(slots=True, eq=False)
-class Assignment:
+class Assignment(msgspec.Struct, eq=False):
     """A partition to work on until `stopping` is set, by a lease; its task can be cancelled.
 
     `trouble` says why there is no progress. Whoever works on it takes that back,
@@ -81,7 +82,7 @@ class Assignment:
     """
 
     lease: Lease
-    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    stopping: asyncio.Event = msgspec.field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
     trouble: str | None = None
     position: int | None = None
@@ -99,8 +100,7 @@ class Assignment:
         self.trouble = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Membership:
+class Membership(msgspec.Struct, frozen=True, kw_only=True):
     """Who takes part in which role, and how many partitions there are to be shared."""
 
     role: str
@@ -111,8 +111,7 @@ class Membership:
     """What the role is called in the store, where that is not its name."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Seen:
+class _Seen(msgspec.Struct, frozen=True, kw_only=True):
     """How a role stood at the last look, and when it was looked at and renewed."""
 
     part: Part

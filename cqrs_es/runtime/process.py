@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from cqrs_es.execution.retry import Outage
 from cqrs_es.telemetry.metrics import NO_METER, Meter
@@ -36,8 +37,7 @@ def new_owner() -> str:
     return f"{socket.gethostname()[:80]}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Process:
+class Process(msgspec.Struct, frozen=True, kw_only=True):
     """An application with its servers connected, as one member of each of its roles.
 
     `info` and `generations` are for those who ask the store for them again and again.
@@ -58,7 +58,7 @@ class Process:
     owner: str
     info: Recent[StoreInfo]
     generations: Recent[Mapping[str, int]]
-    remotes: Mapping[str, Broker] = field(default_factory=dict["str", "Broker"])
+    remotes: Mapping[str, Broker] = msgspec.field(default_factory=dict["str", "Broker"])
     """Brokers of other services that were given, by their names; the others have URLs."""
     on_view_failure: Callable[[StoredEvent, Exception], None] | None = None
     meter: Meter = NO_METER

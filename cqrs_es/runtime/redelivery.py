@@ -35,8 +35,9 @@ import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
+
+import msgspec
 
 from cqrs_es import errors
 from cqrs_es.telemetry.lines import get_logger
@@ -67,8 +68,7 @@ WAIT_SECONDS: Final = 10.0
 TAKE_BACK_SECONDS: Final = 3.0
 
 
-@dataclass(frozen=True, slots=True)
-class Redelivered:
+class Redelivered(msgspec.Struct, frozen=True):
     """A command that was out before; `attempts` is its number, None where there is none."""
 
     delivery: Delivery

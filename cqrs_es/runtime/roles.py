@@ -8,8 +8,9 @@ of all roles; whatever goes over roles goes over that table.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from cqrs_es import errors
 from cqrs_es.projector import projector_role
@@ -27,8 +28,7 @@ WORKER: Final = "worker"
 RELAY: Final = "relay"
 
 
-@dataclass(frozen=True, slots=True)
-class LagMetrics:
+class LagMetrics(msgspec.Struct, frozen=True):
     """By which metrics a reader of the log tells its distance from the head, and its labels.
 
     The number of the partition comes after `labels`.
@@ -39,8 +39,7 @@ class LagMetrics:
     labels: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
+class Position(msgspec.Struct, frozen=True):
     """How far the work on one partition is, and how much is before it.
 
     `offset` is that of the last event done with, for a worker the number of

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from cqrs_es import errors
 from cqrs_es.telemetry.lines import get_logger
@@ -32,8 +33,7 @@ EVERY_SECONDS: Final = 5.0
 LOOK_SECONDS: Final = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Oldest:
+class _Oldest(msgspec.Struct, frozen=True):
     """When the first event after an offset was committed."""
 
     after: int

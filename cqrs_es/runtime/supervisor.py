@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection
 from copy import copy
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from cqrs_es.execution.report import Counts
 from cqrs_es.ports.broker import Nudge
@@ -27,15 +28,14 @@ if TYPE_CHECKING:
 log = get_logger("cqrs_es.runtime")
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(msgspec.Struct, frozen=True):
     """What a process has done: commands by outcome, events, and what had no outcome (`dead`).
 
     `published` counts events, `projected` too, each for every view. `lag` is how many
     events the slowest reader of the log has before it, None where that is not known.
     """
 
-    counts: Counts = field(default_factory=Counts)
+    counts: Counts = msgspec.field(default_factory=Counts)
     dead: int = 0
     published: int = 0
     projected: int = 0

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Final, TypeAlias
 
+import msgspec
 import orjson
 
 from cqrs_es import errors
@@ -28,8 +28,7 @@ MOST_CONNECTIONS: Final = 256
 REQUEST_SECONDS: Final = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """What is sent back."""
 
     status: HTTPStatus

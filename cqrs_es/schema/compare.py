@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
 
 from cqrs_es import errors
 from cqrs_es.schema.describe import FORMAT
@@ -42,8 +43,7 @@ class Audience(enum.StrEnum):
     """Programs that read the topic, or views over HTTP."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True):
     """One consequence of a change; `type` and `field` are where it is."""
 
     verdict: Verdict

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
 
 from cqrs_es.schema.json_schema import MOMENTS, STORED_DECIMAL
 
@@ -25,8 +26,7 @@ _TYPES: Final[dict[type, str]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Misfit:
+class Misfit(msgspec.Struct, frozen=True):
     """Where, and why, something that is written can't be read; or is `gone` for who may miss it."""
 
     path: str

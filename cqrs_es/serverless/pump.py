@@ -13,9 +13,10 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
+
+import msgspec
 
 from cqrs_es import errors
 from cqrs_es.ports.broker import Delivery
@@ -47,17 +48,15 @@ PUMP: Final = "$pump"
 """The name of a checkpoint that is odd while rows are in hand: of whoever died it stays so."""
 
 
-@dataclass(slots=True)
-class Pumped:
+class Pumped(msgspec.Struct):
     """What was done: how many events each follower has seen, how many rows were decided."""
 
-    done: Counter[str] = field(default_factory=Counter[str])
-    failed: dict[str, Exception] = field(default_factory=dict[str, Exception])
+    done: Counter[str] = msgspec.field(default_factory=Counter[str])
+    failed: dict[str, Exception] = msgspec.field(default_factory=dict[str, Exception])
     idle: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Applying:
+class _Applying(msgspec.Struct, frozen=True):
     """An applier and since when it is had: after a while another generation may be live."""
 
     applier: Applier

@@ -12,10 +12,11 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+
+import msgspec
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -43,8 +44,7 @@ class Kind(Enum):
     """It counts observations by size."""
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
+class Metric(msgspec.Struct, frozen=True):
     """One metric; `name` is without prefix and suffix, `buckets` are upper bounds, ascending."""
 
     name: str
@@ -277,8 +277,7 @@ _LEAST_WAIT: Final = -60.0
 _MOST_WAIT: Final = 7 * 86_400.0
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(msgspec.Struct, frozen=True):
     """A gauge's value at the moment."""
 
     metric: Metric

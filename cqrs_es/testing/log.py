@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec.structs import replace
 
 from cqrs_es import errors
 from cqrs_es.codec import Codec
@@ -19,8 +21,7 @@ if TYPE_CHECKING:
     from cqrs_es.definitions import AggregateDefinition, AnyAggregate
 
 
-@dataclass(frozen=True, slots=True)
-class Log:
+class Log(msgspec.Struct, frozen=True):
     """The events of one aggregate; immutable."""
 
     definition: AggregateDefinition

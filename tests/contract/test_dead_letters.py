@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import hashlib
 from datetime import timedelta
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from cqrs_es.ports.dead_letters import DeadLetter
 from cqrs_es.types import new_command_id
@@ -48,7 +49,7 @@ async def test_letter_that_was_cut(storage: Storage) -> None:
 async def test_letter_seen_again(storage: Storage) -> None:
     """A letter whose id is known adds its attempts and brings the rest up to date."""
     first = letter(new_command_id(), reason="crashed", body=b"1", attempts=2)
-    again = dataclasses.replace(
+    again = msgspec.structs.replace(
         letter(first.id, reason="timed out", body=b"22", attempts=3),
         source="broker",
         headers={"death": "2"},
@@ -57,7 +58,7 @@ async def test_letter_seen_again(storage: Storage) -> None:
     )
     await storage.dead_letters.add(first)
     await storage.dead_letters.add(again)
-    assert await storage.dead_letters.get(first.id) == dataclasses.replace(
+    assert await storage.dead_letters.get(first.id) == msgspec.structs.replace(
         again, attempts=5, first_seen_at=NOW
     )
     assert await storage.dead_letters.count() == 1

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from msgspec import structs
 
 from cqrs_es import CommandContext, Envelope, View, errors
 from cqrs_es.application import Application, ExecutionPolicy, execution_policy
@@ -50,6 +53,16 @@ async def opened(store_url: str) -> AsyncIterator[OpenApplication]:
 async def elsewhere(work: Coroutine[object, object, object]) -> object:
     """Run work in a thread with an event loop of its own."""
     return await asyncio.wait_for(asyncio.to_thread(asyncio.run, work), SECONDS)
+
+
+# --- Its import ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seldom", ["cqrs_es.runtime.supervisor", "cronsim", "structlog"])
+def test_importing_an_application_leaves_out_what_few_need(seldom: str) -> None:
+    """A function or program that only executes commands starts sooner."""
+    program = f"import sys, cqrs_es.application; assert {seldom!r} not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 # --- Where it is not open -----------------------------------------------------
@@ -192,7 +205,8 @@ async def test_a_row_that_does_not_fit(store_url: str) -> None:
         assert row is not None
         async with storage.views.transaction() as transaction:
             await transaction.save(
-                "totals__1", [replace(row, version=row.version + 1, payload=b'{"total": "one"}')]
+                "totals__1",
+                [structs.replace(row, version=row.version + 1, payload=b'{"total": "one"}')],
             )
         with pytest.raises(errors.UndecodableRow, match="cqrs-es rebuild totals") as damaged:
             await opened.view(Totals, "a")

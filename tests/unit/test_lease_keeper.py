@@ -6,11 +6,11 @@ import asyncio
 import math
 from collections import Counter
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
+from msgspec.structs import replace
 
 from cqrs_es import errors
 from cqrs_es.ports.leases import Part, Standing

@@ -421,7 +421,7 @@ class Following(RuleBasedStateMachine):
     def follow(self, name: str, partition: int, script: list[Any], trouble: Trouble | None) -> None:
         """Run a role on a partition, from its start to its end."""
         assignment = Assignment(Lease(name, partition, "p", 1))
-        process = replace(self.process, broker=Topic(self, assignment, script))
+        process = msgspec.structs.replace(self.process, broker=Topic(self, assignment, script))
         self._act(self._loop(name, process).run_partition(assignment), trouble)
 
     @precondition(lambda self: self._markers)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+import msgspec
 from amqp.exceptions import AccessRefused, NotFound, PreconditionFailed
 
 from cqrs_es import errors
@@ -40,8 +40,7 @@ EXAMINE_SECONDS: Final = 60.0
 LOOK_BEYOND: Final = 2  # queues behind one that is not there
 
 
-@dataclass(frozen=True, slots=True)
-class Publishers:
+class Publishers(msgspec.Struct, frozen=True):
     """The channels of one connection: what is slow to confirm holds up its own kind only."""
 
     bridge: Bridge

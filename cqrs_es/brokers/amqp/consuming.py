@@ -18,9 +18,10 @@ import itertools
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+
+import msgspec
 
 from cqrs_es import errors
 from cqrs_es.ports.broker import (
@@ -44,8 +45,7 @@ PrepareQueue: TypeAlias = "Callable[[Channel], str]"
 """Make sure of a queue on a channel, and name it; for the bridge's thread."""
 
 
-@dataclass(frozen=True, slots=True)
-class Arrived:
+class Arrived(msgspec.Struct, frozen=True):
     """A message as the server delivered it; `tag` counts the channel's deliveries."""
 
     tag: int

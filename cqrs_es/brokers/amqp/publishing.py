@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import amqp
+import msgspec
 
 from cqrs_es.brokers.amqp.connection import BLOCKED
 from cqrs_es.telemetry.lines import get_logger
@@ -35,8 +35,7 @@ _PERSISTENT: Final = 2
 _DEFAULT_EXCHANGE: Final = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Outgoing:
+class Outgoing(msgspec.Struct, frozen=True):
     """A message to publish; `mandatory` has the server refuse it when no queue would get it."""
 
     exchange: str
@@ -96,21 +95,19 @@ def nudge_message(names: Names, nudge: str) -> Outgoing:
     return Outgoing(exchange=names.nudges, routing_key=nudge, body=b"", properties={})
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(msgspec.Struct, frozen=True):
     """How many of the first messages are confirmed, and why the next one is not."""
 
     confirmed: int
     refusal: str | None = None
 
 
-@dataclass(slots=True, eq=False)
-class _Batch:
+class _Batch(msgspec.Struct, eq=False):
     """Messages that are answered together."""
 
     messages: Sequence[Outgoing]
     receipt: asyncio.Future[Receipt]
-    refusals: dict[int, str] = field(default_factory=dict[int, str])
+    refusals: dict[int, str] = msgspec.field(default_factory=dict[int, str])
     unanswered: int = 0
 
     def conclude(self) -> None:

@@ -12,10 +12,10 @@ import http.client
 import ssl
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
+import msgspec
 import orjson
 
 from cqrs_es import errors
@@ -36,8 +36,7 @@ REPLIES_LENGTH: Final = 1_000  # per sender
 REPLIES_EXPIRY_MS: Final = 3_600_000  # unused; a lost reply is had again by resending
 
 
-@dataclass(frozen=True, slots=True)
-class Names:
+class Names(msgspec.Struct, frozen=True):
     """The names of a service's exchanges and queues."""
 
     service: str
@@ -84,17 +83,15 @@ class Names:
         return f"{self.service}.replies.{reply_to}"
 
 
-@dataclass(frozen=True, slots=True)
-class Exchange:
+class Exchange(msgspec.Struct, frozen=True):
     """A durable exchange."""
 
     name: str
     type: str
-    arguments: Arguments = field(default_factory=dict[str, Any])
+    arguments: Arguments = msgspec.field(default_factory=dict[str, Any])
 
 
-@dataclass(frozen=True, slots=True)
-class Queue:
+class Queue(msgspec.Struct, frozen=True):
     """A durable queue, bound to one exchange."""
 
     name: str
@@ -103,8 +100,7 @@ class Queue:
     arguments: Arguments
 
 
-@dataclass(frozen=True, slots=True)
-class Topology:
+class Topology(msgspec.Struct, frozen=True):
     """Everything that a service has on the server for good, in an order to declare it in."""
 
     exchanges: tuple[Exchange, ...]
@@ -256,8 +252,7 @@ class PoliciesUnseen(errors.CqrsError):
     """The server does not say which policies act on our queues."""
 
 
-@dataclass(frozen=True, slots=True)
-class Acting:
+class Acting(msgspec.Struct, frozen=True):
     """What a policy does to some of our queues, of which there is one at least."""
 
     policies: str

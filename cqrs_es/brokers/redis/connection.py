@@ -8,10 +8,10 @@ import itertools
 import re
 from collections.abc import Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
+import msgspec
 from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -52,8 +52,7 @@ _WRONG_MODES: Final = {
 _WRONG_TYPE: Final = re.compile(r"^WRONGTYPE|caused error: \('WRONGTYPE")  # alone, or in a pipeline
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Asked:
+class _Asked(msgspec.Struct, frozen=True, eq=False):
     """Commands of one transaction, and who waits for what they answer."""
 
     commands: Sequence[tuple[Argument, ...]]
@@ -351,8 +350,7 @@ def _is_refusal(cause: BaseException | None) -> bool:
     return isinstance(cause, AuthenticationError) or "DB index" in str(cause)
 
 
-@dataclass(frozen=True, slots=True)
-class Names:
+class Names(msgspec.Struct, frozen=True):
     """The keys and channels of a service on Redis, as `docs/contract.md` lays them down."""
 
     service: str

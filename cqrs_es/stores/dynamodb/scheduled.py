@@ -11,9 +11,9 @@ their target has a marker of `HELD_BACK`.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+import msgspec
 from msgspec.structs import replace
 
 from cqrs_es import errors
@@ -44,8 +44,7 @@ ALL: Final = 1_000_000
 # --- Within an append --------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(msgspec.Struct, frozen=True):
     """What an append has to know: rows by id, targets held back, timers that it may end."""
 
     rows: Mapping[str, Pointer]

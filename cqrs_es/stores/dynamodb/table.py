@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+
+import msgspec
 
 from cqrs_es import errors
 from cqrs_es.aws import CALL_SECONDS, client_for
@@ -45,8 +46,7 @@ PAUSE_SECONDS: Final = 0.05
 _OTHER_KEYS: Final = "key element does not match the schema"
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(msgspec.Struct, frozen=True):
     """Where the table is: a region, a name, and an endpoint unless it is AWS's own."""
 
     region: str

@@ -6,8 +6,9 @@ it, so that the transaction takes place only if nobody changed it meanwhile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from cqrs_es import errors
 from cqrs_es.ports.views import ViewTransaction
@@ -37,8 +38,7 @@ if TYPE_CHECKING:
     from cqrs_es.types import AggregateKey
 
 
-@dataclass(slots=True)
-class _Cell:
+class _Cell(msgspec.Struct):
     """An item as the transaction sees it: `fields` None is none; `only_if` is checked at the end.
 
     `written`: whether it is not what was read.

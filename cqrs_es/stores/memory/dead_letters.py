@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
+
+import msgspec
 
 from cqrs_es.ports.dead_letters import DeadLetter, DeadLetters
 
@@ -46,7 +47,7 @@ class MemoryDeadLetters(DeadLetters):
 
 
 def _seen_again(known: DeadLetter, letter: DeadLetter) -> DeadLetter:
-    return dataclasses.replace(
+    return msgspec.structs.replace(
         letter,
         attempts=known.attempts + letter.attempts,
         first_seen_at=known.first_seen_at,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from cqrs_es import errors
 from cqrs_es.ports.leases import Lease, Leases, Member
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
     from cqrs_es.ports.views import ViewStore
 
 
-@dataclass(slots=True)
-class _Claim:
+class _Claim(msgspec.Struct):
     owner: str | None
     epoch: int
     expires_at: datetime

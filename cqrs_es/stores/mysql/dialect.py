@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
+import msgspec
 from pymysql.constants import FIELD_TYPE
 
 from cqrs_es.stores.sql.dialect import Dialect, utc_moment
@@ -98,7 +98,7 @@ MARIADB: Final = Dialect(
     assertion="SELECT 18446744073709551615 + IF({holds}, 0, 1)",
 )
 
-MYSQL: Final = dataclasses.replace(
+MYSQL: Final = msgspec.structs.replace(
     MARIADB,
     name="mysql",
     table_options=f"{_OPTIONS}utf8mb4_0900_bin",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, TypeAlias
 from uuid import UUID
+
+import msgspec
 
 from cqrs_es import errors
 
@@ -21,8 +22,7 @@ Parameter: TypeAlias = int | float | str | bytes | Decimal | date | datetime | U
 _IDENTIFIER = re.compile(r"[A-Za-z$][A-Za-z0-9_]{0,63}")
 
 
-@dataclass(frozen=True, slots=True)
-class RowStatement:
+class RowStatement(msgspec.Struct, frozen=True):
     """A statement that is run for rows; `row` may be repeated between `head` and `tail`."""
 
     head: str
@@ -37,8 +37,7 @@ def _itself(value: Parameter) -> Parameter:
     return value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Dialect:
+class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """One database's way of saying what the statements of this package say.
 
     Statements are written with `?` placeholders; sessions translate them.
@@ -77,7 +76,7 @@ class Dialect:
     remake_view: str | None = None
     own_types: Mapping[str, str]
     own_value: Callable[[Parameter], Parameter] = _itself
-    decimal_functions: Mapping[str, str] = field(default_factory=dict[str, str])
+    decimal_functions: Mapping[str, str] = msgspec.field(default_factory=dict[str, str])
     list_tables: str
     list_columns: str
     list_indexes: str

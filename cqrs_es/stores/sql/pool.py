@@ -8,8 +8,9 @@ from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from copy import copy
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Generic, Self, TypeVar
+
+import msgspec
 
 from cqrs_es import errors
 from cqrs_es.stores.sql.session import (
@@ -45,8 +46,7 @@ MIGRATING: Final = "another process is changing the store's tables; try again wh
 MOST_LIMIT_SECONDS: Final = 3600.0
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True):
     """How long a lock is waited for and how long a transaction may idle, in seconds.
 
     A process that freezes between lock and commit would otherwise block every

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 
-@dataclass(frozen=True, slots=True)
-class Table:
+
+class Table(msgspec.Struct, frozen=True):
     """A table's name, its columns in the order in which rows are given, and its key."""
 
     name: str

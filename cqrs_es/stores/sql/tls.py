@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ssl
-from dataclasses import dataclass
+
+import msgspec
 
 from cqrs_es import errors
 
 
-@dataclass(frozen=True, slots=True)
-class Tls:
+class Tls(msgspec.Struct, frozen=True):
     """How a server has to prove who it is; `ca_file` vouches for it, or the system's own CAs."""
 
     verify: bool = True

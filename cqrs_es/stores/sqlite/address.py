@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
+
+import msgspec
 
 from cqrs_es import errors
 
 BUSY_TIMEOUT_SECONDS: Final = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class SqliteTarget:
+class SqliteTarget(msgspec.Struct, frozen=True):
     """What a URL says: `sqlite:///relative.db`, `sqlite:////absolute.db`.
 
     `?timeout=` is how many seconds to wait for another process's lock,
