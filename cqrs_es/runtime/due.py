@@ -75,14 +75,19 @@ async def keep_recurring(process: Process, definition: Recurring) -> None:
     One row follows another in the append that decides it; see `Causes.renewed`.
     """
     events, causes = process.storage.events, process.executor.causes
-    following = causes.recurring(definition, process.clock.now())
-    if (await events.find_scheduled([following.command_id])).get(following.command_id) == following:
-        return
-    rows = await _rows_of(events, following)
-    late = [row for row in rows if row.moment <= process.clock.now()]
-    right = [row for row in rows if _is_right(row, definition, causes)]
-    kept = (late or right)[:1]
-    if others := [row.command_id for row in rows if row not in kept]:
+    while True:
+        following = causes.recurring(definition, process.clock.now())
+        id_ = following.command_id
+        if (await events.find_scheduled([id_])).get(id_) == following:
+            return
+        rows = await _rows_of(events, following)
+        late = [row for row in rows if row.moment <= process.clock.now()]
+        right = [row for row in rows if _is_right(row, definition, causes)]
+        kept = (late or right)[:1]
+        if not (others := [row.command_id for row in rows if row not in kept]):
+            break
+        # What was kept may have been decided meanwhile, and the row that followed it is among
+        # the others: look again.
         await events.unschedule(others)
     if not kept:
         await events.schedule([following])

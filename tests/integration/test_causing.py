@@ -18,6 +18,7 @@ from cqrs_es.application import Application
 from cqrs_es.brokers.memory import MemoryBroker
 from cqrs_es.messages import CommandMessage
 from cqrs_es.ports.clock import SystemClock
+from cqrs_es.runtime.due import keep_recurring
 from cqrs_es.settings import Settings
 from cqrs_es.testing import FakeClock, TestApp
 from cqrs_es.types import new_command_id
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from cqrs_es.definitions import Recurring
     from cqrs_es.opened import OpenApplication
     from cqrs_es.ports.store import ScheduledCommand
+    from cqrs_es.types import AggregateKey
 
 
 @command
@@ -374,6 +376,33 @@ async def test_a_command_recurs(store: str, tmp_path: Path) -> None:
         outcome = await t.outcome(first.command_id)
         assert outcome is not None
         assert outcome.accepted
+
+
+async def test_a_row_that_is_decided_while_others_are_listed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its page is read before, and the next one after it was decided: both rows are seen."""
+    async with TestApp(nightly()) as t:
+        [first] = await rows(t)
+        events = t.opened.storage.events
+        listed = events.list_scheduled
+
+        async def decided_between_pages(
+            after: tuple[datetime, str] | None, limit: int, key: AggregateKey | None = None
+        ) -> list[ScheduledCommand]:
+            page = await listed(after, limit, key)
+            if first in page:
+                await t.advance(timedelta(seconds=1))
+                assert await reserved(t) == 1
+            return page
+
+        t.clock.advance(timedelta(hours=2).total_seconds())
+        with monkeypatch.context() as patched:
+            patched.setattr(events, "list_scheduled", decided_between_pages)
+            [definition] = t.opened.registry.recurring.values()
+            await keep_recurring(t.opened.process, definition)
+        [following] = await rows(t)
+        assert following.due == datetime(2026, 1, 2, 1, 30, tzinfo=UTC)
 
 
 async def test_what_was_missed_is_made_up_for_once() -> None:
