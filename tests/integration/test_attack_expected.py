@@ -16,7 +16,7 @@ from cqrs_es.stores import storage_for
 from cqrs_es.stores.sql import pool
 from cqrs_es.stores.sql.pool import Limits
 from tests.contract.building import NOW, PARTITIONS, account, commit, one
-from tests.integration.test_server_stores import HEAD, Server, server, storage, trips
+from tests.integration.test_server_stores import ALONE, HEAD, Server, server, storage, trips
 from tests.samples import Add, Counter, Services
 from tests.stores import in_sql
 
@@ -37,14 +37,15 @@ async def test_what_was_looked_up_in_vain_is_not_written_later(
 ) -> None:
     """After a deadline the outcome is looked up: what is not there by then never will be."""
     monkeypatch.setattr(pool, "STATEMENT_SECONDS", 3.0)  # a tenth, of the lease too
-    mine, other = (storage_for(server.url, lease_seconds=12) for _ in range(2))
+    mine = storage_for(server.url, lease_seconds=12)
+    other = storage_for(server.url, lease_seconds=120)  # idles while it holds the lock
     await mine.open()
     await other.open()
     await mine.initialise(PARTITIONS)
     key = account("A")
-    for base in range(3):
+    for base in range(ALONE):
         await commit(mine, one(key, base))
-    doomed = one(key, 3)
+    doomed = one(key, ALONE)
     id_ = doomed.commands[0].outcome.command_id
     async with in_sql(other.views) as sql:
         await sql.fetch(HEAD, (key.partition(PARTITIONS),))
@@ -68,7 +69,7 @@ async def test_handlers_are_not_blamed_for_an_append_that_waits_for_a_lock(
     settings = Settings(store_url=server.url, partitions=1)
     async with contextlib.AsyncExitStack() as stack:
         async with app.open(settings, initialise=True) as opened:
-            for _ in range(3):
+            for _ in range(ALONE):
                 await opened.execute(Counter, "c", Add(1))
             sql = await stack.enter_async_context(in_sql(other.views))
             await sql.fetch(HEAD, (0,))
@@ -95,5 +96,4 @@ async def test_where_several_append_by_turns_hardly_anything_is_sent_in_vain(
     found = (trips[0] - before) / count
     for other in others:
         await other.close()
-    assert found < reading * 1.05
-
+    assert found < reading * 1.08
