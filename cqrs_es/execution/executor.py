@@ -112,7 +112,10 @@ class Executor:
         if self._tasks:
             _, left = await asyncio.wait(self._tasks, timeout=CANCELLATION_SECONDS)
             if left:
-                log.error("handlers ignore their cancellation", handlers=len(left))
+                appending = self._appending
+                log.error(
+                    "tasks go on after their cancellation", tasks=len(left), appending=appending
+                )
         self._inbox.cancel_all()
 
     # --- For callers ---------------------------------------------------------

@@ -63,6 +63,7 @@ def always_expect(expectations: Expectations) -> None:
     """Expect to be alone in every partition, whatever was seen there."""
     expectations._left = defaultdict(int)
     expectations._alone = Everywhere()
+    expectations._in_a_row = defaultdict(int)
 
 
 class Everywhere(set[int]):

@@ -23,6 +23,7 @@ from cqrs_es.runtime.leases import LeaseKeeper, Membership
 from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
 from cqrs_es.stores.sql import pool
+from cqrs_es.stores.sql.expected import ENOUGH
 from tests.conftest import run_on
 from tests.contract.building import (
     NOW,
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
     from cqrs_es.ports.views import ViewTransaction
     from cqrs_es.runtime.leases import Assignment
 
+ALONE = 1 + ENOUGH
+"""How many appends it takes until a process expects to be alone."""
 HEAD = "SELECT head FROM log_partitions WHERE log_partition = ? FOR UPDATE"
 
 
@@ -565,10 +568,10 @@ async def test_an_append_takes_few_round_trips(
 ) -> None:
     """One to lock and read, on PostgreSQL one for each; one to write. In all one, where alone."""
     reading = 2 if server.url.startswith("mysql") else 3
-    chains = [one(account("A"), base, 2) for base in (0, 2, 4, 6)]
+    chains = [one(account("A"), base, 2) for base in (0, 2, 4, 6, 8, 10)]
     found = [await trips_of_commit(storage, trips, each) for each in chains]
-    assert found == [reading, reading, 1, 1]
-    assert len(await stream(storage, account("A"))) == 8
+    assert found == [reading] * (1 + ENOUGH) + [1, 1]
+    assert len(await stream(storage, account("A"))) == 12
 
 
 async def test_beside_others_an_append_reads_first(
@@ -577,17 +580,20 @@ async def test_beside_others_an_append_reads_first(
     """What is not as expected costs a round trip more, once, until it is again."""
     reading = 2 if server.url.startswith("mysql") else 3
     mine, theirs = account_in(1), account_in(1, nth=1)
-    for base in range(3):
+    for base in range(ALONE):
         await commit(storage, one(mine, base))
     other = storage_for(server.url)
     await other.open()
     await commit(other, one(theirs, 0))
     failed = 2  # and rolled back
-    found = [await trips_of_commit(storage, trips, one(mine, base)) for base in (3, 4, 5)]
-    assert found == [failed + reading, reading, 1]
+    found = [
+        await trips_of_commit(storage, trips, one(mine, base))
+        for base in range(ALONE, 2 * ALONE + 1)
+    ]
+    assert found == [failed + reading, *[reading] * ENOUGH, 1]
     await commit(other, one(theirs, 1))
     await other.close()
-    await commit(storage, one(mine, 6))
+    await commit(storage, one(mine, 2 * ALONE + 1))
     assert_complete(await whole_log(storage))
 
 
@@ -597,9 +603,9 @@ async def test_what_an_append_expects_is_looked_at_under_its_lock(
 ) -> None:
     """While it waits for the lock somebody else moves the aggregate: it conflicts."""
     mine = account("A")
-    for base in range(3):
+    for base in range(ALONE):
         await commit(storage, one(mine, base))
-    doomed = chain(mine, 3, refused(mine, 3)) if rejects else one(mine, 3)
+    doomed = chain(mine, ALONE, refused(mine, ALONE)) if rejects else one(mine, ALONE)
     other = storage_for(server.url)
     await other.open()
     partition = mine.partition(PARTITIONS)
@@ -609,17 +615,17 @@ async def test_what_an_append_expects_is_looked_at_under_its_lock(
         await asyncio.sleep(0.3)  # it waits for the lock by then
         assert not waiting.done()
         copied = (
-            "INSERT INTO events SELECT aggregate_type, aggregate_id, 4, event_type, event_version,"
-            " payload, metadata, log_partition, 4, command_id, recorded_at FROM events"
-            " WHERE sequence = 3"
+            "INSERT INTO events SELECT aggregate_type, aggregate_id, 5, event_type, event_version,"
+            " payload, metadata, log_partition, 5, command_id, recorded_at FROM events"
+            " WHERE sequence = 4"
         )
         await sql.execute(copied)
         await sql.execute(
-            "UPDATE log_partitions SET head = 4 WHERE log_partition = ?", (partition,)
+            "UPDATE log_partitions SET head = 5 WHERE log_partition = ?", (partition,)
         )
-    assert await waiting == 4
+    assert await waiting == 5
     await other.close()
-    assert len(await stream(storage, mine)) == 4
+    assert len(await stream(storage, mine)) == 5
 
 
 async def test_an_append_of_many_reads_first(
@@ -628,8 +634,10 @@ async def test_an_append_of_many_reads_first(
     """Where commands share what it costs, it is cheaper to ask for them together."""
     reading = 2 if server.url.startswith("mysql") else 3
     mine = account("A")
-    for base in range(3):
+    for base in range(ALONE):
         await commit(storage, one(mine, base))
-    many = chain(mine, 3, *[accepted(mine, 3 + n, events(1, 4 + n)) for n in range(21)])
+    many = chain(
+        mine, ALONE, *[accepted(mine, ALONE + n, events(1, ALONE + 1 + n)) for n in range(21)]
+    )
     assert await trips_of_commit(storage, trips, many) == reading
-    assert await trips_of_commit(storage, trips, one(mine, 24)) == 1
+    assert await trips_of_commit(storage, trips, one(mine, ALONE + 21)) == 1

@@ -9,6 +9,7 @@ Where it is not so nothing is written, and the append reads first, as all others
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
 from cqrs_es.stores import append_plan
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 FEW_COMMANDS: Final = 20
 """Up to so many a round trip costs more than asking for each of them by itself."""
 
+ENOUGH: Final = 3
+"""So often in a row a head is found as it was left before anything is expected of it.
+
+Where two processes append by turns once is chance, and what is expected is wrong half of the time.
+"""
+
 _HEAD: Final = "(SELECT head FROM log_partitions WHERE log_partition = ?) = ?"
 _NO_OUTCOME: Final = "NOT EXISTS (SELECT 1 FROM command_outcomes WHERE command_id IN {ids})"
 # Of one stream the last entry of its index is enough, however long it is.
@@ -39,6 +46,7 @@ class Expectations:
     def __init__(self) -> None:
         self._left: dict[int, int] = {}
         self._alone: set[int] = set()
+        self._in_a_row: defaultdict[int, int] = defaultdict(int)
 
     def of(self, chains: Sequence[Chain]) -> AppendState | None:
         """Return what an append expects to read; None where it has to read.
@@ -65,18 +73,22 @@ class Expectations:
     def left(self, found: Mapping[int, int], new_heads: Mapping[int, int]) -> None:
         """Note the heads that an append found, and those that it left.
 
-        Of a head that was found as it was left nobody else is at work there.
+        Of a head that was found as it was left, a few times, nobody else is at work there.
         """
         for partition, head in found.items():
-            if self._left.get(partition) == head:
-                self._alone.add(partition)
+            if self._left.get(partition) != head:
+                self.disappoint([partition])
             else:
-                self._alone.discard(partition)
+                self._in_a_row[partition] += 1
+                if self._in_a_row[partition] >= ENOUGH:
+                    self._alone.add(partition)
             self._left[partition] = new_heads.get(partition, head)
 
     def disappoint(self, partitions: Iterable[int]) -> None:
         """Note that something was not as expected: somebody else may be at work there."""
-        self._alone.difference_update(partitions)
+        for partition in partitions:
+            self._alone.discard(partition)
+            self._in_a_row[partition] = 0
 
 
 def as_expected(chains: Sequence[Chain], expected: AppendState) -> Query:

@@ -58,9 +58,12 @@ class Limits(msgspec.Struct, frozen=True):
 
     @classmethod
     def within(cls, lease_seconds: float) -> Limits:
-        """Return the limits that end before a lease does."""
+        """Return the limits that end before a lease does, and a wait before its statement does.
+
+        Else the server would go on with what nobody waits for any more, up to its COMMIT.
+        """
         seconds = min(lease_seconds, MOST_LIMIT_SECONDS)
-        return cls(lock_wait=seconds * 0.5, idle=seconds * 0.7)
+        return cls(lock_wait=min(seconds, STATEMENT_SECONDS) * 0.5, idle=seconds * 0.7)
 
 
 def has_come(transport: asyncio.BaseTransport) -> bool:
