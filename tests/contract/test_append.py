@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import orjson
@@ -13,7 +12,7 @@ import pytest
 from cqrs_es import errors
 from cqrs_es.messages import Status
 from cqrs_es.ports.store import Committed, Conflicted, LoadRequest
-from cqrs_es.stores.sql.expected import Expectations
+from cqrs_es.stores.sql import expected
 from cqrs_es.types import new_command_id
 from tests.contract.building import (
     NOW,
@@ -39,8 +38,6 @@ from tests.contract.building import (
 from tests.stores import SERVERS, on_dynamodb, on_sql
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from cqrs_es.messages import Outcome
     from cqrs_es.ports.storage import Storage
     from cqrs_es.ports.store import Chain, ChainResult
@@ -56,22 +53,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
         url: str = request.getfixturevalue("store_url")
         if not url.startswith(SERVERS):
             pytest.skip("only servers are spared round trips")
-        monkeypatch.setattr(Expectations, "__init__", always_expect)
-
-
-def always_expect(expectations: Expectations) -> None:
-    """Expect to be alone in every partition, whatever was seen there."""
-    expectations._left = defaultdict(int)
-    expectations._alone = Everywhere()
-    expectations._in_a_row = defaultdict(int)
-
-
-class Everywhere(set[int]):
-    """The partitions where an append expects to be alone."""
-
-    def issuperset(self, _: Iterable[object]) -> bool:
-        """Say so of any."""
-        return True
+        monkeypatch.setattr(expected, "ENOUGH", 0)
 
 
 # --- Versions ----------------------------------------------------------------

@@ -9,7 +9,7 @@ Where it is not so nothing is written, and the append reads first, as all others
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from cqrs_es.stores import append_plan
@@ -45,8 +45,8 @@ class Expectations:
 
     def __init__(self) -> None:
         self._left: dict[int, int] = {}
-        self._alone: set[int] = set()
-        self._in_a_row: defaultdict[int, int] = defaultdict(int)
+        # How often in a row each head was found as it was left.
+        self._found_so: Counter[int] = Counter()
 
     def of(self, chains: Sequence[Chain]) -> AppendState | None:
         """Return what an append expects to read; None where it has to read.
@@ -56,7 +56,7 @@ class Expectations:
         wanted = append_plan.wanted(chains)
         if (
             len(wanted.command_ids) > FEW_COMMANDS
-            or not self._alone.issuperset(wanted.partitions)
+            or any(self._found_so[partition] < ENOUGH for partition in wanted.partitions)
             or wanted.snapshots
             or wanted.scheduled
             or wanted.timers
@@ -65,7 +65,7 @@ class Expectations:
         ):
             return None
         return AppendState(
-            heads={partition: self._left[partition] for partition in wanted.partitions},
+            heads={partition: self._left.get(partition, 0) for partition in wanted.partitions},
             versions={chain.key: chain.base_sequence or 0 for chain in chains},
             outcomes={},
         )
@@ -76,19 +76,16 @@ class Expectations:
         Of a head that was found as it was left, a few times, nobody else is at work there.
         """
         for partition, head in found.items():
-            if self._left.get(partition) != head:
-                self.disappoint([partition])
+            if self._left.get(partition) == head:
+                self._found_so[partition] += 1
             else:
-                self._in_a_row[partition] += 1
-                if self._in_a_row[partition] >= ENOUGH:
-                    self._alone.add(partition)
+                self._found_so[partition] = 0
             self._left[partition] = new_heads.get(partition, head)
 
     def disappoint(self, partitions: Iterable[int]) -> None:
         """Note that something was not as expected: somebody else may be at work there."""
         for partition in partitions:
-            self._alone.discard(partition)
-            self._in_a_row[partition] = 0
+            self._found_so[partition] = 0
 
 
 def as_expected(chains: Sequence[Chain], expected: AppendState) -> Query:
