@@ -104,7 +104,8 @@ class Executor:
     ) -> None:
         """Stop at once; what is not answered yet is cancelled. Call `drain` first to finish it.
 
-        A handler that ignores its cancellation is not waited for; its result is discarded.
+        A handler that ignores its cancellation is not waited for; its result is discarded. An
+        append that has been sent can't be cancelled: it may commit.
         """
         self._decider.ending = True
         for task in self._tasks:

@@ -86,9 +86,9 @@ async def keep_recurring(process: Process, definition: Recurring) -> None:
         kept = (late or right)[:1]
         if not (others := [row.command_id for row in rows if row not in kept]):
             break
-        # What was kept may have been decided meanwhile, and the row that followed it is among
-        # the others: look again.
         await events.unschedule(others)
+        # The kept row may have been decided since it was listed, and its successor may be among
+        # those deleted: look again.
     if not kept:
         await events.schedule([following])
         process.nudger.scheduled({following.partition})

@@ -2,7 +2,7 @@
 
 Every store runs the same steps: lock the heads of the partitions that are `wanted`, read
 an `AppendState`, call `plan_append`, write the plan. So the rules are written and tested
-once. Most appends are plain: events and outcomes, nothing else is read or written.
+once. An SQL server's may plan on what it expects to read, and have that checked under the locks. Most appends are plain: events and outcomes, nothing else is read or written.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ _NOTHING: Final[Mapping[Any, Any]] = MappingProxyType({})
 
 
 class AppendState(msgspec.Struct, frozen=True, kw_only=True):
-    """What the transaction read under its locks.
+    """What the transaction read under its locks, or expects to find there.
 
     `heads`: of every locked partition. `versions`: the last sequence of each
     aggregate that has events. `snapshot_numbers`: of the aggregates in

@@ -9,7 +9,7 @@ import pytest
 from cqrs_es import errors
 from cqrs_es.stores.mysql.failures import mapped_errors as mysql_errors
 from cqrs_es.stores.postgres.failures import mapped_errors as postgres_errors
-from cqrs_es.stores.sql.session import Unexpected
+from cqrs_es.stores.sql.session import ArithmeticRefused
 
 READ_ONLY_OPTION = "The MySQL server is running with the --{} option so it cannot execute this"
 
@@ -71,7 +71,7 @@ def test_mysql(code: int, text: str, kind: type[errors.CqrsError], words: str) -
         ("40001", errors.RolledBack, "try it again"),
         ("40P01", errors.RolledBack, "try it again"),
         ("42601", errors.StoreError, "refused the statement"),
-        ("22012", Unexpected, "refused the statement"),
+        ("22012", ArithmeticRefused, "refused the statement"),
     ],
 )
 def test_postgres(state: str, kind: type[errors.CqrsError], words: str) -> None:

@@ -12,9 +12,9 @@ import pymysql
 
 from cqrs_es import errors
 from cqrs_es.stores.sql.session import (
+    ArithmeticRefused,
     DuplicateKey,
     RolledBack,
-    Unexpected,
     refusing,
     too_slow,
     unreachable,
@@ -147,7 +147,7 @@ def _error_by_text(code: int, text: str) -> errors.CqrsError:
     if code == _NESTED_TOO_DEEP or (code == _CHECK_FAILED and _JSON_COLUMN.search(text)):
         message = "the JSON is nested deeper than the server takes; yield flatter events"
         return errors.TooLarge(message)
-    kind = Unexpected if code == _OUT_OF_RANGE else errors.StoreError
+    kind = ArithmeticRefused if code == _OUT_OF_RANGE else errors.StoreError
     return kind(f"the database refused the statement: ({code}) {text}")
 
 

@@ -11,9 +11,9 @@ import asyncpg
 
 from cqrs_es import errors
 from cqrs_es.stores.sql.session import (
+    ArithmeticRefused,
     DuplicateKey,
     RolledBack,
-    Unexpected,
     refusing,
     too_slow,
     unreachable,
@@ -112,5 +112,5 @@ def _error_for(exc: asyncpg.PostgresError) -> errors.CqrsError:
     missing = _TABLE.search(str(exc))
     if state == _NO_SUCH_TABLE and missing and missing[1] in FRAMEWORK_NAMES:
         return errors.StoreNotInitialised()
-    kind = Unexpected if state == _DIVISION_BY_ZERO else errors.StoreError
+    kind = ArithmeticRefused if state == _DIVISION_BY_ZERO else errors.StoreError
     return kind(f"the database refused the statement: ({state}) {exc}")

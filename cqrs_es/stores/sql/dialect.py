@@ -49,7 +49,8 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     `go_on` renews a process's memberships and leases; see `SqlLeases.go_on`, which fills in what
     it has in braces. None where a transaction costs no more.
 
-    `assertion` is a query that fails, with `Unexpected`, unless what it `{holds}` does; a server's.
+    `assertion` is a query that fails, with `ArithmeticRefused`, unless the condition that is put
+    for `{holds}` is true. Servers only.
 
     `event_as_json` makes one JSON array of an event's columns, for a driver that takes long for
     each column; None where it does not. See `rows.events_of_json`.
@@ -87,11 +88,14 @@ class Dialect(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     list_collations: str = ""
     go_on: str | None = None
     event_as_json: str | None = None
-    assertion: str = ""
+    assertion: str | None = None
 
-    def fail_unless(self, holds: str) -> str:
-        """Return a query that fails, with `Unexpected`, unless a condition holds."""
-        return self.assertion.format(holds=holds)
+    def fail_unless(self, condition: str) -> str:
+        """Return a query that fails, with `ArithmeticRefused`, unless a condition is true."""
+        if self.assertion is None:
+            message = f"{self.name} has no query that fails"
+            raise NotImplementedError(message)
+        return self.assertion.format(holds=condition)
 
     def quoted(self, name: str) -> str:
         """Return a name as an identifier; raise `ConfigurationError` if it can't be one."""

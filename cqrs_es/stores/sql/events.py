@@ -11,9 +11,9 @@ from cqrs_es.stores import append_plan
 from cqrs_es.stores.append_plan import AppendState
 from cqrs_es.stores.sql import dead_letters, outcomes, scheduled, unique_keys
 from cqrs_es.stores.sql.dialect import marks
-from cqrs_es.stores.sql.expected import Expectations, as_expected
+from cqrs_es.stores.sql.expected import Expectations, condition_for
 from cqrs_es.stores.sql.rows import event_of, event_row, events_of_json, snapshot_of, snapshot_row
-from cqrs_es.stores.sql.session import Unexpected, chunks
+from cqrs_es.stores.sql.session import ArithmeticRefused, chunks
 from cqrs_es.stores.sql.tables import EVENTS, LOG_PARTITIONS, SNAPSHOTS
 from cqrs_es.types import AggregateKey, partition_of_lane
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         StoredOutcome,
         UniqueKey,
     )
-    from cqrs_es.stores.append_plan import AppendPlan
+    from cqrs_es.stores.append_plan import AppendPlan, Wanted
     from cqrs_es.stores.sql.session import Database, Query, Row, Session, Work
 
 _HEADS: Final = "SELECT log_partition, head FROM log_partitions"
@@ -75,44 +75,52 @@ class SqlEvents(EventStore):
         """Write what passes its checks, in one transaction; results in the order of `chains`."""
         if not chains:
             return []
-        expected = self._expectations.of(chains) if self._database.is_server else None
-        if expected is not None:
-            try:
-                plan = await self._append_as_expected(chains, expected, recorded_at)
-            except Unexpected:
-                self._expectations.disappoint(expected.heads)
-            else:
-                self._expectations.left(expected.heads, plan.new_heads)
-                return list(plan.results)
+        wanted = append_plan.wanted(chains)
+        plan = await self._append_as_expected(chains, wanted, recorded_at)
+        if plan is None:
+            plan = await self._append_having_read(chains, wanted, recorded_at)
+        return list(plan.results)
 
+    async def _append_as_expected(
+        self, chains: Sequence[Chain], wanted: Wanted, recorded_at: datetime
+    ) -> AppendPlan | None:
+        """Lock, check and write with the commit; None, and nothing is written, where it can't."""
+        expected = self._expectations.of(chains, wanted) if self._database.is_server else None
+        if expected is None:
+            return None
+        plan = append_plan.plan_append(chains, expected, recorded_at)
+        if not plan.commits_all:
+            return None
+        condition, values = condition_for(chains, expected)
+
+        async def work(session: Session) -> None:
+            query, partitions = _of_heads(wanted.partitions)
+            dialect = session.dialect
+            with session.writing_last():
+                await session.execute(f"{query}{dialect.for_update}", partitions)
+                await session.execute(dialect.fail_unless(condition), values)
+                await _write(session, plan, recorded_at)
+
+        try:
+            await self._database.run(work)
+        except ArithmeticRefused:
+            self._expectations.distrust(expected.heads)
+            return None
+        self._expectations.note(expected.heads, plan.new_heads)
+        return plan
+
+    async def _append_having_read(
+        self, chains: Sequence[Chain], wanted: Wanted, recorded_at: datetime
+    ) -> AppendPlan:
         async def work(session: Session) -> tuple[AppendState, AppendPlan]:
-            state = await _lock_and_read(session, chains)
+            state = await _lock_and_read(session, chains, wanted)
             plan = append_plan.plan_append(chains, state, recorded_at)
             with session.writing_last():
                 await _write(session, plan, recorded_at)
             return state, plan
 
         state, plan = await self._database.run(work)
-        self._expectations.left(state.heads, plan.new_heads)
-        return list(plan.results)
-
-    async def _append_as_expected(
-        self, chains: Sequence[Chain], expected: AppendState, recorded_at: datetime
-    ) -> AppendPlan:
-        """Lock, check and write with the commit; raise `Unexpected` where it is not as expected."""
-        plan = append_plan.plan_append(chains, expected, recorded_at)
-        if not plan.commits_all:
-            raise Unexpected
-        condition, values = as_expected(chains, expected)
-
-        async def work(session: Session) -> None:
-            heads, partitions = _of_heads([*expected.heads])
-            with session.writing_last():
-                await session.execute(f"{heads}{session.dialect.for_update}", partitions)
-                await session.execute(session.dialect.fail_unless(condition), values)
-                await _write(session, plan, recorded_at)
-
-        await self._database.run(work)
+        self._expectations.note(state.heads, plan.new_heads)
         return plan
 
     async def find_outcomes(self, command_ids: Collection[str]) -> dict[str, StoredOutcome]:
@@ -233,13 +241,12 @@ class SqlEvents(EventStore):
 # --- Appending ---------------------------------------------------------------
 
 
-async def _lock_and_read(session: Session, chains: Sequence[Chain]) -> AppendState:
+async def _lock_and_read(session: Session, chains: Sequence[Chain], wanted: Wanted) -> AppendState:
     """Lock the heads, then in later statements read what the plan depends on.
 
     In one statement, or under REPEATABLE READ, the versions could be older than
     the lock.
     """
-    wanted = append_plan.wanted(chains)
     grown = {chain.key for chain in chains if (chain.base_sequence or 0) >= LONG_STREAM}
     short, long = wanted.versions, []
     if grown:
@@ -269,7 +276,7 @@ async def _lock_and_read(session: Session, chains: Sequence[Chain]) -> AppendSta
 
 
 def _of_heads(partitions: Sequence[int]) -> Query:
-    """Return what locks heads in ascending order, so that no two appends wait for each other."""
+    """Return the query of heads; in ascending order, so that no two that lock them deadlock."""
     return (
         f"{_HEADS} WHERE log_partition IN {marks(len(partitions))} ORDER BY log_partition",
         partitions,

@@ -58,9 +58,10 @@ class Limits(msgspec.Struct, frozen=True):
 
     @classmethod
     def within(cls, lease_seconds: float) -> Limits:
-        """Return the limits that end before a lease does, and a wait before its statement does.
+        """Return limits that end before a lease does.
 
-        Else the server would go on with what nobody waits for any more, up to its COMMIT.
+        A lock is also waited for no longer than half of a statement's deadline: the server would
+        else go on to COMMIT after the client has given up.
         """
         seconds = min(lease_seconds, MOST_LIMIT_SECONDS)
         return cls(lock_wait=min(seconds, STATEMENT_SECONDS) * 0.5, idle=seconds * 0.7)

@@ -31,8 +31,8 @@ class DuplicateKey(errors.StoreError):
     """A row with that key is there already; the statement had no effect."""
 
 
-class Unexpected(errors.StoreError):
-    """A statement failed as `Dialect.assertion` does; nothing was written."""
+class ArithmeticRefused(errors.StoreError):
+    """A statement's arithmetic failed, as that of `Dialect.assertion` does; it had no effect."""
 
 
 _AT_ONCE: Final = nullcontext()
@@ -172,7 +172,7 @@ class Database(ABC):
     """A database that can be connected to.
 
     Everything raises errors of `cqrs_es.errors`, `RolledBack` or `DuplicateKey`.
-    `is_server`: a statement goes a way, so that it is worth something to need fewer.
+    `is_server`: each statement costs a trip over the network.
     """
 
     is_server = False
