@@ -256,10 +256,13 @@ async def test_some_instants_of_reactors_and_due_rows(sqlite_url: str, tmp_path:
     ("store_url", "broker", "roles"),
     [
         ("sqlite", "memory", (*ROLES, *ROLES_OF_TRANSFERS)),
-        ("mysql", "redis", ROLES_OF_TRANSFERS),
-        ("postgres", "amqp", ROLES_OF_TRANSFERS),
+        *(
+            (store, broker, ROLES_OF_TRANSFERS)
+            for store in ("mysql", "postgres")
+            for broker in ("redis", "amqp")
+        ),
     ],
-    ids=["sqlite-memory", "mysql-redis", "postgres-amqp"],
+    ids=["sqlite-memory", "mysql-redis", "mysql-amqp", "postgres-redis", "postgres-amqp"],
     indirect=["store_url"],
 )
 async def test_each_instant_of_one_process(
