@@ -1,8 +1,9 @@
 """A process killed at each instant that matters, under load; what it did is judged at the end.
 
 The bank, a process for each role, on servers; transfers, which reactors and due rows make, all
-roles in one process, on SQLite and servers; `init` on each database that has SQL. `make crashes`
-hits every instant many times (`CQRS_ES_TEST_CRASHES`), `make test` some of them, by a seed.
+roles in one process, on SQLite, servers and DynamoDB, where that may be a function that SQS brings
+commands; `init` on each. `make crashes` hits every instant many times (`CQRS_ES_TEST_CRASHES`),
+`make test` some of them, by a seed. DynamoDB, SQS and SNS are moto's, a process that lives on.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import signal
 import sqlite3
 import time
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -24,13 +25,15 @@ import pytest
 
 from cqrs_es.settings import Settings
 from tests.apps import dying_init
-from tests.apps.dying import INSTANTS, main
+from tests.apps.dying import DYNAMODB, FUNCTIONS, INSTANTS, LEASED, SQL, main
+from tests.cloud import Cloud, Subscriber
 from tests.conftest import run_on
 from tests.faults import test_transfers
 from tests.faults.test_chaos import LOOKS_APART_SECONDS, chaos
 from tests.faults.test_transfers import Bank, check
 from tests.forking import fork
 from tests.history.checker import assert_promises_held
+from tests.lambda_runtime import SCHEDULED, Killed, QueueSource, Sandbox
 from tests.servers import psql
 from tests.transfers import bank
 from tests.waiting import until
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from cqrs_es.messages import CommandMessage
     from cqrs_es.opened import OpenApplication
     from tests.faults.test_chaos import Chaos
 
@@ -50,6 +54,7 @@ CRASHES = int(os.environ.get("CQRS_ES_TEST_CRASHES", "0"))
 SHARES = 4  # of the hits, so that several can be made at once: most of the time is waiting
 ROLES = ("worker", "relay", "projector", "rebuild")
 ROLES_OF_TRANSFERS = ("due", "reactor")
+EVERY_ROLE = (*ROLES, *ROLES_OF_TRANSFERS)
 VIEWS = ("account_query", "bank_totals")
 AT_ONCE = 1  # instant of each role in `make test`
 PAUSE_SECONDS = 0.4  # of senders: what dies and starts is to have the machine, not what goes well
@@ -121,9 +126,12 @@ def seeded(*on: str) -> random.Random:
     return random.Random(seed)
 
 
-def instants_of(roles: Sequence[str], rng: random.Random, times: int) -> list[str]:
-    """Take each of the roles' instants so many times, in an order of chance."""
-    names = [name for name, instant in INSTANTS.items() if instant.role in roles] * times
+def instants_of(
+    roles: Sequence[str], rng: random.Random, times: int, on: Sequence[str] = (SQL, LEASED)
+) -> list[str]:
+    """Take each of the roles' instants that there are so many times, in an order of chance."""
+    there = {name: instant for name, instant in INSTANTS.items() if instant.on in {"", *on}}
+    names = [name for name, instant in there.items() if instant.role in roles] * times
     return rng.sample(names, len(names))
 
 
@@ -192,6 +200,17 @@ class Deaths(Bank):
     After each death one that lives does what was left: see `Dying`.
     """
 
+    def follow(self) -> None:
+        """Have the topic's events kept from now on."""
+        if self._outside is not None:
+            self._outside.follow(self._name)
+
+    def published(self) -> dict[int, int] | None:
+        """Count the events that the topic had, in order; None where nobody could follow it."""
+        if self._outside is None:
+            return None
+        return {number: len(found) for number, found in self._outside.topic(self._name).items()}
+
     async def suffer(self, opened: OpenApplication, instants: list[str]) -> Counter[str]:
         """Let one die at each of the instants; return what was hit."""
         hits: Counter[str] = Counter()
@@ -224,23 +243,112 @@ class Deaths(Bank):
         return code == -signal.SIGKILL
 
 
+class FunctionDeaths(Deaths):
+    """Transfers that functions make: SQS brings commands, and one that is rung does the rest."""
+
+    @property
+    def _cloud(self) -> Cloud:
+        store_url, broker_url = (
+            self.environment[f"CQRS_ES_{it}_URL"] for it in ("STORE", "BROKER")
+        )
+        return Cloud(store_url, broker_url, broker_url.partition("?endpoint=")[2], self._folder)
+
+    def follow(self) -> None:
+        """Subscribe to the topic."""
+        self._subscriber = Subscriber(self._cloud)
+        self._reached: Counter[int] = Counter()
+
+    def published(self) -> dict[int, int]:
+        """Drop what came before, as subscribers do."""
+        for event in self._subscriber.events():
+            partition, offset = event["partition"], int(event["offset"])
+            assert offset <= self._reached[partition] + 1, f"a hole before {event}"
+            self._reached[partition] = max(self._reached[partition], offset)
+        return dict(self._reached)
+
+    def write(self, messages: list[CommandMessage]) -> None:
+        """Have the commands sent by whatever runs next."""
+        self._to_send = messages
+
+    def call(self, verb: str, *arguments: str, seconds: float = 60) -> None:
+        """Let a function do all there is; other verbs are programs here too."""
+        if verb != "run":
+            super().call(verb, *arguments, seconds=seconds)
+            return
+        assert not self._work(), self.file.with_suffix(".log").read_text()[-3000:]
+
+    def _die(self, dies_at: str, *arguments: str) -> bool:
+        if arguments[0] != "run":
+            return super()._die(dies_at, *arguments)
+        return self._work(DIES_AT=dies_at)
+
+    def _work(self, **more: str) -> bool:
+        """Bring a function what there is until nothing is left; tell whether it died of it."""
+        cloud, environment = self._cloud, self.environment | more
+        cloud.send(self._to_send, service=self._name)
+        source = QueueSource(cloud.endpoint, cloud.table.replace("-store", "-commands.fifo"))
+        log_file = self.file.with_suffix(".log")
+        handler, seconds = "tests.apps.dying_function.handler", PATIENCE_SECONDS
+        with Sandbox(handler, environment, log_file, seconds=seconds) as sandbox:
+            while not sandbox.kills and source.depth():
+                source.bring(sandbox)
+            with suppress(Killed):
+                while not sandbox.kills and not sandbox.invoke(SCHEDULED)["idle"]:
+                    pass
+            return sandbox.kills > 0
+
+
 async def crash_runs(store_url: str, broker_url: str, folder: Path, instants: list[str]) -> None:
     """Hit these instants, and judge what became of the transfers."""
     name = f"transfers-{random.randrange(2**32)}"
     with pytest.MonkeyPatch.context() as patch:
         wanted = TRANSFERS_EACH * (2 * len(instants) + 4)  # some instants take a second try
         patch.setattr(test_transfers, "TRANSFERS", max(wanted, test_transfers.TRANSFERS))
-        deaths = Deaths(store_url, broker_url, folder, seeded(store_url, broker_url), name)
+        patch.setattr(test_transfers, "MOST_TRANSFERS", wanted)
+        made = FunctionDeaths if broker_url.startswith("sqs:") else Deaths
+        deaths = made(store_url, broker_url, folder, seeded(store_url, broker_url), name)
         try:
             deaths.call("init")
+            deaths.follow()
             async with bank(name).open(deaths.settings) as opened:
                 hits = await deaths.suffer(opened, instants)
                 log.warning("hit %s", dict(hits))
                 await deaths.finish(opened)
                 await check(opened, deaths)
+                heads = dict(await opened.storage.events.heads())
+                log.warning("%s events in %s partitions", sum(heads.values()), len(heads))
+                assert (published := deaths.published()) is None or heads == {
+                    number: published.get(number, 0) for number in heads
+                }
         finally:
             deaths.close()
     assert hits == Counter(instants)
+
+
+@pytest.fixture
+def sqs_url(dynamodb_url: str) -> str:
+    """Name a queue and a topic beside the table."""
+    return dynamodb_url.replace("dynamodb:", "sqs:")
+
+
+def there_is(store_url: str, broker_url: str) -> tuple[str, str]:
+    """Tell what a pair has instants of."""
+    return (
+        DYNAMODB if store_url.startswith("dynamodb") else SQL,
+        FUNCTIONS if broker_url.startswith("sqs") else LEASED,
+    )
+
+
+@pytest.mark.parametrize("broker", ["redis", "sqs"])
+async def test_some_instants_on_dynamodb(
+    dynamodb_url: str, broker: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Money is neither lost nor made where an append is no transaction of SQL."""
+    url = request.getfixturevalue(f"{broker}_url")
+    rng = seeded("dynamodb", broker)
+    some = instants_of(EVERY_ROLE, rng, 1, there_is(dynamodb_url, url))
+    instants = [name for name in some if name not in NOBODY_WAITS][:2]
+    await crash_runs(dynamodb_url, url, tmp_path, instants)
 
 
 async def test_some_instants_of_reactors_and_due_rows(sqlite_url: str, tmp_path: Path) -> None:
@@ -255,14 +363,24 @@ async def test_some_instants_of_reactors_and_due_rows(sqlite_url: str, tmp_path:
 @pytest.mark.parametrize(
     ("store_url", "broker", "roles"),
     [
-        ("sqlite", "memory", (*ROLES, *ROLES_OF_TRANSFERS)),
+        ("sqlite", "memory", EVERY_ROLE),
+        ("dynamodb", "redis", EVERY_ROLE),
+        ("dynamodb", "sqs", EVERY_ROLE),
         *(
             (store, broker, ROLES_OF_TRANSFERS)
             for store in ("mysql", "postgres")
             for broker in ("redis", "amqp")
         ),
     ],
-    ids=["sqlite-memory", "mysql-redis", "mysql-amqp", "postgres-redis", "postgres-amqp"],
+    ids=[
+        "sqlite-memory",
+        "dynamodb-redis",
+        "dynamodb-sqs",
+        "mysql-redis",
+        "mysql-amqp",
+        "postgres-redis",
+        "postgres-amqp",
+    ],
     indirect=["store_url"],
 )
 async def test_each_instant_of_one_process(
@@ -275,7 +393,7 @@ async def test_each_instant_of_one_process(
 ) -> None:
     """The process that dies has every role; so that of SQLite, where there is no other."""
     url = "memory://" if broker == "memory" else request.getfixturevalue(f"{broker}_url")
-    planned = instants_of(roles, seeded(store_url), share_of_hits(share))
+    planned = instants_of(roles, seeded(store_url), share_of_hits(share), there_is(store_url, url))
     instants = [name for name in planned if name not in NOBODY_WAITS]
     await crash_runs(store_url, url, tmp_path, instants)
 
