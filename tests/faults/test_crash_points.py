@@ -19,6 +19,7 @@ from collections import Counter
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -33,7 +34,7 @@ from tests.faults.test_chaos import LOOKS_APART_SECONDS, chaos
 from tests.faults.test_transfers import Bank, check
 from tests.forking import fork
 from tests.history.checker import assert_promises_held
-from tests.lambda_runtime import SCHEDULED, Killed, QueueSource, Sandbox
+from tests.lambda_runtime import SCHEDULED, Killed, QueueSource, Sandbox, client
 from tests.servers import psql
 from tests.transfers import bank
 from tests.waiting import until
@@ -42,7 +43,6 @@ from worker.app import app
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Sequence
-    from pathlib import Path
 
     from cqrs_es.messages import CommandMessage
     from cqrs_es.opened import OpenApplication
@@ -401,29 +401,24 @@ async def test_each_instant_of_one_process(
 # --- Migrations ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("store", ["sqlite", "mysql", "postgres"])
+@pytest.mark.parametrize("store", ["sqlite", "mysql", "postgres", "dynamodb"])
 def test_init_that_dies_between_two_statements_is_done_by_the_next(
     request: pytest.FixtureRequest, store: str, tmp_path: Path
 ) -> None:
     """Whichever they are: the next makes the same of it as one that nothing befell."""
-    if store == "sqlite":
-        server = f"sqlite:///{tmp_path}"
-    else:
-        server = request.getfixturevalue(f"{store}_server").rstrip("/")
+    template = _databases_on(store, request, tmp_path)
     made: list[str] = []
+    own = {key: value for key, value in os.environ.items() if key.startswith("AWS_")}
 
     def database(name: str) -> str:
-        if store == "mysql":
-            run_on(server, f"CREATE DATABASE {name}")
-        elif store == "postgres":
-            psql(server, f"CREATE DATABASE {name}")
+        _tell(template, f"CREATE DATABASE {name}")
         made.append(name)
-        return f"{server}/{name}"
+        return template.format(name)
 
     def end_of(number: int) -> tuple[str, str]:
         """Have `init` die before a statement, there is none of number 0; tell how it ended."""
         url, written = database(f"dying_{number}"), tmp_path / f"{number}.log"
-        process = fork(dying_init.main, url, number, environment={}, output=written)
+        process = fork(dying_init.main, url, number, environment=own, output=written)
         process.join(PATIENCE_SECONDS)
         code = process.exitcode
         process.kill()
@@ -442,9 +437,28 @@ def test_init_that_dies_between_two_statements_is_done_by_the_next(
             assert _schema(url) == _schema(whole), url
         log.warning("%s of %s statements of init on %s", len(numbers), statements, store)
     finally:
-        for name in made if store != "sqlite" else ():
-            drop = f"DROP DATABASE {name}"
-            run_on(server, drop) if store == "mysql" else psql(server, drop)
+        for name in made:
+            _tell(template, f"DROP DATABASE {name}")
+
+
+def _databases_on(store: str, request: pytest.FixtureRequest, folder: Path) -> str:
+    """Return the URL of a database, or table, of which `{}` is the name."""
+    match store:
+        case "sqlite":
+            return f"sqlite:///{folder}/{{}}"
+        case "dynamodb":
+            return str(request.getfixturevalue("dynamodb_url")).replace("?", "_{}?")
+        case _:
+            return str(request.getfixturevalue(f"{store}_server")).rstrip("/") + "/{}"
+
+
+def _tell(template: str, statement: str) -> None:
+    """Tell a server, where there is one that has databases."""
+    server = template.removesuffix("/{}")
+    if server.startswith("mysql"):
+        run_on(server, statement)
+    elif server.startswith("postgres"):
+        psql(server, statement)
 
 
 async def _initialise(url: str) -> None:
@@ -455,6 +469,8 @@ async def _initialise(url: str) -> None:
 
 def _schema(url: str) -> list[object]:
     """List a database's tables, columns and indexes as its own catalogue has them."""
+    if url.startswith("dynamodb"):
+        return _table(url)
     server, _, name = url.rpartition("/")
     if url.startswith("sqlite"):
         with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
@@ -472,3 +488,14 @@ def _schema(url: str) -> list[object]:
     indexes = "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public' ORDER BY 1"
     asked = f"SELECT {columns} FROM {of}"  # noqa: S608
     return [*psql(url, asked).split("\n"), *psql(url, indexes).split("\n")]
+
+
+def _table(url: str) -> list[object]:
+    """Describe a table, and name the attributes of all that is in it."""
+    cloud = Cloud(url, "", url.partition("?endpoint=")[2], Path())
+    dynamodb = client("dynamodb", cloud.endpoint)
+    table = dynamodb.describe_table(TableName=cloud.table)["Table"]
+    names = ("TableStatus", "KeySchema", "AttributeDefinitions", "BillingModeSummary")
+    indexes = [(each["IndexName"], each["KeySchema"]) for each in table["GlobalSecondaryIndexes"]]
+    items = dynamodb.scan(TableName=cloud.table)["Items"]
+    return [*(table[name] for name in names), indexes, [sorted(item) for item in items]]
