@@ -130,8 +130,8 @@ def instants_of(
     roles: Sequence[str], rng: random.Random, times: int, on: Sequence[str] = (SQL, LEASED)
 ) -> list[str]:
     """Take each of the roles' instants that there are so many times, in an order of chance."""
-    there = {name: instant for name, instant in INSTANTS.items() if instant.on in {"", *on}}
-    names = [name for name, instant in there.items() if instant.role in roles] * times
+    there = {name: each for name, each in INSTANTS.items() if {*each.on} <= {*on}}
+    names = [name for name, each in there.items() if each.role in roles] * times
     return rng.sample(names, len(names))
 
 
@@ -290,8 +290,10 @@ class FunctionDeaths(Deaths):
         log_file = self.file.with_suffix(".log")
         handler, seconds = "tests.apps.dying_function.handler", PATIENCE_SECONDS
         with Sandbox(handler, environment, log_file, seconds=seconds) as sandbox:
+            end = time.monotonic() + seconds
             while not sandbox.kills and source.depth():
                 source.bring(sandbox)
+                assert time.monotonic() < end, log_file.read_text()[-3000:]
             with suppress(Killed):
                 while not sandbox.kills and not sandbox.invoke(SCHEDULED)["idle"]:
                     pass
