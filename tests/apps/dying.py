@@ -48,7 +48,7 @@ from cqrs_es.stores.sqlite.connection import Connection
 from cqrs_es.stores.sqlite.session import LocalSession
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from cqrs_es.stores.dynamodb.actions import Action
 
@@ -86,6 +86,10 @@ def _is_an_event(_service: str, operation: str) -> bool:
 
 def _is_a_lease(action: Action, *_: object) -> bool:
     return "Put" in action and bool(action["Put"]["Item"]["pk"] == {"S": LEASES})
+
+
+def _are_rows(requests: Sequence[Mapping[str, Any]]) -> bool:
+    return str(requests[0]["DeleteRequest"]["Key"]["pk"]["S"]).startswith("views/")
 
 
 LEASED, FUNCTIONS, SQL, DYNAMODB = "leased", "functions", "sql", "dynamodb"
@@ -167,6 +171,9 @@ INSTANTS: Final[dict[str, Instant]] = {
         "rebuild", ViewTransaction, "set_generation", "commit sent", on=(DYNAMODB,)
     ),
     "after the switch": Instant("rebuild", ViewTransaction, "set_generation", "after commit"),
+    "some rows of an old generation gone": Instant(
+        "drop", Table, "_delete_batch", "after", _are_rows, on=(DYNAMODB,)
+    ),
     "before the name leads there": Instant("rebuild", SqlTables, "publish", "before", on=(SQL,)),
     "after the name leads there": Instant("rebuild", SqlTables, "publish", "after", on=(SQL,)),
 }

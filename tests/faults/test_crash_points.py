@@ -55,7 +55,7 @@ CRASHES = int(os.environ.get("CQRS_ES_TEST_CRASHES", "0"))
 SHARES = 4  # of the hits, so that several can be made at once: most of the time is waiting
 ROLES = ("worker", "relay", "projector", "rebuild")
 ROLES_OF_TRANSFERS = ("due", "reactor")
-EVERY_ROLE = (*ROLES, *ROLES_OF_TRANSFERS)
+EVERY_ROLE = (*ROLES, *ROLES_OF_TRANSFERS, "drop")
 LEASE_SECONDS = os.environ.get("CQRS_ES_TEST_LEASE_SECONDS", "6")
 ON_DYNAMODB = {
     "CQRS_ES_PARTITIONS": "2",
@@ -66,7 +66,7 @@ ON_DYNAMODB = {
 AT_ONCE = 1  # instant of each role in `make test`
 # Of senders: what dies and starts is to have the machine, not what goes well.
 PAUSE_SECONDS, PAUSE_SECONDS_ON_DYNAMODB = 0.4, 3.0
-TRANSFERS_EACH = 6  # between two deaths
+TRANSFERS_EACH, EACH_ON_DYNAMODB = 6, 3  # between two deaths
 MOST_TRIES = 3  # to die once, at the mean
 NOBODY_WAITS = {"replied"}  # for an outcome of a command that is in a file
 STATEMENTS_AT_ONCE = 6  # of `init` on each store, in `make test`
@@ -232,6 +232,11 @@ def test_each_instant_often(store: str, broker: str, share: int, tmp_path: Path)
 # --- Reactors and due rows, and SQLite -------------------------------------------------
 
 
+def transfers_each(store_url: str) -> int:
+    """Return how many transfers are asked for between two deaths."""
+    return EACH_ON_DYNAMODB if store_url.startswith("dynamodb") else TRANSFERS_EACH
+
+
 class Deaths(Bank):
     """Transfers that processes make which have every role, and die one after another.
 
@@ -252,19 +257,30 @@ class Deaths(Bank):
     async def suffer(self, opened: OpenApplication, instants: list[str]) -> Counter[str]:
         """Let one die at each of the instants; return what was hit."""
         hits: Counter[str] = Counter()
-        left, tries = instants[:], 0
+        left, tries, old = instants[:], 0, 0
+        each = transfers_each(self.environment["CQRS_ES_STORE_URL"])
+        of_accounts = len(self.accounts) * 6 // 5  # to put money into them, and to close some
+        self.write((await self.unsettled(opened))[:of_accounts])
+        await self._live("run", "--commands", str(self.file), "--until-idle")
         while left:
             instant, tries = left[-1], tries + 1
             assert tries <= MOST_TRIES * len(instants), f"nobody comes to {instant!r}"
-            self.write((await self.unsettled(opened))[:TRANSFERS_EACH])
+            self.write((await self.unsettled(opened))[:each])
             runs = ["run", "--commands", str(self.file), "--until-idle"]
-            if INSTANTS[instant].role == "rebuild":
+            if (role := INSTANTS[instant].role) in {"rebuild", "drop"}:
                 await self._live(*runs)
                 runs = ["rebuild", "balance"]
+            if role == "drop":
+                await self._live(*runs)
+                old = (await opened.storage.views.generations())["balance"] - 1
+                runs += ["--drop", str(old)]
             # The second time something happens, unless there was only one in this share.
             if await asyncio.to_thread(self._die, f"{instant} {1 + tries % 2}", *runs):
                 hits[left.pop()] += 1
             await self._live(*runs)
+            if role == "drop":
+                assert f"balance__{old}" not in await opened.storage.views.list_tables()
+                assert await opened.storage.views.page(f"balance__{old}") == []
         return hits
 
     async def _live(self, *arguments: str) -> None:
@@ -342,7 +358,9 @@ async def crash_runs(store_url: str, broker_url: str, folder: Path, instants: li
     """Hit these instants, and judge what became of the transfers."""
     name = f"transfers-{random.randrange(2**32)}"
     with pytest.MonkeyPatch.context() as patch:
-        wanted = TRANSFERS_EACH * (2 * len(instants) + 4)  # some instants take a second try
+        wanted = transfers_each(store_url) * (
+            2 * len(instants) + 4
+        )  # some instants take a second try
         patch.setattr(test_transfers, "TRANSFERS", max(wanted, test_transfers.TRANSFERS))
         patch.setattr(test_transfers, "MOST_TRANSFERS", wanted)
         made = FunctionDeaths if broker_url.startswith("sqs:") else Deaths
