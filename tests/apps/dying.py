@@ -200,8 +200,8 @@ def _implementations(base: type, method: str) -> Iterator[type]:
         yield from _implementations(subclass, method)
 
 
-def _replace(cls: type, method: str, by: object) -> None:
-    setattr(cls, method, by)
+def _replace(owner: object, name: str, by: object) -> None:
+    setattr(owner, name, by)
 
 
 def _wrap(cls: type, instant: Instant) -> None:
@@ -280,7 +280,7 @@ def _wrap_transact(when: str) -> None:
     _replace(Table, "transact", transact)
     _replace(StreamWriter, "write_eof", write_eof)
     if when == "between commits":
-        vars(fitting)["MAX_ACTIONS"] = FEW_ACTIONS
+        _replace(fitting, "MAX_ACTIONS", FEW_ACTIONS)
 
 
 def _instrument_at(instant: Instant) -> None:
