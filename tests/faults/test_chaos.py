@@ -318,17 +318,18 @@ class Chaos:
         self.recovery[f"{fault.kind} {fault.role}"].append(time.monotonic() - healed)
         self._all_live()
 
-    def drain(self) -> float:
+    def drain(self, patience: float = PATIENCE) -> float:
         """Have the senders end, and everything decided, published and projected."""
         began = time.monotonic()
         for sender in self.senders:
             sender.end()
         for sender in self.senders:
-            sender.join(PATIENCE)
+            sender.join(patience)
             assert not sender.is_alive(), f"{len(sender.in_flight)} of {sender.name} unanswered"
         until(
             self._is_at_rest,
             "relay, projectors, reactors or due rows do not get to the end",
+            within_seconds=patience,
             every=LOOKS_APART_SECONDS,
         )
         return time.monotonic() - began

@@ -189,7 +189,7 @@ def crash(store: str, broker: str, folder: Path, times: int) -> None:
         assert hits == wanted
         for view in made.history.views:
             made.bank.call("rebuild", view)
-        drained = made.drain()
+        drained = made.drain(PATIENCE_SECONDS)
         history = made.recorded()
         log.warning(
             "%s commands, %s events; drained in %.1f s",
