@@ -68,6 +68,7 @@ AT_ONCE = 1  # instant of each role in `make test`
 PAUSE_SECONDS, PAUSE_SECONDS_ON_DYNAMODB = 0.4, 3.0
 TRANSFERS_EACH, EACH_ON_DYNAMODB = 6, 3  # between two deaths
 MOST_TRIES = 3  # to die once, at the mean
+ONCE = {"some leases taken"}  # of two partitions a process may have one
 NOBODY_WAITS = {"replied"}  # for an outcome of a command that is in a file
 STATEMENTS_AT_ONCE = 6  # of `init` on each store, in `make test`
 PATIENCE_SECONDS = 300.0 if CRASHES else 100.0  # within which a process has come to its instant
@@ -114,7 +115,7 @@ class Dying:
         return self._process is None
 
     def _start(self, instant: str) -> subprocess.Popen[bytes]:
-        number = 1 if self._role == "rebuild" else self._rng.randint(1, 4)
+        number = 1 if instant in ONCE or self._role == "rebuild" else self._rng.randint(1, 4)
         dies_at = {"DIES_AT": f"{instant} {number}"}
         dying = replace(
             self._bank, app="tests.apps.dying_bank:app", settings=self._bank.settings | dies_at
