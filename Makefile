@@ -54,7 +54,7 @@ test-newest: $(VENV)/.installed  ## run the suites on the newest versions that t
 	$(BIN)/uv pip install --quiet --python $(VENV)/newest --editable ".[dev]"
 	$(VENV)/newest/bin/pytest $(RANGE_SUITES) $(PYTEST_ARGS)
 
-crashes: $(VENV)/.installed  ## kill processes at each instant that matters, 20 times each, on SQLite and four pairs of servers
+crashes: $(VENV)/.installed  ## kill processes at each instant that matters, 20 times each, on SQLite, DynamoDB and four pairs of servers
 	CI=true CQRS_ES_TEST_CRASHES=$(CRASHES) TMPDIR=$(CRASH_DISK) \
 		$(BIN)/pytest tests/faults/test_crash_points.py --numprocesses=4 -rA $(PYTEST_ARGS)
 

@@ -2,7 +2,8 @@
 
 Every store runs the same steps: lock the heads of the partitions that are `wanted`, read
 an `AppendState`, call `plan_append`, write the plan. So the rules are written and tested
-once. An SQL server's may plan on what it expects to read, and have that checked under the locks. Most appends are plain: events and outcomes, nothing else is read or written.
+once. On an SQL server what it would read may be expected instead, and checked under the locks.
+Most appends are plain: events and outcomes, nothing else is read or written.
 """
 
 from __future__ import annotations

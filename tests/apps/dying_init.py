@@ -1,4 +1,4 @@
-"""`init` of the bank in a process that kills itself before one of its statements."""
+"""`init` of the bank in a process that kills itself before one of its statements, or requests."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Final
 
 from cqrs_es.settings import Settings
+from cqrs_es.stores.dynamodb.table import Table
 from cqrs_es.stores.mysql.session import MysqlSession
 from cqrs_es.stores.postgres.session import PostgresSession
 from cqrs_es.stores.sqlite.session import LocalSession
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SESSIONS: Final[tuple[type, ...]] = (LocalSession, MysqlSession, PostgresSession)
-METHODS: Final = ("fetch", "execute", "write")
+METHODS: Final = (
+    *((cls, method) for cls in SESSIONS for method in ("fetch", "execute", "write")),
+    (Table, "_ask"),
+)
 
 
 def _wrap(cls: type, method: str, numbers: Iterator[int], last: int) -> None:
@@ -35,9 +39,8 @@ def _wrap(cls: type, method: str, numbers: Iterator[int], last: int) -> None:
 
 def _initialise(url: str, last: int) -> int:
     numbers = itertools.count(1)
-    for cls in SESSIONS:
-        for method in METHODS:
-            _wrap(cls, method, numbers, last)
+    for cls, method in METHODS:
+        _wrap(cls, method, numbers, last)
 
     async def initialise() -> None:
         async with app.open(Settings(store_url=url), initialise=True, reach_broker=False):

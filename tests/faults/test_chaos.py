@@ -29,9 +29,10 @@ import redis
 
 from tests.conftest import run_on
 from tests.history import recorder
-from tests.history.checker import REACTOR, RELAY, VIEWS, assert_promises_held
+from tests.history.checker import REACTOR, RELAY, assert_promises_held
 from tests.history.records import History
 from tests.history.traffic import PAUSE_SECONDS, Sender
+from tests.lambda_runtime import REGION
 from tests.outside import Outside, RabbitOutside, RedisOutside
 from tests.processes import Service, service
 from tests.proxy import Wires
@@ -41,6 +42,7 @@ from tests.servers import (
     installed,
     psql,
     start_again,
+    start_dynamodb,
     start_mariadb,
     start_postgres,
     start_rabbitmq,
@@ -141,6 +143,8 @@ class Servers:
                 "GRANT ALL ON bank.* TO bank",
             ):
                 self._tell(statement)
+        elif self.store_name == "dynamodb":
+            self.store = start_dynamodb(store)
         else:
             self.store = start_postgres(store)
             self._tell("CREATE DATABASE bank")
@@ -165,6 +169,8 @@ class Servers:
             psql(f"postgresql://postgres@127.0.0.1:{self.store.port}/", statement)
 
     def store_url(self, port: int) -> str:
+        if self.store_name == "dynamodb":
+            return f"dynamodb://{REGION}/bank?endpoint=http://127.0.0.1:{port}"
         user = "mysql://bank" if self.store_name == "mysql" else "postgresql://postgres"
         return f"{user}@127.0.0.1:{port}/bank"
 
@@ -283,10 +289,8 @@ class Chaos:
         """
         loss = max(self.history.losses, default=0.0)
         lost = {command_id for command_id, since in late.items() if since <= loss}
-        ids = ", ".join(f"'{command_id}'" for command_id in late)
-        sql = f"SELECT command_id FROM command_outcomes WHERE command_id IN ({ids})"  # noqa: S608
         with suppress(pymysql.Error, subprocess.CalledProcessError):
-            return lost | {row["command_id"] for row in recorder.rows(self.store_url, sql)}
+            return lost | recorder.decided(self.store_url, late)
         return lost
 
     def start(self, role: str) -> None:
@@ -314,17 +318,18 @@ class Chaos:
         self.recovery[f"{fault.kind} {fault.role}"].append(time.monotonic() - healed)
         self._all_live()
 
-    def drain(self) -> float:
+    def drain(self, patience: float = PATIENCE) -> float:
         """Have the senders end, and everything decided, published and projected."""
         began = time.monotonic()
         for sender in self.senders:
             sender.end()
         for sender in self.senders:
-            sender.join(PATIENCE)
+            sender.join(patience)
             assert not sender.is_alive(), f"{len(sender.in_flight)} of {sender.name} unanswered"
         until(
             self._is_at_rest,
             "relay, projectors, reactors or due rows do not get to the end",
+            within_seconds=patience,
             every=LOOKS_APART_SECONDS,
         )
         return time.monotonic() - began
@@ -360,12 +365,21 @@ class Chaos:
 
     def _is_at_rest(self) -> bool:
         """Tell whether all has been published and followed, and nothing is left that it causes."""
+        if self.servers.store_name == "dynamodb":
+            return self._says_that_it_rests()
         heads = self._heads()
         return (
             self._has_got_to(heads)
             and not recorder.waiting(self.store_url)
             and self._heads() == heads
         )
+
+    def _says_that_it_rests(self) -> bool:
+        """Ask the bank itself, of which there is nothing that could be asked so soon."""
+        found = self.bank.status()
+        followed = all(each["behind"] == 0 for each in found["views"])
+        published = all(each["relay"] == each["head"] for each in found["partitions"])
+        return followed and published and not found["scheduled"]["due"]
 
     def _has_got_to(self, heads: dict[int, int]) -> bool:
         """Tell whether relay, views and reactors have got to these offsets."""
@@ -376,10 +390,11 @@ class Chaos:
             row["projector"]: row["live"]
             for row in recorder.rows(self.store_url, "SELECT * FROM generations")
         }
+        followers = (*self.history.views, REACTOR)
         return all(
             marks[reader].get(partition, 0) >= head
             for partition, head in heads.items()
-            for reader in (RELAY, *(f"{name}__{live.get(name, 1)}" for name in (*VIEWS, REACTOR)))
+            for reader in (RELAY, *(f"{name}__{live.get(name, 1)}" for name in followers))
         )
 
     def _all_live(self) -> None:
@@ -464,6 +479,7 @@ def chaos(
     copies: int = 2,
     pause_seconds: float = PAUSE_SECONDS,
     by_wire: bool = True,
+    **settings: str,
 ) -> Generator[Chaos]:
     """Run a bank with some processes of each role, and its senders, which pause between batches.
 
@@ -480,8 +496,10 @@ def chaos(
         )
         urls = servers.store_url(by["store"]), servers.broker_url(by["broker"])
         (folder / "logs").mkdir()
-        bank = stack.enter_context(service("worker.app:app", *urls, folder / "logs"))
+        bank = stack.enter_context(service("worker.app:app", *urls, folder / "logs", **settings))
         made = Chaos(servers, wires, bank, History(broker))
+        if store == "dynamodb":
+            made.history.views = ("account_query",)
         made.senders += [
             Sender(
                 f"sender-{n}", seed + n, "bank", made.connected, made.to_send_again, pause_seconds

@@ -92,7 +92,9 @@ class Bank:
             "CQRS_ES_STORE_URL": store_url,
             "CQRS_ES_BROKER_URL": broker_url,
             "CQRS_ES_SERVICE": name,
-            "CQRS_ES_LEASE_SECONDS": "6" if on_dynamodb else "2",
+            "CQRS_ES_LEASE_SECONDS": os.environ.get(
+                "CQRS_ES_TEST_LEASE_SECONDS", "6" if on_dynamodb else "2"
+            ),
             "CQRS_ES_PARTITIONS": str(partitions),
             **{key: value for key, value in os.environ.items() if key.startswith("AWS_")},
         }
@@ -101,7 +103,7 @@ class Bank:
         self._ended = 0
         self._read_to = dict.fromkeys(range(partitions), 0)
         self.file = folder / "commands.jsonl"
-        self._in_one = broker_url == "memory://"
+        self._in_one = broker_url.startswith(("memory:", "sqs:"))
         self._outside = None if self._in_one else outside(broker_url)
         self._running: dict[str, BaseProcess] = {}
         self._started: Counter[str] = Counter()

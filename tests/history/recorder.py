@@ -7,7 +7,8 @@ With the servers' own drivers and clients; of what is judged, only the program
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from urllib.parse import unquote, urlsplit
 
 import amqp
@@ -16,56 +17,60 @@ import pymysql
 import redis
 from pymysql.cursors import DictCursor
 
+from tests import lambda_runtime
 from tests.history.records import History, Seen, StoredEvent, StoredOutcome
 from tests.servers import psql
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Collection, Iterator
 
 Json = dict[str, Any]
+Ask: TypeAlias = "Callable[[str], list[Json]]"
 
 DAY_COLUMNS = ("accounts", "deposits_cents", "withdrawals_cents", "checks_cents", "held_cents")
 
 
 def record_tables(history: History, store_url: str) -> None:
-    """Add what the tables hold."""
+    """Add what the tables hold, or the one of DynamoDB."""
+    on_dynamodb = store_url.startswith("dynamodb")
+    ask = partial(of_items, items(store_url)) if on_dynamodb else partial(rows, store_url)
     history.outcomes = [
         StoredOutcome(row["command_id"], row["request_hash"], _json(row["outcome"]))
-        for row in rows(store_url, "SELECT * FROM command_outcomes ORDER BY recorded_at")
+        for row in ask("SELECT * FROM command_outcomes ORDER BY recorded_at")
     ]
     history.events = [
-        _event(row)
-        for row in rows(store_url, "SELECT * FROM events ORDER BY log_partition, log_offset")
+        _event(row) for row in ask("SELECT * FROM events ORDER BY log_partition, log_offset")
     ]
-    heads = rows(store_url, "SELECT log_partition, head FROM log_partitions")
+    heads = ask("SELECT log_partition, head FROM log_partitions")
     history.heads = {row["log_partition"]: row["head"] for row in heads}
-    for row in rows(store_url, "SELECT * FROM checkpoints"):
+    for row in ask("SELECT * FROM checkpoints"):
         marks = history.checkpoints.setdefault(row["projector"], {})
         marks[row["log_partition"]] = row["log_offset"]
-    for row in rows(store_url, "SELECT * FROM generations"):
+    for row in ask("SELECT * FROM generations"):
         history.live[row["projector"]] = f"{row['projector']}__{row['live']}"
-    info = {row["name"]: row["value"] for row in rows(store_url, "SELECT * FROM store_info")}
+    info = {row["name"]: row["value"] for row in ask("SELECT * FROM store_info")}
     history.logepoch, history.partitions = info["logepoch"], int(info["partitions"])
-    _record_views(history, store_url)
-    letters = rows(store_url, "SELECT source, reason, body FROM dead_letters")
+    _record_views(history, ask)
+    letters = ask("SELECT source, reason, body FROM dead_letters")
     history.dead_letters = [row | {"body": _text(row["body"])} for row in letters]
-    attempts = rows(store_url, "SELECT command_id, attempts FROM command_attempts")
+    attempts = ask("SELECT command_id, attempts FROM command_attempts")
     history.attempts = {row["command_id"]: row["attempts"] for row in attempts}
-    history.parked = rows(store_url, "SELECT projector, aggregate_id, reason FROM parked")
-    history.scheduled = waiting(store_url)
-    keys = rows(store_url, "SELECT aggregate_id, name, value_hash FROM unique_keys")
+    history.parked = ask("SELECT projector, aggregate_id, reason FROM parked")
+    history.scheduled = _waiting(ask)
+    keys = ask("SELECT aggregate_id, name, value_hash FROM unique_keys")
     history.unique_keys = [row | {"value_hash": str(row["value_hash"])} for row in keys]
 
 
-def _record_views(history: History, store_url: str) -> None:
+def _record_views(history: History, ask: Ask) -> None:
     history.accounts = [
         (row["view_id"], _json(row["payload"]))
-        for row in rows(store_url, "SELECT view_id, payload FROM account_query")
+        for row in ask("SELECT view_id, payload FROM account_query")
     ]
-    history.totals = [
-        (row["day"], {column: int(row[column]) for column in DAY_COLUMNS})
-        for row in rows(store_url, "SELECT * FROM bank_totals")
-    ]
+    if "bank_totals" in history.views:
+        history.totals = [
+            (row["day"], {column: int(row[column]) for column in DAY_COLUMNS})
+            for row in ask("SELECT * FROM bank_totals")
+        ]
 
 
 def rows(store_url: str, sql: str) -> list[Json]:
@@ -91,10 +96,98 @@ def rows(store_url: str, sql: str) -> list[Json]:
 
 
 def waiting(store_url: str) -> list[Json]:
-    """List what was caused or set and is not decided yet; a recurring command is always there."""
+    """List what was caused or set and is not decided yet."""
+    return _waiting(partial(rows, store_url))
+
+
+def _waiting(ask: Ask) -> list[Json]:
+    """Leave recurring commands out, which are always there."""
     sql = "SELECT aggregate_id, timer, body FROM outgoing_commands"
-    found = rows(store_url, sql)
+    found = ask(sql)
     return [row for row in found if not (row["timer"] or "").startswith("$every ")]
+
+
+def decided(store_url: str, command_ids: Collection[str]) -> set[str]:
+    """Tell which commands have an outcome."""
+    if store_url.startswith("dynamodb"):
+        table, client = _table(store_url)
+        keys = [{"pk": {"S": f"outcomes/{each}"}, "sk": {"S": "-"}} for each in command_ids]
+        found = client.batch_get_item(RequestItems={table: {"Keys": keys}})["Responses"][table]
+        return {item["command_id"]["S"] for item in found}
+    ids = ", ".join(f"'{command_id}'" for command_id in command_ids)
+    sql = f"SELECT command_id FROM command_outcomes WHERE command_id IN ({ids})"  # noqa: S608
+    return {row["command_id"] for row in rows(store_url, sql)}
+
+
+# --- DynamoDB --------------------------------------------------------------------------
+
+BEGINNINGS = {
+    "checkpoints": "checkpoints/",
+    "command_attempts": "attempts/",
+    "events": "events/",
+    "command_outcomes": "outcomes/",
+    "log_partitions": "log/",
+    "outgoing_commands": "outgoing/",
+    "store_info": "info",
+    "unique_keys": "keys/",
+}
+
+
+def _table(store_url: str) -> tuple[str, Any]:
+    place, _, endpoint = store_url.partition("?endpoint=")
+    return place.rpartition("/")[2] + "-store", lambda_runtime.client("dynamodb", endpoint)
+
+
+def items(store_url: str) -> list[Json]:
+    """Read all that the table holds."""
+    table, client = _table(store_url)
+    pages = client.get_paginator("scan").paginate(TableName=table, ConsistentRead=True)
+    return [
+        {
+            name: int(value) if kind == "N" else value
+            for name, typed in item.items()
+            for kind, value in typed.items()
+        }
+        for page in pages
+        for item in page["Items"]
+    ]
+
+
+def of_items(every: list[Json], sql: str) -> list[Json]:
+    """Return the items that are what a table of SQL has; their attributes have its names."""
+    table, _, order = sql.partition(" FROM ")[2].partition(" ORDER BY ")
+    beginning = BEGINNINGS.get(table, table)
+    if table == "account_query":
+        (live,) = (it["live"] for it in every if (it["pk"], it["sk"]) == ("generations", table))
+        beginning = f"views/{table}__{live}"
+    found: list[Json] = []
+    for item in every:
+        name, fields = item["pk"].removeprefix(beginning), dict(item)
+        pk, sk = fields.pop("pk"), fields.pop("sk")
+        if pk.startswith(beginning) and (beginning.endswith("/") or not name):
+            found += _rows_of(table, name, sk, fields)
+    return sorted(found, key=lambda row: [row[column] for column in order.split(", ") if column])
+
+
+def _rows_of(table: str, name: str, sk: str, fields: Json) -> Iterator[Json]:
+    """Add what the keys say: `name` is what is left of the partition key."""
+    match table:
+        case "store_info":
+            yield from ({"name": key, "value": value} for key, value in fields.items())
+        case "log_partitions" if sk != "head":
+            pass
+        case "log_partitions":
+            yield {"log_partition": int(name), **fields}
+        case "checkpoints":
+            yield {"projector": name, **fields}
+        case "generations":
+            yield {"projector": sk, **fields}
+        case "command_attempts":
+            yield {"command_id": name, **fields}
+        case "unique_keys":
+            yield dict(zip(("name", "value_hash"), sk.split(" "), strict=True)) | fields
+        case _:
+            yield {"view_id": sk, **fields} if table == "account_query" else fields
 
 
 def _event(row: Json) -> StoredEvent:

@@ -116,3 +116,4 @@ class History:
     shown: dict[str, Json] = field(default_factory=dict[str, Json])
     # When the broker lost everything it had.
     losses: list[float] = field(default_factory=list[float])
+    views: tuple[str, ...] = ("account_query", "bank_totals")  # without SQL only the first

@@ -11,6 +11,7 @@ import pytest
 from cqrs_es import errors
 from cqrs_es.brokers import broker_for
 from cqrs_es.definitions import define_projector
+from cqrs_es.ports.leases import Part
 from cqrs_es.projection.folding import folding_for
 from cqrs_es.settings import Settings
 from cqrs_es.stores import storage_for
@@ -32,6 +33,7 @@ from tests.contract.building import (
 )
 from tests.samples import Add, Counter, Totals, counting_app
 from tests.tallies import Sums
+from tests.waiting import PATIENCE
 from worker.app import app as bank
 
 if TYPE_CHECKING:
@@ -140,6 +142,24 @@ async def test_member_long_gone_is_deleted(storage: DynamoStorage, clock: Settab
     await storage.leases.announce("worker", "here", fit=True, seconds=TERM)
     found = await storage._table.query(places.all_of(places.MEMBERS))
     assert [fields["owner"] for fields in found] == ["here"]
+
+
+async def test_a_round_of_leases_asks_for_all_roles_at_once(storage: DynamoStorage) -> None:
+    """Else a process of many roles on a slow table lost them all: a round outlasted its leases."""
+    roles = ("worker", "relay", "reactor:transfer", "projector:balance")
+    held = {role: await storage.leases.acquire(role, "a", [1], TERM) for role in roles}
+    parts = [Part(role, fit=True, seconds=TERM, held=held[role]) for role in roles]
+    all_ask, call = asyncio.Barrier(len(roles)), storage._table.call
+
+    async def with_the_others(*arguments: Any, **parameters: Any) -> dict[str, Any]:
+        async with asyncio.timeout(PATIENCE):
+            await all_ask.wait()
+        return await call(*arguments, **parameters)
+
+    storage._table.call = with_the_others  # type: ignore[method-assign]
+    standings = await storage.leases.take_part("a", parts, TERM)
+    assert {role: standing.kept for role, standing in standings.items()} == held
+    assert all([m.owner for m in each.members] == ["a"] for each in standings.values())
 
 
 # --- Appending without locks -------------------------------------------------
