@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 # `make proofs` has more.
 LARGE = "CQRS_ES_TEST_TRANSFERS" in os.environ
 TRANSFERS = int(os.environ.get("CQRS_ES_TEST_TRANSFERS", "200"))
+ENDS = {"done", "refunded", "refused: not_enough"}
+ENOUGH_FOR_ALL_ENDS = 100  # of transfers, that each end is among them
 KILLS = int(os.environ.get("CQRS_ES_TEST_KILLS", "4"))  # at most
 # On DynamoDB at most: moto takes as long for one command as a server for a hundred.
 MOST_TRANSFERS, MOST_KILLS = 300, 60
@@ -278,7 +280,8 @@ async def check(opened: OpenApplication, bank: Bank) -> None:
     assert ends.keys() == begun.keys() == {f"t{n}" for n in range(bank.transfers)}
     for transfer, (how,) in ends.items():
         assert moved[transfer] == Counter(steps(begun[transfer], how)), transfer
-    assert hows.keys() == {"done", "refunded", "refused: not_enough"}
+    assert hows.keys() <= ENDS
+    assert len(ends) < ENOUGH_FOR_ALL_ENDS or hows.keys() == ENDS
     assert await bank.unsettled(opened) == []
     assert all(len(each) == 1 for each in ids.values())
     assert len(await events.find_outcomes(list(ids))) == len(ids)
