@@ -12,6 +12,7 @@ for, and not more often than a look takes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Protocol
@@ -157,9 +158,21 @@ class Nudger:
                             looker.hint()
                             await asyncio.sleep(APART_SECONDS)
                             await feed.receive()
+                            _end_if_cancelled()
                 finally:
                     looker.hint()
-                    await feed.close()
+                    with contextlib.suppress(Exception):  # it would stand for a cancellation
+                        await feed.close()
+
+
+def _end_if_cancelled() -> None:
+    """End a task that waits on where its cancellation was swallowed.
+
+    `asyncio.wait_for` does that before Python 3.12, where what it waits for comes at that moment.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _now() -> float:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
+from cqrs_es import errors
 from cqrs_es.brokers.memory import MemoryBroker
-from cqrs_es.ports.broker import Nudge
+from cqrs_es.ports.broker import Nudge, NudgeFeed
 from cqrs_es.runtime import nudging
 from cqrs_es.runtime.due import Timetable
 from cqrs_es.runtime.log_watcher import LogWatcher
@@ -239,3 +240,45 @@ async def test_an_application_tells_of_its_commits(server: FakeRedisServer) -> N
             return process.watcher.reliance.justified and process.timetable.reliance.justified
 
         await eventually(listening)
+
+
+class Swallowing(NudgeFeed):
+    """A feed whose wait forgets that it was cancelled, and which can't be closed in good order."""
+
+    def __init__(self) -> None:
+        self.waiting = asyncio.Event()
+
+    async def receive(self) -> None:
+        self.waiting.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            return
+
+    async def close(self) -> None:
+        raise errors.BrokerUnavailable
+
+
+class OnlySwallowing(MemoryBroker):
+    """A broker with that one feed."""
+
+    nudges = True
+
+    def __init__(self, feed: NudgeFeed) -> None:
+        super().__init__(event_retention=100)
+        self._feed = feed
+
+    async def open_nudges(self, nudge: Nudge) -> NudgeFeed | None:
+        del nudge
+        return self._feed
+
+
+async def test_who_hears_ends_though_the_wait_swallows_the_cancellation() -> None:
+    """Else a process that is told to stop never does."""
+    feed = Swallowing()
+    hearing, _ = nudger(OnlySwallowing(feed), log_of(Seldom))
+    task = asyncio.create_task(hearing.hear(Nudge.EVENTS))
+    async with asyncio.timeout(10):
+        await feed.waiting.wait()
+        await cancelled(task)
+    assert task.cancelled()
