@@ -21,8 +21,9 @@ from cqrs_es.ports.store import NewEvent, ScheduledCommand
 from cqrs_es.stores import storage_for
 from cqrs_es.stores.mysql import session as mysql_session
 from cqrs_es.stores.mysql.database import STRICT
-from cqrs_es.stores.mysql.dialect import literals
+from cqrs_es.stores.mysql.dialect import literal
 from cqrs_es.stores.sql import events
+from cqrs_es.stores.sql.dialect import literals
 from cqrs_es.types import new_command_id
 from tests.conftest import run_on
 from tests.contract.building import (
@@ -320,7 +321,7 @@ def test_literals_are_read_as_they_were_meant(
     """By the server itself, beside one another in one statement: no value gets out of its own."""
     values = (*texts, raw, whole, ratio, exact, None, moment)
     select = f"SELECT {'HEX(%s), ' * (len(texts) + 1)}%s, %s, %s, %s, CAST(%s AS DATETIME(6))"
-    found = literal_reader(select % literals(values))
+    found = literal_reader(select % literals(values, literal))
     hexes, (raw_read, whole_read, ratio_read, exact_read, none, at_read) = found[:-6], found[-6:]
     assert [bytes.fromhex(text).decode() for text in hexes] == texts
     assert bytes.fromhex(raw_read) == raw

@@ -72,6 +72,7 @@ class Server:
     connection_id: str
     kill: str
     sleep: str
+    waiting: str
     default_user: str
     default_database: str
 
@@ -85,6 +86,8 @@ def server(request: pytest.FixtureRequest) -> Server:
             connection_id="SELECT CONNECTION_ID()",
             kill="KILL {}",
             sleep="SELECT SLEEP(5), 'stale'",
+            waiting="SELECT COUNT(*) FROM information_schema.innodb_trx"
+            " WHERE trx_state = 'LOCK WAIT'",
             default_user="root",
             default_database="mysql",
         )
@@ -93,6 +96,8 @@ def server(request: pytest.FixtureRequest) -> Server:
         connection_id="SELECT pg_backend_pid()",
         kill="SELECT pg_terminate_backend({})",
         sleep="SELECT pg_sleep(5), 'stale'",
+        waiting="SELECT COUNT(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        " AND datname = current_database()",
         default_user="postgres",
         default_database="postgres",
     )
@@ -599,6 +604,12 @@ async def test_beside_others_an_append_reads_first(
     assert_complete(await whole_log(storage))
 
 
+async def somebody_waits_for_a_lock(server: Server, storage: Storage) -> bool:
+    """Tell whether a statement in the server's database waits for another's row."""
+    [(count,)] = await sql_of(storage.views).query(server.waiting)
+    return bool(count)
+
+
 @pytest.mark.parametrize("rejects", [False, True])
 async def test_what_an_append_expects_is_looked_at_under_its_lock(
     server: Server, storage: Storage, *, rejects: bool
@@ -614,8 +625,7 @@ async def test_what_an_append_expects_is_looked_at_under_its_lock(
     async with in_sql(other.views) as sql:
         await sql.fetch(HEAD, (partition,))
         waiting = asyncio.create_task(conflict(storage, doomed))
-        await asyncio.sleep(0.3)  # it waits for the lock by then
-        assert not waiting.done()
+        await eventually(lambda: somebody_waits_for_a_lock(server, other))
         copied = (
             "INSERT INTO events SELECT aggregate_type, aggregate_id, 5, event_type, event_version,"
             " payload, metadata, log_partition, 5, command_id, recorded_at FROM events"
@@ -671,7 +681,8 @@ async def test_what_was_looked_up_in_vain_is_not_written_later(
         with pytest.raises(errors.StoreUnavailable):
             await mine.events.append([doomed], NOW)
         assert await other.events.find_outcomes([id_]) == {}
-    await asyncio.sleep(0.5)
+    async with in_sql(other.views) as sql:  # who waited for the lock longer has had it by then
+        await sql.fetch(HEAD, (key.partition(PARTITIONS),))
     assert await other.events.find_outcomes([id_]) == {}
     await mine.close()
     await other.close()
@@ -695,7 +706,7 @@ async def test_handlers_are_not_blamed_for_an_append_that_waits_for_a_lock(
         sql = await stack.enter_async_context(in_sql(other.views))
         await sql.fetch(HEAD, (0,))
         pending = asyncio.create_task(opened.execute(Counter, "c", Add(1)))
-        await asyncio.sleep(0.3)
+        await eventually(lambda: somebody_waits_for_a_lock(server, other))
     with contextlib.suppress(BaseException):
         await pending
     await other.close()

@@ -13,8 +13,8 @@ import pytest
 from cqrs_es import errors
 from cqrs_es.stores import storage_for
 from cqrs_es.stores.mysql import target_of
-from cqrs_es.stores.mysql.dialect import MARIADB, MYSQL, literal, literals, number, to_format
-from cqrs_es.stores.sql.dialect import utc_moment, utc_text
+from cqrs_es.stores.mysql.dialect import MARIADB, MYSQL, literal, number, to_format
+from cqrs_es.stores.sql.dialect import literals, utc_moment, utc_text
 from cqrs_es.stores.sql.pool import Limits
 from cqrs_es.stores.sql.tables import ATTEMPTS, DEAD_LETTERS, LOG_PARTITIONS
 from cqrs_es.stores.sqlite.address import SqliteTarget
@@ -65,7 +65,7 @@ def test_placeholders_are_translated_outside_literals_only(sql: str, translated:
 def test_values_become_literals(value: Parameter, written: str) -> None:
     """Quotes and backslashes are escaped, which is all that a string needs."""
     assert literal(value) == written
-    assert [str(each) for each in literals([value])] == [written]
+    assert [str(each) for each in literals([value], literal)] == [written]
 
 
 def test_values_of_other_types_become_literals() -> None:

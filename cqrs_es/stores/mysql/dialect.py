@@ -17,8 +17,6 @@ from cqrs_es.stores.sql.dialect import Dialect, utc_moment
 from cqrs_es.stores.sql.own import own_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from cqrs_es.stores.sql.dialect import Parameter
 
 # A string (with backslash escapes), a quoted name or a comment, in which ? is no placeholder.
@@ -131,20 +129,6 @@ def literal(value: Parameter) -> str:
     if isinstance(value, bytes):
         return f"X'{value.hex()}'"
     return f"'{own_text(value)!s}'"
-
-
-def literals(values: Sequence[Parameter]) -> tuple[Parameter, ...]:
-    """Return values as `%s` is to format them: what most are, without a call for each."""
-    return tuple(
-        [
-            f"'{value}'"
-            if type(value) is str and "\\" not in value and "'" not in value
-            else value
-            if type(value) is int
-            else literal(value)
-            for value in values
-        ]
-    )
 
 
 def number(text: str) -> int | Decimal:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import aiomysql
 
 from cqrs_es import errors
-from cqrs_es.stores.mysql.dialect import literals, own_reader, to_format
+from cqrs_es.stores.mysql.dialect import literal, own_reader, to_format
 from cqrs_es.stores.mysql.failures import mapped_errors
-from cqrs_es.stores.sql.dialect import utc_moment
+from cqrs_es.stores.sql.dialect import literals, utc_moment
 from cqrs_es.stores.sql.pool import CLOSE_SECONDS, ServerSession, has_come
 from cqrs_es.stores.sql.session import Query, Work, asked_together
 
@@ -184,7 +184,7 @@ class MysqlSession(ServerSession):
         return mapped_errors()
 
     def _text(self, sql: str, parameters: Sequence[Parameter]) -> bytes:
-        return (to_format(sql) % literals(parameters)).encode()
+        return (to_format(sql) % literals(parameters, literal)).encode()
 
     def _multi_row(
         self, statement: RowStatement, rows: Sequence[Sequence[Parameter]]
@@ -195,7 +195,7 @@ class MysqlSession(ServerSession):
         texts: list[str] = []
         size = 0
         for row in rows:
-            text = row_format % literals(row)
+            text = row_format % literals(row, literal)
             length = len(text) if text.isascii() else len(text.encode())
             if texts and size + length > room:
                 yield f"{head}{','.join(texts)}{tail}".encode()

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Final
 from cqrs_es.stores.sql.dialect import Dialect
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from cqrs_es.stores.sql.dialect import Parameter
 
 # A string, a quoted name or a comment, in which ? is no placeholder.
@@ -112,25 +110,6 @@ def literal(value: Parameter) -> str:
         return str(int(value))
     message = f"no literal for a {type(value).__name__}"
     raise TypeError(message)
-
-
-def literals(values: Sequence[Parameter]) -> tuple[Parameter, ...]:
-    """Return values as `%s` is to format them: what most are, without a call for each."""
-    return tuple(
-        [
-            f"'{value}'"
-            if type(value) is str and "'" not in value and "\\" not in value and "\0" not in value
-            else value
-            if type(value) is int
-            else literal(readable(value))
-            for value in values
-        ]
-    )
-
-
-def readable(value: Parameter) -> Parameter:
-    """Replace what PostgreSQL's text can't hold; JSON escapes it, so this is prose."""
-    return value.replace("\0", "\N{SYMBOL FOR NULL}") if isinstance(value, str) else value
 
 
 @functools.lru_cache(maxsize=1024)

@@ -13,9 +13,9 @@ import asyncpg
 import orjson
 
 from cqrs_es import errors
-from cqrs_es.stores.postgres.dialect import POSTGRES, literals, numbered, readable, to_format
+from cqrs_es.stores.postgres.dialect import POSTGRES, literal, numbered, to_format
 from cqrs_es.stores.postgres.failures import mapped_errors
-from cqrs_es.stores.sql.dialect import utc_moment
+from cqrs_es.stores.sql.dialect import literals, utc_moment
 from cqrs_es.stores.sql.own import own_text
 from cqrs_es.stores.sql.pool import CLOSE_SECONDS, ServerSession, has_come
 from cqrs_es.stores.sql.session import Query, Work, asked_together, chunks
@@ -73,7 +73,7 @@ class PostgresSession(ServerSession):
         """Run a query, locking its rows until the transaction ends if wanted."""
         text = numbered(f"{sql}{self.dialect.for_update}" if lock else sql)
         await self._make_begin()
-        values = map(readable, parameters)
+        values = map(_readable_value, parameters)
         found = await self._answer(lambda: self._connection.fetch(text, *values))
         return [tuple(row) for row in found]
 
@@ -93,14 +93,14 @@ class PostgresSession(ServerSession):
         if self._writing_last:
             row_format = to_format(statement.row)
             for some in chunks(rows):
-                texts = ", ".join([row_format % literals(row) for row in some])
-                self._last.append(f"{statement.head} {texts}{statement.tail}")
+                values = ", ".join([row_format % literals(row, literal) for row in some])
+                self._last.append(_readable(f"{statement.head} {values}{statement.tail}"))
             return
         text = numbered(str(statement))
         await self._make_begin()
         for some in chunks(rows):
-            values = [tuple(map(readable, row)) for row in some]
-            await self._answer(partial(self._connection.executemany, text, values))
+            arguments = [tuple(map(_readable_value, row)) for row in some]
+            await self._answer(partial(self._connection.executemany, text, arguments))
 
     async def fitted(
         self, sql: str, rows: Sequence[Sequence[Parameter]]
@@ -220,7 +220,7 @@ class PostgresSession(ServerSession):
             self._begins = False
             sql = f"BEGIN; {sql}"
         # What has its values in it is not to be looked through, or remembered: it may be long.
-        text, values = numbered(sql) if parameters else sql, map(readable, parameters)
+        text, values = numbered(sql) if parameters else sql, map(_readable_value, parameters)
         done: str = await self._answer(lambda: self._connection.execute(text, *values))
         return done
 
@@ -228,9 +228,18 @@ class PostgresSession(ServerSession):
         return mapped_errors(self._connection)
 
 
+def _readable(text: str) -> str:
+    """Replace what PostgreSQL's text can't hold; JSON escapes it, so this is prose."""
+    return text.replace("\0", "\N{SYMBOL FOR NULL}")
+
+
+def _readable_value(value: Parameter) -> Parameter:
+    return _readable(value) if isinstance(value, str) else value
+
+
 def _text(sql: str, parameters: Sequence[Parameter]) -> str:
     """Return a statement of the framework's own with its values in it."""
-    return to_format(sql) % literals(parameters)
+    return _readable(to_format(sql) % literals(parameters, literal))
 
 
 def _plain(value: object) -> object:

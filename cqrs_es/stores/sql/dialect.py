@@ -162,6 +162,25 @@ def marks(count: int) -> str:
     return f"({', '.join('?' * count)})"
 
 
+def literals(
+    values: Sequence[Parameter], literal: Callable[[Parameter], str]
+) -> tuple[Parameter, ...]:
+    """Return values as `%s` is to format them: what most are, without a call of `literal` for each.
+
+    In no database a text without quotes and backslashes needs more than quotes around it.
+    """
+    return tuple(
+        [
+            f"'{value}'"
+            if type(value) is str and "\\" not in value and "'" not in value
+            else value
+            if type(value) is int
+            else literal(value)
+            for value in values
+        ]
+    )
+
+
 def utc_text(moment: datetime) -> str:
     """Return a moment as text that sorts by time."""
     return f"{moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
